@@ -1,0 +1,76 @@
+"""Checkpoint files: LOGDIR/NAME.pt, a dict with net_model, ema_model, sched, optim, step, x_T and,
+where this project wrote it, settings. Files are data: nothing in them is ever executed.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from errors import UserError
+from files import replacing
+
+FORMAT = 1
+
+
+def save(path: str | Path, state: Mapping[str, object]) -> None:
+    """Write a checkpoint, whole or not at all."""
+    with replacing(path) as temporary:
+        torch.save({"format": FORMAT, **state}, temporary)
+
+
+def load(path: str | Path) -> dict:
+    """Read a checkpoint onto the CPU. Raises UserError for a file that is none."""
+    path = Path(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        beside = sorted(p.stem for p in path.parent.glob("*.pt"))
+        found = f"; there are {', '.join(beside)}" if beside else ""
+        raise UserError(
+            f"no checkpoint at {path}{found}; see --logdir and --ckpt_name, or run --train first"
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} holds more than tensors and plain values, which could carry code, so it was "
+            "not loaded; save it again as a dict of state dicts"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        raise UserError(
+            f"{path} is truncated or not a checkpoint ({_first_line(error)}); "
+            "take an earlier one with --ckpt_name"
+        ) from error
+    if not isinstance(state, dict) or not {"net_model", "ema_model"} <= state.keys():
+        found = ", ".join(map(str, list(state)[:5])) if isinstance(state, dict) else type(state)
+        raise UserError(f"{path} has no net_model and ema_model entries (found: {found})")
+    return state
+
+
+def fill(net: nn.Module, entries: object, path: str | Path) -> None:
+    """Copy a state dict into `net`. Raises UserError that names the first entry that differs."""
+    if not isinstance(entries, dict) or not all(isinstance(v, Tensor) for v in entries.values()):
+        raise UserError(f"{path}: the network's entry is not a state dict of tensors")
+    prefix = "module."  # what DataParallel puts before every name
+    if entries and all(str(name).startswith(prefix) for name in entries):
+        entries = {name.removeprefix(prefix): value for name, value in entries.items()}
+    for name, expected in net.state_dict().items():
+        if name not in entries:
+            raise UserError(f"{path} is for another network: it has no entry {name}")
+        if entries[name].shape != expected.shape:
+            raise UserError(
+                f"{path} is for another network: {name} is {list(entries[name].shape)} there and "
+                f"{list(expected.shape)} here; compare --T, --ch, --ch_mult, --attn, "
+                "--num_res_blocks and the data set's channels"
+            )
+    extra = [name for name in entries if name not in net.state_dict()]
+    if extra:
+        raise UserError(f"{path} is for another network: its entry {extra[0]} has no place here")
+    net.load_state_dict(entries)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__

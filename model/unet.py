@@ -1,0 +1,328 @@
+"""The slimmable UNet: how the layers are wired. Names and arithmetic are those of the published
+network, so that its checkpoints load and give the same numbers.
+
+The network of Ho et al., "Denoising Diffusion Probabilistic Models" (2020), made slimmable as in
+Yang et al., "Denoising Diffusion Step-aware Models" (ICLR 2024).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from errors import UserError
+from model.slimmable import (
+    Channels,
+    Slimmable,
+    SlimmableConv2d,
+    SlimmableGroupNorm,
+    SlimmableLinear,
+    SlimmableSequential,
+)
+
+SKIP_SLICING = ("leading", "segments")
+
+
+@dataclass(frozen=True)
+class UNetSettings:
+    """What defines a network. Kept in every checkpoint.
+
+    T: timesteps. ch: channels of the first level. ch_mult: channels of each level over ch.
+    attn: levels with attention. num_res_blocks: blocks a level. num_groups: of every group norm.
+    in_ch: image channels. skip_slicing: which columns serve the skip of [h, skip] at a narrow
+    width, "leading" (published: the leading ones of the whole) or "segments" (the leading ones of
+    the skip's own segment).
+    """
+
+    T: int = 1000
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 2, 2)
+    attn: tuple[int, ...] = (1,)
+    num_res_blocks: int = 2
+    dropout: float = 0.1
+    num_groups: int = 32
+    in_ch: int = 3
+    skip_slicing: str = "leading"
+
+    def __post_init__(self) -> None:
+        for name in ("T", "ch", "num_res_blocks", "num_groups", "in_ch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name}={getattr(self, name)}: must be at least 1")
+        if not self.ch_mult or min(self.ch_mult) < 1:
+            raise UserError(f"--ch_mult={list(self.ch_mult)}: every level needs a factor >= 1")
+        outside = [level for level in self.attn if not 0 <= level < len(self.ch_mult)]
+        if outside:
+            raise UserError(f"--attn={outside[0]}: levels are 0 to {len(self.ch_mult) - 1}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--dropout={self.dropout}: must be in [0, 1)")
+        if self.skip_slicing not in SKIP_SLICING:
+            raise UserError(f"--skip_slicing={self.skip_slicing}: one of {SKIP_SLICING}")
+
+    def check_image_size(self, size: int) -> None:
+        """Raise UserError where the levels cannot halve an image of `size` pixels a side."""
+        halvings = len(self.ch_mult) - 1
+        if size < 1 or size % 2**halvings:
+            raise UserError(
+                f"--img_size={size}: {len(self.ch_mult)} levels halve the image {halvings} times; "
+                f"use a multiple of {2**halvings} or fewer levels in --ch_mult"
+            )
+
+
+def sinusoids(T: int, ch: int) -> Tensor:
+    """The table [T, ch] of Vaswani et al. with sine and cosine in turn: entry (p, 2i) is
+    sin(p·e^(−ln(10000)·2i/ch)), entry (p, 2i+1) its cosine."""
+    frequency = torch.exp(
+        torch.arange(0, ch, 2, dtype=torch.float64) * (-torch.log(torch.tensor(1e4)).double() / ch)
+    )
+    angle = torch.arange(T, dtype=torch.float64)[:, None] * frequency
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :ch].float()
+
+
+def _initialise(module: nn.Module, gain: float = 1.0) -> None:
+    nn.init.xavier_uniform_(module.weight, gain=gain)
+    nn.init.zeros_(module.bias)
+
+
+class TimeEmbedding(Slimmable):
+    """t (B,) -> (B, r(4·ch·width)): a frozen sinusoid table and a two-layer perceptron."""
+
+    def __init__(self, T: int, ch: int) -> None:
+        super().__init__()
+        hidden = Channels((4 * ch,), divisor=16)
+        self.timembedding = SlimmableSequential(
+            nn.Embedding.from_pretrained(sinusoids(T, ch)),
+            SlimmableLinear(Channels((ch,), divisor=None), hidden),
+            nn.SiLU(),
+            SlimmableLinear(hidden, hidden),
+        )
+        _initialise(self.timembedding[1])
+        _initialise(self.timembedding[3])
+
+    def forward(self, t: Tensor, width: float) -> Tensor:
+        return self.timembedding(t, width)
+
+
+class _AsGiven(nn.Module):
+    """Stands for the time embedding in a subnet: its blocks look timesteps up themselves."""
+
+    def forward(self, t: Tensor, width: float) -> Tensor:
+        return t
+
+
+class _TimeTable(nn.Module):
+    """t (B,) -> (B, C): what a block adds at each of the T timesteps, computed once."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("table", table)
+
+    def forward(self, t: Tensor, width: float) -> Tensor:
+        return self.table[t]
+
+
+class Attention(nn.Module):
+    """One head over all pixels, (B, C, H, W) -> the same, with a residual connection."""
+
+    def __init__(self, ch: int, num_groups: int) -> None:
+        super().__init__()
+        outer, inner = Channels((ch,)), Channels((ch,), divisor=1)
+        self.group_norm = SlimmableGroupNorm(num_groups, outer)
+        self.proj_q = SlimmableConv2d(outer, inner, 1)
+        self.proj_k = SlimmableConv2d(outer, inner, 1)
+        self.proj_v = SlimmableConv2d(outer, inner, 1)
+        self.proj = SlimmableConv2d(inner, outer, 1)
+        for layer in (self.proj_q, self.proj_k, self.proj_v):
+            _initialise(layer)
+        _initialise(self.proj, gain=1e-5)
+
+    def forward(self, x: Tensor, width: float) -> Tensor:
+        h = self.group_norm(x, width)
+        q, k, v = (
+            proj(h, width).flatten(2).transpose(1, 2)[:, None]  # (B, 1, H·W, C)
+            for proj in (self.proj_q, self.proj_k, self.proj_v)
+        )
+        h = F.scaled_dot_product_attention(q, k, v)  # scaled by the sliced C
+        h = h[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
+        return x + self.proj(h, width)
+
+
+class ResBlock(nn.Module):
+    """(B, in, H, W), time embedding (B, tdim) -> (B, out, H, W)."""
+
+    def __init__(
+        self, inputs: Channels, out_ch: int, tdim: int, dropout: float, attn: bool, num_groups: int
+    ) -> None:
+        super().__init__()
+        outputs = Channels((out_ch,))
+        self.block1 = SlimmableSequential(
+            SlimmableGroupNorm(num_groups, inputs), nn.SiLU(), SlimmableConv2d(inputs, outputs, 3)
+        )
+        # It is added to the convolution's output, so the convolution's rounding counts.
+        self.temb_proj = SlimmableSequential(
+            nn.SiLU(), SlimmableLinear(Channels((tdim,), divisor=16), outputs)
+        )
+        self.block2 = SlimmableSequential(
+            SlimmableGroupNorm(num_groups, outputs),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            SlimmableConv2d(outputs, outputs, 3),
+        )
+        self.shortcut = (
+            SlimmableConv2d(inputs, outputs, 1) if inputs.total != out_ch else SlimmableSequential()
+        )
+        self.attn = Attention(out_ch, num_groups) if attn else SlimmableSequential()
+        _initialise(self.block1[2])
+        _initialise(self.temb_proj[1])
+        _initialise(self.block2[3], gain=1e-5)
+        if inputs.total != out_ch:
+            _initialise(self.shortcut)
+
+    def forward(self, x: Tensor, temb: Tensor, width: float) -> Tensor:
+        h = self.block1(x, width)
+        h = h + self.temb_proj(temb, width)[:, :, None, None]
+        h = self.block2(h, width)
+        return self.attn(h + self.shortcut(x, width), width)
+
+
+class DownSample(nn.Module):
+    """(B, C, H, W) -> (B, C, H/2, W/2)."""
+
+    def __init__(self, ch: int) -> None:
+        super().__init__()
+        self.main = SlimmableConv2d(Channels((ch,)), Channels((ch,)), 3, stride=2)
+        _initialise(self.main)
+
+    def forward(self, x: Tensor, temb: Tensor, width: float) -> Tensor:
+        return self.main(x, width)
+
+
+class UpSample(nn.Module):
+    """(B, C, H, W) -> (B, C, 2H, 2W)."""
+
+    def __init__(self, ch: int) -> None:
+        super().__init__()
+        self.main = SlimmableConv2d(Channels((ch,)), Channels((ch,)), 3)
+        _initialise(self.main)
+
+    def forward(self, x: Tensor, temb: Tensor, width: float) -> Tensor:
+        return self.main(F.interpolate(x, scale_factor=2, mode="nearest"), width)
+
+
+class SlimmableUNet(nn.Module):
+    """The supernet: `net(x, t, width)` predicts with the leading `width` of every layer.
+
+    x (B, in_ch, H, W) float, t (B,) long in [0, T) -> (B, in_ch, H, W), H and W multiples of
+    2^(levels − 1). See UNetSettings for the arguments.
+    """
+
+    def __init__(
+        self,
+        T: int,
+        ch: int,
+        ch_mult: Sequence[int],
+        attn: Sequence[int],
+        num_res_blocks: int,
+        dropout: float,
+        num_groups: int = 32,
+        in_ch: int = 3,
+        skip_slicing: str = "leading",
+    ) -> None:
+        super().__init__()
+        self.settings = s = UNetSettings(
+            T, ch, tuple(ch_mult), tuple(attn), num_res_blocks, dropout, num_groups, in_ch,
+            skip_slicing,
+        )  # fmt: skip
+        image = Channels((in_ch,), divisor=None)
+
+        def block(blocks: tuple[int, ...], out: int, attention: bool) -> ResBlock:
+            inputs = Channels(blocks, apart=s.skip_slicing == "segments")
+            return ResBlock(inputs, out, 4 * ch, s.dropout, attention, s.num_groups)
+
+        self.time_embedding = TimeEmbedding(T, ch)
+        self.head = SlimmableConv2d(image, Channels((ch,)), 3)
+        _initialise(self.head)
+
+        now, skips = ch, [ch]
+        self.downblocks = nn.ModuleList()
+        for level, mult in enumerate(s.ch_mult):
+            for _ in range(s.num_res_blocks):
+                self.downblocks.append(block((now,), ch * mult, level in s.attn))
+                now = ch * mult
+                skips.append(now)
+            if level != len(s.ch_mult) - 1:
+                self.downblocks.append(DownSample(now))
+                skips.append(now)
+
+        self.middleblocks = nn.ModuleList([block((now,), now, True), block((now,), now, False)])
+
+        self.upblocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(s.ch_mult))):
+            for _ in range(s.num_res_blocks + 1):
+                self.upblocks.append(block((now, skips.pop()), ch * mult, level in s.attn))
+                now = ch * mult
+            if level != 0:
+                self.upblocks.append(UpSample(now))
+
+        self.tail = SlimmableSequential(
+            SlimmableGroupNorm(s.num_groups, Channels((now,))),
+            nn.SiLU(),
+            SlimmableConv2d(Channels((now,)), image, 3),
+        )
+        _initialise(self.tail[2], gain=1e-5)
+
+    def forward(self, x: Tensor, t: Tensor, width: float = 1.0) -> Tensor:
+        temb = self.time_embedding(t, width)
+        h = self.head(x, width)
+        skips = [h]
+        for layer in self.downblocks:
+            h = layer(h, temb, width)
+            skips.append(h)
+        for layer in self.middleblocks:
+            h = layer(h, temb, width)
+        for layer in self.upblocks:
+            if isinstance(layer, ResBlock):
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = layer(h, temb, width)
+        return self.tail(h, width)
+
+    def check_width(self, width: float) -> None:
+        """Raise UserError where `width` is no width, or its channels do not fall into groups."""
+        if not 0 < width <= 1:
+            raise UserError(f"width {width}: a width must be in (0, 1]")
+        for name, layer in self.named_modules():
+            if isinstance(layer, SlimmableGroupNorm):
+                channels = layer.inputs.count(width)
+                if channels % layer.num_groups:
+                    raise UserError(
+                        f"width {width} leaves {channels} channels in {name}, which "
+                        f"{layer.num_groups} groups do not divide; change --num_groups, --ch or "
+                        "the widths"
+                    )
+
+    @torch.no_grad()
+    def subnet(self, width: float) -> SlimmableUNet:
+        """A dense network of its own, in eval mode: `net.subnet(w)(x, t) == net(x, t, w)`.
+
+        Holds contiguous copies of what `width` uses; what each block adds for the timestep is
+        computed here once, for all T.
+        """
+        self.check_width(width)
+        everywhen = torch.arange(self.settings.T, device=self.head.weight.device)
+        temb = self.time_embedding(everywhen, width)
+        # What deepcopy finds in this table it takes from there instead of copying.
+        copies: dict[int, nn.Module] = {id(self.time_embedding): _AsGiven()}
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                copies[id(module.temb_proj)] = _TimeTable(module.temb_proj(temb, width))
+            elif isinstance(module, (SlimmableConv2d, SlimmableGroupNorm)):
+                copies[id(module)] = module.cut(width)
+        return copy.deepcopy(self, copies).eval().requires_grad_(False)
+
+    def settings_dict(self) -> dict:
+        """The settings as plain JSON-friendly values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.settings).items()}
