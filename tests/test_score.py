@@ -1,0 +1,420 @@
+"""score/: closed forms for the numbers, pytorch-fid for the features, and refused files."""
+
+import math
+import sys
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.sparse.linalg
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import data
+import score
+from errors import UserError
+from score import features as score_features
+
+WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
+
+
+def spd(dim, rank=None, seed=0):
+    a = np.random.default_rng(seed).normal(size=(dim, rank or dim))
+    return a @ a.T / dim
+
+
+# --- Fréchet distance -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_frechet_distance_of_scaled_and_shifted_unit_gaussians(kind):
+    dim, s, m = 7, 1.7, np.linspace(-1, 2, 7)
+    unit = (kind(np.zeros(dim)), kind(np.eye(dim)))
+    other = (kind(m), kind(np.eye(dim) * s**2))
+    expected = m @ m + dim * (s - 1) ** 2
+    assert score.frechet_distance(*unit, *other) == pytest.approx(expected, abs=1e-6)
+    assert score.frechet_distance(*other, *unit) == pytest.approx(expected, abs=1e-6)
+    assert score.frechet_distance(*other, *other) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("zeros", [0, 3])
+def test_frechet_distance_of_commuting_covariances(zeros):
+    """Same eigenvectors: Σ (√a − √b)², also where some eigenvalues are zero."""
+    random = np.random.default_rng(1)
+    a, b = random.uniform(0.1, 3, (2, 8))
+    a[:zeros] = b[-zeros or 8 :] = 0
+    mu = random.normal(size=8)
+    expected = mu @ mu + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    for basis in (np.eye(8), np.linalg.qr(random.normal(size=(8, 8)))[0]):
+        sigmas = [basis * values @ basis.T for values in (a, b)]
+        found = score.frechet_distance(np.zeros(8), sigmas[0], mu, sigmas[1])
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_frechet_distance_equals_scipy():
+    random = np.random.default_rng(2)
+    for seed in range(5):
+        s1, s2, mu = spd(12, seed=seed), spd(12, seed=seed + 50), random.normal(size=12)
+        root = scipy.linalg.sqrtm(s1 @ s2).real
+        expected = mu @ mu + np.trace(s1 + s2 - 2 * root)
+        found = score.frechet_distance(mu, s1, np.zeros(12), s2)
+        assert found == pytest.approx(expected, rel=1e-8)
+
+
+def test_frechet_distance_refuses_nonsense():
+    mu, sigma = np.zeros(3), np.eye(3)
+    with pytest.raises(ValueError, match="expected"):
+        score.frechet_distance(mu, sigma, np.zeros(4), np.eye(4))
+    with pytest.raises(ValueError, match="expected"):
+        score.frechet_distance(mu, mu, mu, sigma)
+    with pytest.raises(ValueError, match="finite"):
+        score.frechet_distance(mu, sigma, mu, sigma * math.nan)
+
+
+# --- Moments --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 3, 64, 200])
+def test_moments_equal_numpy_for_every_split(size):
+    # A mean far from zero is what breaks the sum-of-squares formula.
+    x = torch.randn(200, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = x * torch.tensor([1e-2, 1, 2, 3, 100]) + 1000
+    moments = score.Moments()
+    for batch in x.split(size):
+        moments.update(batch)
+    moments.update(x[:0])
+    assert moments.count == 200
+    np.testing.assert_allclose(moments.mean, x.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(moments.covariance, np.cov(x.T.numpy()), rtol=1e-10, atol=1e-10)
+
+
+def test_moments_merge_and_travel():
+    x = torch.randn(60, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    merged = score.Moments()
+    for piece in (x[:0], x[:1], x[1:20], x[20:]):
+        part = score.Moments()
+        part.update(piece)
+        merged.merge(score.Moments.from_state(part.state()))
+    np.testing.assert_allclose(merged.covariance, np.cov(x.T.numpy()), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(merged.mean, x.mean(0), rtol=0, atol=1e-12)
+
+
+def test_moments_share_no_memory():
+    one, two = score.Moments(), score.Moments()
+    one.update(torch.ones(2, 3))
+    two.merge(one)
+    two.update(torch.zeros(2, 3))
+    assert one.mean.tolist() == [1, 1, 1]
+
+
+def test_one_sample_has_no_covariance():
+    moments = score.Moments()
+    moments.update(torch.ones(1, 3))
+    with pytest.raises(ValueError, match="at least 2"):
+        _ = moments.covariance
+
+
+# --- Inception Score ------------------------------------------------------------------------------
+
+
+def test_inception_score_of_equal_predictions_is_one():
+    inception_score = score.InceptionScore(30)
+    inception_score.update(torch.tensor([[0.5, 0.3, 0.2]]).repeat(30, 1))
+    assert inception_score.result() == pytest.approx((1, 0), abs=1e-6)
+
+
+def test_inception_score_of_sure_and_even_predictions_counts_classes():
+    inception_score = score.InceptionScore(4 * 60, splits=6)
+    for batch in torch.eye(4).repeat(60, 1).split(7):
+        inception_score.update(batch)
+    assert inception_score.result() == pytest.approx((4, 0), abs=1e-9)
+
+
+def test_inception_score_equals_its_definition_in_any_order():
+    p = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)).double().softmax(1)
+    scores = [
+        (part * (part / part.mean(0)).log()).sum(1).mean().exp().item() for part in p.chunk(5)
+    ]
+    straight, left, right = (score.InceptionScore(50, splits=5) for _ in range(3))
+    straight.update(p)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
+    left.update(p[order[:20]], order[:20])
+    right.update(p[order[20:]], order[20:])
+    left.merge(score.InceptionScore(50, splits=5))
+    left.merge(right)
+    for found in (straight, left):
+        assert found.result() == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-9)
+
+
+def test_inception_score_wants_every_image():
+    inception_score = score.InceptionScore(3)
+    inception_score.update(torch.eye(3)[:2])
+    with pytest.raises(ValueError, match="seen 2 of 3"):
+        inception_score.result()
+
+
+# --- Statistics files -----------------------------------------------------------------------------
+
+
+def test_statistics_files_round_trip(tmp_path):
+    path, mu, sigma = tmp_path / "deep" / "digits.npz", torch.arange(3.0), torch.eye(3)
+    score.save_statistics(path, mu, sigma, encoder="pixels", count=10, dataset="digits")
+    found = score.load_statistics(path, 3, "pixels", count=10, dataset="digits", img_size=8)
+    assert [a.dtype for a in found] == [np.float64, np.float64]
+    np.testing.assert_array_equal(found[0], mu)
+    np.testing.assert_array_equal(found[1], sigma)
+    assert [p.name for p in path.parent.iterdir()] == ["digits.npz"]
+    np.savez(path, mu=mu, sigma=sigma)  # as pytorch-fid does: nothing about itself
+    score.load_statistics(path, 3, "inception", dataset="cifar10")
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"mu": np.zeros(3)}, r"no entry 'sigma' \(found: mu\)"),
+        ({"mu": np.zeros(4), "sigma": np.eye(4)}, r"mu has shape \(4,\).*pixels need \(3,\)"),
+        ({"mu": np.zeros(3), "sigma": np.eye(2)}, r"sigma has shape \(2, 2\)"),
+        ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.inf)}, "sigma holds something else"),
+        ({"mu": np.array(["a", "b", "c"]), "sigma": np.eye(3)}, "mu holds something else"),
+        ({"mu": np.zeros(3, dtype=object), "sigma": np.eye(3)}, "no readable .npz"),
+        (
+            {"mu": np.zeros(3), "sigma": np.eye(3), "encoder": "inception"},
+            "is for encoder inception, not pixels",
+        ),
+        (
+            {"mu": np.zeros(3), "sigma": np.eye(3), "dataset": "digits"},
+            "is for dataset digits, not cifar10",
+        ),
+    ],
+)
+def test_wrong_statistics_are_refused(tmp_path, entries, message):
+    path = tmp_path / "stats.npz"
+    np.savez(path, **entries)
+    with pytest.raises(UserError, match=message) as caught:
+        score.load_statistics(path, 3, "pixels", dataset="cifar10")
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"no npz", b"PK\x03\x04 cut off", None])
+def test_what_is_no_npz_is_refused(tmp_path, content):
+    path = tmp_path / "stats.npz"
+    if content is None:
+        with open(path, "wb") as file:
+            np.save(file, np.zeros(3))
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"stats\.npz"):
+        score.load_statistics(path, 3, "pixels")
+
+
+def test_missing_statistics():
+    with pytest.raises(UserError, match="there is no statistics file"):
+        score.load_statistics("missing.npz", 3, "pixels")
+
+
+# --- Encoders -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits", ".", 8).tensor
+
+
+@pytest.fixture(scope="module")
+def lite():
+    return score.encoder("efficientnet_lite0", "cpu")
+
+
+def test_distances_are_named_by_their_encoder(lite):
+    pixels = score.encoder("pixels", "cpu")
+    assert (pixels.label, pixels.key) == ("Fréchet distance (pixels)", "fd_pixels")
+    assert lite.label == "Fréchet distance (efficientnet_lite0)"
+    assert lite.key == "fd_efficientnet_lite0"
+    with pytest.raises(UserError, match="choose one of inception, efficientnet_lite0, pixels"):
+        score.encoder("vgg", "cpu")
+
+
+def test_pixels(digits):
+    pixels = score.encoder("pixels", "cpu")
+    features = pixels(digits[:5])
+    assert torch.equal(features, digits[:5].flatten(1) / 255)
+    assert pixels.class_probabilities(features) is None
+    with pytest.raises(ValueError, match="expected uint8"):
+        pixels(digits[:5].float())
+
+
+def test_statistics_of_streams(digits, capsys):
+    pixels = score.encoder("pixels", "cpu")
+    moments = score.statistics_of(digits[:50].split(7), pixels, 50, "digits")
+    assert moments.count == 50
+    np.testing.assert_allclose(moments.mean, digits[:50].flatten(1).double().mean(0) / 255, 1e-6)
+    assert "digits: 100%" in capsys.readouterr().err
+
+
+def test_efficientnet_features(lite, digits):
+    features = lite(digits[:8])
+    assert (features.shape, features.dtype, lite.dim) == ((8, 1280), torch.float32, 1280)
+    torch.testing.assert_close(lite(digits[3:4]), features[3:4], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lite(digits[:8].repeat(1, 3, 1, 1)), features)
+    probabilities = lite.class_probabilities(features)
+    assert probabilities.shape == (8, 1000)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(8))
+
+
+def test_efficientnet_tells_digits_from_noise(lite, digits):
+    random = torch.Generator().manual_seed(0)
+    shuffled = digits[torch.randperm(len(digits), generator=random)]
+    noise = torch.randint(0, 256, (150, 1, 8, 8), generator=random, dtype=torch.uint8)
+    sets = [lite(images).double() for images in (shuffled[:150], shuffled[150:300], noise)]
+    (mu, sigma), *others = [(x.mean(0), torch.cov(x.T)) for x in sets]
+    alike, unlike = (score.frechet_distance(mu, sigma, *other) for other in others)
+    assert unlike > 5 * alike
+
+
+def test_building_an_encoder_draws_no_random_numbers():
+    state = torch.get_rng_state()
+    score.encoder("efficientnet_lite0", "cpu")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- Inception, against pytorch-fid ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A $TORCH_HOME's hub folder with an Inception file: right layout, random weights."""
+    folder = tmp_path_factory.mktemp("home") / "hub"
+    from pytorch_fid import inception
+
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        torch.manual_seed(0)
+        # Instead of loading weights, take the network as it was initialised.
+        patch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: None)
+        patch.setattr(nn.Module, "load_state_dict", lambda *_, **__: None)
+        network = inception.fid_inception_v3()
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):  # keeps the signal alive through the layers
+            nn.init.kaiming_normal_(module.weight, generator=torch.Generator().manual_seed(1))
+    (folder / "checkpoints").mkdir(parents=True)
+    torch.save(network.state_dict(), folder / "checkpoints" / WEIGHTS)
+    return folder
+
+
+@pytest.fixture
+def at_hub(hub, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(hub.parent))
+    return hub
+
+
+def test_inception_equals_pytorch_fid(at_hub, tmp_path, monkeypatch, digits):
+    from pytorch_fid import fid_score
+
+    found = []
+    encoder = score.encoder("inception", "cpu")
+    assert (encoder.label, encoder.key, encoder.dim) == ("FID", "fid", 2048)
+    for name, chosen in (("a", digits[:8]), ("b", 255 - digits[8:16])):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(chosen):
+            Image.fromarray(image[0].numpy()).save(tmp_path / name / f"{i}.png")
+        found.append(score.statistics_of(chosen.split(3), encoder, 8, name))
+        arguments = ["pytorch-fid", "--device", "cpu", "--num-workers", "0", "--batch-size", "8"]
+        arguments += ["--save-stats", str(tmp_path / name), str(tmp_path / f"{name}.npz")]
+        monkeypatch.setattr(sys, "argv", arguments)
+        fid_score.main()
+
+    expected = [score.load_statistics(tmp_path / f"{n}.npz", 2048, "inception") for n in "ab"]
+    for moments, (mu, sigma) in zip(found, expected, strict=True):
+        np.testing.assert_allclose(moments.mean, mu, rtol=1e-4, atol=1e-5 * np.abs(mu).max())
+        limit = 1e-4 * np.abs(sigma).max()
+        np.testing.assert_allclose(moments.covariance, sigma, rtol=1e-3, atol=limit)
+    distance = score.frechet_distance(*(x for m in found for x in (m.mean, m.covariance)))
+    assert distance == pytest.approx(distance_of_few(*expected[0], *expected[1]), rel=1e-3)
+
+
+def distance_of_few(mu1, sigma1, mu2, sigma2, rank=7):
+    """pytorch-fid's formula in the span of eight images each, where its sqrtm is fast."""
+    bases = [scipy.sparse.linalg.eigsh(s, k=rank)[1] for s in (sigma1, sigma2)]
+    q = np.linalg.qr(np.concatenate(bases, 1))[0]
+    s1, s2 = q.T @ sigma1 @ q, q.T @ sigma2 @ q
+    root = scipy.linalg.sqrtm(s1 @ s2 + 1e-12 * np.eye(2 * rank)).real
+    return (mu1 - mu2) @ (mu1 - mu2) + np.trace(s1 + s2 - 2 * root)
+
+
+def test_inception_batches_and_classes(at_hub, digits):
+    encoder = score.encoder("inception", "cpu", at_hub / "checkpoints" / WEIGHTS)
+    features = encoder(digits[:3])
+    scale = features.abs().max().item()
+    torch.testing.assert_close(encoder(digits[1:2]), features[1:2], rtol=1e-4, atol=1e-5 * scale)
+    state = torch.load(at_hub / "checkpoints" / WEIGHTS, weights_only=True)
+    expected = (features @ state["fc.weight"].T).softmax(1)
+    torch.testing.assert_close(encoder.class_probabilities(features), expected)
+
+
+def test_missing_inception_weights(monkeypatch, tmp_path):
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(UserError, match=f"put {WEIGHTS} into .*--fid_encoder") as caught:
+        score.encoder("inception", "cpu")
+    assert str(tmp_path / "hub" / "checkpoints") in str(caught.value)
+    with pytest.raises(UserError, match="there is no Inception weights file"):
+        score.encoder("inception", "cpu", tmp_path / "missing.pth")
+    with pytest.raises(UserError, match="takes no weights"):
+        score.encoder("pixels", "cpu", tmp_path / "missing.pth")
+
+
+def test_wrong_inception_weights_name_the_entry(hub, monkeypatch, tmp_path):
+    good = torch.load(hub / "checkpoints" / WEIGHTS, weights_only=True)
+    network = score_features._inception_network()
+    monkeypatch.setattr(score_features, "_inception_network", lambda: network)
+    key, path = "Mixed_5b.branch1x1.conv.weight", tmp_path / "weights.pth"
+    cases = {
+        f"it has no entry {key}": {k: v for k, v in good.items() if k != key},
+        rf"{key} has shape \(1,\), not \(64, 192, 1, 1\)": good | {key: torch.zeros(1)},
+        "unexpected entry more": good | {"more": torch.zeros(1)},
+        "but a list": [1],
+    }
+    for message, state in cases.items():
+        torch.save(state, path)
+        with pytest.raises(UserError, match=message):
+            score.encoder("inception", "cpu", path)
+    path.write_bytes(b"text")
+    with pytest.raises(UserError, match="not a readable file"):
+        score.encoder("inception", "cpu", path)
+
+
+# --- FLOPs ----------------------------------------------------------------------------------------
+
+
+class Toy(nn.Module):
+    def __init__(self, fused):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(8, 16)
+        self.dropout, self.fused = nn.Dropout(), fused
+
+    def forward(self, x, t, width):
+        channels = int(16 * width)
+        x = F.conv2d(x, self.conv.weight[:channels], self.conv.bias[:channels], padding=1)
+        temb = self.linear(t[:, None].float().expand(-1, 8))[:, :channels]
+        q = (x + temb[:, :, None, None]).flatten(2).transpose(1, 2)[:, None]  # (B, 1, HW, C)
+        if self.fused:
+            return F.scaled_dot_product_attention(q, q, q)
+        return self.dropout((q @ q.transpose(2, 3)).softmax(-1)) @ q
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("width", [1, 0.5])
+@pytest.mark.parametrize("size", [4, 8])
+def test_flops_of_convolution_linear_and_attention(fused, width, size):
+    net, channels, positions = Toy(fused), int(16 * width), size**2
+    convolution = 2 * positions * channels * 3 * 9
+    attention = 2 * 2 * positions**2 * channels
+    expected = convolution + 2 * 8 * 16 + attention
+    assert score.flops(net, width, (3, size, size)) == expected
+    assert net.training
+    assert net.conv.weight.device.type == "cpu"
