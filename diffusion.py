@@ -63,18 +63,46 @@ class NoiseSchedule:
         """ᾱ_t; 1 for t = −1, the clean image."""
         return 1.0 if t < 0 else float(self.alpha_bars[t])
 
+    @cached_property
+    def sigmas(self) -> np.ndarray:
+        """(T,) float64, rising: σ_t = √((1 − ᾱ_t)/ᾱ_t), noise over signal. x_t/√ᾱ_t is the clean
+        image plus noise of this deviation (Karras et al. 2022)."""
+        return np.sqrt((1 - self.alpha_bars) / self.alpha_bars)
+
+    def nearest(self, sigma: float) -> int:
+        """The timestep whose σ_t is nearest to `sigma`; the smaller of two that are as near."""
+        return int(np.abs(self.sigmas - sigma).argmin())
+
     def timesteps(self, steps: int, spacing: str = "uniform") -> list[int]:
         """The timesteps, rising, that a sampler of `steps` steps keeps.
 
         uniform: 0, T/K, 2T/K, …; quadratic: ⌊linspace(0, √(0.8·T), K)²⌋ (Song et al. 2021).
         """
-        if not 1 <= steps <= self.T:
-            raise UserError(f"--sample_steps={steps}: must be in 1 to T={self.T}")
+        self._check_steps(steps)
         if spacing == "uniform":
             return [i * self.T // steps for i in range(steps)]
         if spacing == "quadratic":
             return [int(s) for s in np.linspace(0, np.sqrt(self.T * 0.8), steps) ** 2]
         raise UserError(f"--timestep_spacing={spacing}: one of {', '.join(SPACINGS)}")
+
+    def edm_timesteps(self, steps: int, rho: float = 7.0) -> list[int]:
+        """The timesteps, rising, that sample_edm's `steps` steps sit at.
+
+        σ^(1/ρ) falls evenly from the largest σ_t to the smallest (Karras et al. 2022, equation 5),
+        and each σ is rounded to the nearest σ_t. Two can meet there, as in quadratic spacing; the
+        sampler then visits that timestep once.
+        """
+        self._check_steps(steps)
+        if not rho > 0:
+            raise UserError(f"--rho={rho}: must be positive")
+        if steps == 1:
+            return [self.T - 1]
+        ends = self.sigmas[[0, -1]] ** (1 / rho)
+        return [self.nearest(sigma) for sigma in np.linspace(*ends, steps) ** rho]
+
+    def _check_steps(self, steps: int) -> None:
+        if not 1 <= steps <= self.T:
+            raise UserError(f"--sample_steps={steps}: must be in 1 to T={self.T}")
 
     def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t of the forward process: √ᾱ_t·x_0 + √(1 − ᾱ_t)·noise, for t (B,) long."""
@@ -106,12 +134,14 @@ def loss(
         target = noise
     elif mean_type == "xstart":
         target = x_0
-    else:
+    elif mean_type == "xprev":
         before = np.append(1.0, schedule.alpha_bars[:-1])
         c_0 = np.sqrt(before) * schedule.betas / (1 - schedule.alpha_bars)
         c_t = np.sqrt(1 - schedule.betas) * (1 - before) / (1 - schedule.alpha_bars)
         target = schedule.gather(c_0, t, x_0).to(x_0) * x_0
         target = target + schedule.gather(c_t, t, x_0).to(x_0) * x_t
+    else:
+        raise UserError(f"--mean_type={mean_type}: one of {', '.join(MEAN_TYPES)}")
     return torch.nn.functional.mse_loss(denoise(x_t, t).to(target), target)
 
 
@@ -249,4 +279,129 @@ def sample_ddim(
         x = math.sqrt(step.abar_s) * x_0 + direction * epsilon
         if sigma > 0:
             x = x + sigma * noise(t)
+    return x.clamp(-1, 1)
+
+
+SAMPLERS = ("ddpm", "ddim")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Everything about a chain but its network and its noise.
+
+    sampler: one of SAMPLERS. sample_steps: how many timesteps to keep, 0 for all of them.
+    timestep_spacing: which ones. eta: of DDIM. var_type: of DDPM. mean_type: what the network
+    predicts. clip_denoised: clip x̂_0 to [−1, 1] within each step.
+    """
+
+    sampler: str = "ddpm"
+    sample_steps: int = 0
+    timestep_spacing: str = "uniform"
+    eta: float = 0.0
+    var_type: str = "fixedlarge"
+    mean_type: str = "epsilon"
+    clip_denoised: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("sampler", SAMPLERS),
+            ("timestep_spacing", SPACINGS),
+            ("var_type", VAR_TYPES),
+            ("mean_type", MEAN_TYPES),
+        ):
+            if getattr(self, name) not in known:
+                raise UserError(f"--{name}={getattr(self, name)}: one of {', '.join(known)}")
+        if self.sample_steps < 0:
+            raise UserError(f"--sample_steps={self.sample_steps}: must be 0 (all) or positive")
+        if self.eta < 0:
+            raise UserError(f"--eta={self.eta}: must not be negative")
+
+    def timesteps(self, schedule: NoiseSchedule) -> list[int]:
+        """The timesteps that the chain visits, rising."""
+        steps = self.sample_steps or schedule.T
+        return sorted(set(schedule.timesteps(steps, self.timestep_spacing)))
+
+    def __call__(
+        self,
+        denoise: Denoiser,
+        x: Tensor,
+        schedule: NoiseSchedule,
+        noise: Noise,
+        timesteps: Sequence[int] | None = None,
+        observe: Observer | None = None,
+    ) -> Tensor:
+        """Run the chain from x, taken to be at the largest of `timesteps`; x_0 in [−1, 1].
+
+        timesteps: the ones to visit, by default all that the sampler keeps.
+        """
+        common = {
+            "noise": noise,
+            "mean_type": self.mean_type,
+            "clip_denoised": self.clip_denoised,
+            "steps": self.timesteps(schedule) if timesteps is None else timesteps,
+            "observe": observe,
+        }
+        if self.sampler == "ddpm":
+            return sample_ddpm(denoise, x, schedule, var_type=self.var_type, **common)
+        return sample_ddim(denoise, x, schedule, eta=self.eta, **common)
+
+
+def sample_edm(
+    denoise: Denoiser,
+    x_T: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    steps: int | Sequence[int],
+    rho: float = 7.0,
+    S_churn: float = 0.0,
+    S_min: float = 0.0,
+    S_max: float = math.inf,
+    S_noise: float = 1.0,
+    noise: Noise | None = None,
+    mean_type: str = "epsilon",
+    clip_denoised: bool = False,
+    heun: bool = True,
+    observe: Observer | None = None,
+) -> Tensor:
+    """EDM's sampler (Karras et al. 2022, algorithms 1 and 2); x_0 in [−1, 1], like x_T.
+
+    Here x is the clean image plus noise of deviation σ; the network sees √ᾱ_t·x, which is
+    x/√(1 + σ_t²). steps: how many σ, spaced by rho as `edm_timesteps` says, or which timesteps.
+    x_T is unit Gaussian and becomes x at the largest σ. S_churn > 0 adds noise before each of the
+    N steps with S_min ≤ σ ≤ S_max, up to (1 + min(S_churn/N, √2 − 1))·σ rounded to a trained σ,
+    and needs `noise`; the network is then called at timesteps between the steps' own, too.
+    heun=False leaves out the second-order correction (Euler). `observe` gets each step's t and x.
+    """
+    if S_churn < 0 or S_noise < 0:
+        raise UserError(f"--S_churn={S_churn} --S_noise={S_noise}: must not be negative")
+    if S_churn > 0 and noise is None:
+        raise ValueError("sample_edm with S_churn > 0 needs `noise`")
+    if isinstance(steps, int):
+        steps = schedule.edm_timesteps(steps, rho)
+    kept = _kept(steps, "uniform", schedule)
+
+    def slope(x: Tensor, t: int) -> Tensor:
+        """dx/dσ at timestep t: (x − x̂_0)/σ."""
+        x_t = x * math.sqrt(schedule.abar(t))
+        x_0 = predict_x_0(denoise(x_t, t), x_t, t, schedule, mean_type, clip_denoised)
+        return (x - x_0) / sigmas[t]
+
+    # The last entry is what index −1 finds: the clean image.
+    sigmas = [*schedule.sigmas.tolist(), 0.0]
+    gamma = min(S_churn / len(kept), math.sqrt(2) - 1)
+    x = x_T * sigmas[kept[0]]
+    for t, s in zip(kept, [*kept[1:], -1], strict=True):
+        if observe:
+            observe(t, x)
+        churned = t
+        if S_min <= sigmas[t] <= S_max:
+            churned = schedule.nearest((1 + gamma) * sigmas[t])
+        if churned != t:
+            x = x + S_noise * math.sqrt(sigmas[churned] ** 2 - sigmas[t] ** 2) * noise(t)
+        step = sigmas[s] - sigmas[churned]
+        first = slope(x, churned)
+        following = x + step * first
+        if heun and s >= 0:
+            following = x + step * (first + slope(following, s)) / 2
+        x = following
     return x.clamp(-1, 1)

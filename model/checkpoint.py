@@ -35,6 +35,10 @@ def load(path: str | Path) -> dict:
             f"no checkpoint at {path}{found}; see --logdir and --ckpt_name, or run --train first"
         ) from error
     except pickle.UnpicklingError as error:
+        with path.open("rb") as file:
+            start = file.read(1)
+        if start not in (b"P", b"\x80"):  # neither a zip archive nor a pickle
+            raise UserError(f"{path} is not a checkpoint; see --logdir and --ckpt_name") from error
         raise UserError(
             f"{path} holds more than tensors and plain values, which could carry code, so it was "
             "not loaded; save it again as a dict of state dicts"
@@ -50,26 +54,31 @@ def load(path: str | Path) -> dict:
     return state
 
 
-def fill(net: nn.Module, entries: object, path: str | Path) -> None:
-    """Copy a state dict into `net`. Raises UserError that names the first entry that differs."""
-    if not isinstance(entries, dict) or not all(isinstance(v, Tensor) for v in entries.values()):
+def entries(state: object, path: str | Path) -> dict[str, Tensor]:
+    """A network's state dict, without the "module." that DataParallel puts before every name."""
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path}: the network's entry is not a state dict of tensors")
-    prefix = "module."  # what DataParallel puts before every name
-    if entries and all(str(name).startswith(prefix) for name in entries):
-        entries = {name.removeprefix(prefix): value for name, value in entries.items()}
+    if state and all(str(name).startswith("module.") for name in state):
+        return {name.removeprefix("module."): value for name, value in state.items()}
+    return dict(state)
+
+
+def fill(net: nn.Module, state: object, path: str | Path) -> None:
+    """Copy a state dict into `net`. Raises UserError that names the first entry that differs."""
+    found = entries(state, path)
     for name, expected in net.state_dict().items():
-        if name not in entries:
+        if name not in found:
             raise UserError(f"{path} is for another network: it has no entry {name}")
-        if entries[name].shape != expected.shape:
+        if found[name].shape != expected.shape:
             raise UserError(
-                f"{path} is for another network: {name} is {list(entries[name].shape)} there and "
+                f"{path} is for another network: {name} is {list(found[name].shape)} there and "
                 f"{list(expected.shape)} here; compare --T, --ch, --ch_mult, --attn, "
                 "--num_res_blocks and the data set's channels"
             )
-    extra = [name for name in entries if name not in net.state_dict()]
+    extra = [name for name in found if name not in net.state_dict()]
     if extra:
         raise UserError(f"{path} is for another network: its entry {extra[0]} has no place here")
-    net.load_state_dict(entries)
+    net.load_state_dict(found)
 
 
 def _first_line(error: BaseException) -> str:

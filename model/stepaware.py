@@ -43,7 +43,7 @@ class WidthSchedule:
         return isinstance(other, WidthSchedule) and self._at == other._at
 
     def __hash__(self) -> int:
-        return hash(self.widths)
+        return hash(tuple(self._at.items()))
 
     @classmethod
     def load(

@@ -8,6 +8,7 @@ Yang et al., "Denoising Diffusion Step-aware Models" (ICLR 2024).
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -60,6 +61,12 @@ class UNetSettings:
             raise UserError(f"--attn={outside[0]}: levels are 0 to {len(self.ch_mult) - 1}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout={self.dropout}: must be in [0, 1)")
+        for channels in (self.ch, *(self.ch * mult for mult in self.ch_mult)):
+            if channels % self.num_groups:
+                raise UserError(
+                    f"a level of {channels} channels does not fall into "
+                    f"--num_groups={self.num_groups} groups; change --num_groups, --ch or --ch_mult"
+                )
         if self.skip_slicing not in SKIP_SLICING:
             raise UserError(f"--skip_slicing={self.skip_slicing}: one of {SKIP_SLICING}")
 
@@ -76,9 +83,7 @@ class UNetSettings:
 def sinusoids(T: int, ch: int) -> Tensor:
     """The table [T, ch] of Vaswani et al. with sine and cosine in turn: entry (p, 2i) is
     sin(p·e^(−ln(10000)·2i/ch)), entry (p, 2i+1) its cosine."""
-    frequency = torch.exp(
-        torch.arange(0, ch, 2, dtype=torch.float64) * (-torch.log(torch.tensor(1e4)).double() / ch)
-    )
+    frequency = torch.exp(torch.arange(0, ch, 2, dtype=torch.float64) * (-math.log(10000) / ch))
     angle = torch.arange(T, dtype=torch.float64)[:, None] * frequency
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :ch].float()
 

@@ -1,0 +1,192 @@
+"""Checkpoints that must load, that must be refused, and the moving average they hold."""
+
+import os
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from errors import UserError
+from model import EMA
+from model.checkpoint import fill, load, save
+
+
+def network(seed: int = 0, middle: int = 3) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(2, middle), nn.Linear(middle, 2))
+
+
+def state(net: nn.Module) -> dict:
+    return {"net_model": net.state_dict(), "ema_model": net.state_dict()}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ckpt.pt"
+
+
+def refused(path: Path, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        load(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_round_trip(path: Path) -> None:
+    net = network()
+    optimiser = torch.optim.Adam(net.parameters())
+    net(torch.ones(1, 2)).sum().backward()
+    optimiser.step()
+    more = {"step": 12, "x_T": torch.randn(2, 3), "optim": optimiser.state_dict()}
+    more["settings"] = {"ch_mult": [1, 2], "skip_slicing": "leading"}
+    save(path, {**state(net), **more})
+    read = load(path)
+    assert read["step"] == 12
+    assert read["settings"] == more["settings"]
+    assert torch.equal(read["x_T"], more["x_T"])
+    torch.optim.Adam(net.parameters()).load_state_dict(read["optim"])
+    other = network(1)
+    fill(other, read["net_model"], path)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+    assert [p.name for p in path.parent.iterdir()] == ["ckpt.pt"]
+
+
+def test_entries_of_our_own_may_be_absent(path: Path) -> None:
+    torch.save(state(network()), path)
+    assert load(path).keys() == {"net_model", "ema_model"}
+
+
+def test_a_failed_save_leaves_the_old_file(path: Path) -> None:
+    save(path, {**state(network()), "step": 1})
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        save(path, {**state(network()), "step": lambda: 2})
+    assert load(path)["step"] == 1
+    assert [p.name for p in path.parent.iterdir()] == ["ckpt.pt"]
+
+
+def test_missing_file_names_what_is_there(path: Path) -> None:
+    refused(path, "no checkpoint at .*--train")
+    for name in ("late", "early"):
+        save(path.with_name(f"{name}.pt"), state(network()))
+    refused(path, "there are early, late; see .*--ckpt_name")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_truncated_file(path: Path, share: float) -> None:
+    save(path, state(network()))
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    refused(path, "truncated or not a checkpoint")
+
+
+@pytest.mark.parametrize(
+    "data", [b"<html>not found</html>", b"[1, 0.5]", bytes(1000), b"PK\x03\x04"]
+)
+def test_file_of_another_kind(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    refused(path, "not a checkpoint")
+
+
+def test_folder(path: Path) -> None:
+    path.mkdir()
+    refused(path, "not a checkpoint")
+
+
+@pytest.mark.parametrize(
+    "content", [network().state_dict(), {"net_model": {}}, [1, 2], torch.zeros(2), 3]
+)
+def test_contents_of_another_kind(path: Path, content: object) -> None:
+    torch.save(content, path)
+    refused(path, "has no net_model and ema_model")
+
+
+class Malicious:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.mark.parametrize("how", ["zip", "pickle", "legacy"])
+def test_code_is_refused_and_not_run(path: Path, how: str) -> None:
+    mark = path.with_name("ran")
+    content = {**state(network()), "step": Malicious(mark)}
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
+    refused(path, "could carry code|not a checkpoint")
+    assert not mark.exists()
+    # The trap works: a reader that trusts the file would have sprung it.
+    pickle.loads(pickle.dumps(Malicious(mark)))
+    assert mark.exists()
+
+
+def test_first_mismatch_is_named() -> None:
+    entries = network(middle=4).state_dict()
+    expected = r"f\.pt is for another network: 0\.weight is \[4, 2\] there and \[3, 2\] here"
+    with pytest.raises(UserError, match=expected):
+        fill(network(), entries, "f.pt")
+    entries = network().state_dict()
+    del entries["1.weight"], entries["1.bias"]
+    with pytest.raises(UserError, match=r"no entry 1\.weight"):
+        fill(network(), entries, "f.pt")
+    entries = {**network().state_dict(), "2.weight": torch.zeros(1)}
+    with pytest.raises(UserError, match=r"its entry 2\.weight has no place"):
+        fill(network(), entries, "f.pt")
+
+
+def test_a_mismatch_changes_nothing() -> None:
+    net = network()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    entries = {**network(1).state_dict(), "1.bias": torch.zeros(5)}
+    with pytest.raises(UserError, match=re.escape("1.bias")):
+        fill(net, entries, "f.pt")
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("entries", [None, [1], {"0.weight": 3}, {"0.weight": [1.0]}, {}])
+def test_not_a_state_dict(entries: object) -> None:
+    with pytest.raises(UserError, match=r"f\.pt"):
+        fill(network(), entries, "f.pt")
+
+
+def test_names_from_data_parallel() -> None:
+    source, net = network(1), network()
+    fill(net, {f"module.{k}": v for k, v in source.state_dict().items()}, "f.pt")
+    assert torch.equal(net[0].weight, source[0].weight)
+
+
+def test_ema_closed_form() -> None:
+    net, decay, steps = network(), 0.9, 7
+    ema = EMA(net, decay)
+    start = net[0].weight.detach().clone()
+    target = torch.randn(3, 2)
+    with torch.no_grad():
+        net[0].weight.copy_(target)
+    for _ in range(steps):
+        ema.update(net)
+    expected = decay**steps * start + (1 - decay**steps) * target
+    torch.testing.assert_close(ema.model[0].weight, expected)
+    assert torch.equal(net[0].weight, target)
+
+
+def test_ema_is_a_copy_that_never_trains() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).train()
+    ema = EMA(net, 0.5)
+    assert net.training
+    assert not any(module.training for module in ema.model.modules())
+    assert not any(p.requires_grad for p in ema.model.parameters())
+    with torch.no_grad():
+        net[0].weight.zero_()
+    assert ema.model[0].weight.any()
+
+
+def test_ema_of_another_network() -> None:
+    ema = EMA(network(), 0.9)
+    with pytest.raises(ValueError, match=r"entries differ.*2\.bias"):
+        ema.update(nn.Sequential(*network(), nn.Linear(2, 2)))

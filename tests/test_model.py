@@ -1,0 +1,377 @@
+"""The network against the published one's numbers, names and counts, and the slicing itself."""
+
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from errors import UserError
+from model import Candidate, SlimmableUNet, UNetSettings, candidates
+from model.slimmable import (
+    Channels,
+    SlimmableConv2d,
+    SlimmableGroupNorm,
+    SlimmableLinear,
+    round_channels,
+)
+from model.unet import ResBlock, sinusoids
+
+GOLDEN = Path(__file__).parent / "golden"
+SMALL = dict(T=50, ch=64, ch_mult=[1, 2], attn=[1], num_res_blocks=1, dropout=0.1, num_groups=16)
+CIFAR = dict(T=1000, ch=128, ch_mult=[1, 2, 2, 2], attn=[1], num_res_blocks=2, dropout=0.1)
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+
+
+def fill_by_recipe(net: nn.Module) -> nn.Module:
+    """Weights that depend on an entry's name and shape alone: those behind the golden numbers."""
+    state = net.state_dict()
+    for name, value in state.items():
+        if name == "time_embedding.timembedding.0.weight":
+            continue
+        random = np.random.default_rng(zlib.crc32(name.encode()))
+        a = random.standard_normal(tuple(value.shape)).astype(np.float32)
+        if name.endswith("bias"):
+            a = 0.1 * a
+        elif a.ndim == 1:
+            a = 1 + 0.1 * a
+        else:
+            a = a / np.sqrt(np.prod(a.shape[1:]))
+        state[name] = torch.from_numpy(np.asarray(a, dtype=np.float32))
+    net.load_state_dict(state)
+    return net.eval()
+
+
+def golden_network() -> SlimmableUNet:
+    return fill_by_recipe(SlimmableUNet(**SMALL))
+
+
+def tiny(**changes: object) -> SlimmableUNet:
+    settings = dict(
+        T=10, ch=16, ch_mult=(1, 2), attn=(1,), num_res_blocks=1, dropout=0.1, num_groups=4
+    )
+    return fill_by_recipe(SlimmableUNet(**{**settings, **changes}))
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / "slimmable_g16_ch64.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def small() -> SlimmableUNet:
+    return golden_network()
+
+
+@pytest.fixture(scope="module")
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 3, 8, 8, generator=generator), torch.tensor([3, 7])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@torch.no_grad()
+def test_golden_numbers(golden: dict, small: SlimmableUNet, width: float) -> None:
+    x = torch.from_numpy(golden["x"])
+    dense = small.subnet(width)
+    for t in (0, 25, 49):
+        expected = torch.from_numpy(golden[f"eps_w{width}_t{t}"])
+        steps = torch.full((len(x),), t)
+        tolerance = 1e-4 * float(expected.std())
+        torch.testing.assert_close(small(x, steps, width), expected, rtol=0, atol=tolerance)
+        torch.testing.assert_close(dense(x, steps), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("settings", "file"),
+    [(SMALL, "slimmable_g16_ch64"), ({**CIFAR, "T": 50}, "slimmable_cifar10")],
+)
+def test_entries_have_the_published_names_shapes_and_order(settings: dict, file: str) -> None:
+    with torch.device("meta"):
+        net = SlimmableUNet(**{**settings, "dropout": 0.0})
+    entries = [
+        f"{name} {'x'.join(map(str, value.shape))}" for name, value in net.state_dict().items()
+    ]
+    assert entries == (GOLDEN / f"{file}.keys.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        (CIFAR, 35_874_307),  # 35.87 M, with the table of 1000 × 128
+        ({**CIFAR, "T": 50}, 35_874_307 - 950 * 128),
+        # One channel instead of three: two 3×3 kernels of 128 channels fewer at each end, and
+        # two biases in the tail.
+        ({**CIFAR, "in_ch": 1}, 35_874_307 - 2 * (2 * 9 * 128) - 2),
+    ],
+)
+def test_parameter_counts(settings: dict, count: int) -> None:
+    with torch.device("meta"):
+        net = SlimmableUNet(**settings)
+    assert sum(p.numel() for p in net.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("channels", "divisor", "expected"),
+    [
+        (128, 8, 128), (96, 8, 96), (64, 8, 64), (32, 8, 32),
+        (6, 8, 8),  # half of 12: up to the next multiple
+        (12, 8, 16),  # a tie goes up
+        (18, 8, 24),  # 16 would be below 0.9·18
+        (17, 8, 16),
+        (24, 16, 32), (20, 16, 32), (17, 16, 16),
+        (3, 8, 9),  # none left: at least 1, and then 1 < 0.9·3 adds the divisor
+        (1, 8, 1),
+        (2.5, 1, 3), (2.4, 1, 3), (2, 1, 2),
+    ],
+)  # fmt: skip
+def test_round_channels(channels: float, divisor: int, expected: int) -> None:
+    assert round_channels(channels, divisor) == expected
+
+
+def test_width_one_equals_dense_layers() -> None:
+    x = torch.randn(2, 24, 6, 6)
+    conv = SlimmableConv2d(Channels((24,)), Channels((16,)), 3, stride=2)
+    dense = nn.Conv2d(24, 16, 3, stride=2, padding=1)
+    dense.load_state_dict(conv.state_dict())
+    assert torch.equal(conv(x, 1.0), dense(x))
+
+    linear, dense = SlimmableLinear(Channels((24,)), Channels((16,))), nn.Linear(24, 16)
+    dense.load_state_dict(linear.state_dict())
+    assert torch.equal(linear(x[..., 0, 0], 1.0), dense(x[..., 0, 0]))
+
+    norm, dense = SlimmableGroupNorm(4, Channels((24,))), nn.GroupNorm(4, 24)
+    nn.init.normal_(norm.weight)
+    dense.load_state_dict(norm.state_dict())
+    assert torch.equal(norm(x, 1.0), dense(x))
+
+
+def test_narrow_layer_equals_the_leading_block() -> None:
+    conv = SlimmableConv2d(Channels((32,)), Channels((48,)), 3)
+    x = torch.randn(2, 16, 6, 6)
+    expected = nn.functional.conv2d(x, conv.weight[:24, :16], conv.bias[:24], padding=1)
+    assert torch.equal(conv(x, 0.5), expected)
+    # The number of groups stays, so a group holds fewer channels.
+    norm = SlimmableGroupNorm(8, Channels((32,)))
+    nn.init.normal_(norm.weight)
+    expected = nn.functional.group_norm(x, 8, norm.weight[:16], norm.bias[:16])
+    assert torch.equal(norm(x, 0.5), expected)
+
+
+def test_time_table_is_the_closed_form() -> None:
+    table = sinusoids(1000, 32)
+    p, i = 937, 5
+    angle = p * 10000 ** (-2 * i / 32)
+    assert float(table[p, 2 * i]) == pytest.approx(np.sin(angle), abs=1e-6)
+    assert float(table[p, 2 * i + 1]) == pytest.approx(np.cos(angle), abs=1e-6)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@torch.no_grad()
+def test_one_channel_images(width: float) -> None:
+    net = tiny(in_ch=1)
+    x, t = torch.randn(3, 1, 8, 8), torch.tensor([0, 5, 9])
+    out = net(x, t, width)
+    assert out.shape == x.shape
+    assert out.std() > 0.01
+    torch.testing.assert_close(net.subnet(width)(x, t), out, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [*WIDTHS, 0.3, 0.9])
+@torch.no_grad()
+def test_narrow_network_whose_roundings_part(width: float, batch: tuple) -> None:
+    # 24·w and 48·w are no multiples of 16 at most of these widths.
+    net = tiny(ch=24, num_groups=8)
+    net.check_width(width)
+    out = net(*batch, width)
+    torch.testing.assert_close(net.subnet(width)(*batch), out, rtol=1e-4, atol=1e-5)
+
+
+def test_width_that_groups_do_not_divide_is_one_clear_error() -> None:
+    net = tiny(ch=32, num_groups=16)
+    net.check_width(0.5)
+    for call in (net.check_width, net.subnet):
+        with pytest.raises(UserError, match=r"width 0\.25 leaves 8 channels .* 16 groups") as error:
+            call(0.25)
+        assert "\n" not in str(error.value)
+    for width in (0, -0.5, 1.5, float("nan")):
+        with pytest.raises(UserError, match="must be in"):
+            net.check_width(width)
+
+
+def _kept_columns(blocks: tuple[int, ...], width: float) -> torch.Tensor:
+    """Which of the concatenated columns "segments" keeps, then all others."""
+    starts = np.cumsum([0, *blocks[:-1]])
+    kept = [
+        s + i
+        for s, n in zip(starts, blocks, strict=True)
+        for i in range(round_channels(n * width, 8))
+    ]
+    return torch.tensor([*kept, *(i for i in range(sum(blocks)) if i not in kept)])
+
+
+@pytest.mark.parametrize("width", [0.75, 0.5, 0.25])
+@torch.no_grad()
+def test_segments_are_sliced_apart(width: float, batch: tuple) -> None:
+    apart, leading = tiny(ch=32, skip_slicing="segments"), tiny(ch=32)
+    assert torch.equal(apart(*batch, 1.0), leading(*batch, 1.0))
+    narrow = apart(*batch, width)
+    assert (narrow - leading(*batch, width)).std() > 0.01 * narrow.std()
+    torch.testing.assert_close(apart.subnet(width)(*batch), narrow, rtol=1e-4, atol=1e-5)
+    # With the kept columns moved to the front by hand, leading slices are the two segments.
+    for block in leading.upblocks:
+        if isinstance(block, ResBlock):
+            norm, _, conv = block.block1
+            columns = _kept_columns(norm.inputs.blocks, width)
+            norm.weight.copy_(norm.weight[columns])
+            norm.bias.copy_(norm.bias[columns])
+            conv.weight.copy_(conv.weight[:, columns])
+            block.shortcut.weight.copy_(block.shortcut.weight[:, columns])
+    torch.testing.assert_close(leading(*batch, width), narrow)
+
+
+def test_segments_of_one_layer() -> None:
+    conv = SlimmableConv2d(Channels((32, 16), apart=True), Channels((32,)), 3)
+    x = torch.randn(2, 24, 6, 6)  # 16 of h, 8 of the skip
+    weight = torch.cat([conv.weight[:16, :16], conv.weight[:16, 32:40]], dim=1)
+    expected = nn.functional.conv2d(x, weight, conv.bias[:16], padding=1)
+    assert torch.equal(conv(x, 0.5), expected)
+
+
+@pytest.mark.parametrize("width", [1.0, 0.5])
+def test_subnet_is_a_network_of_its_own(width: float, batch: tuple) -> None:
+    net = tiny(ch=32, skip_slicing="segments").train()
+    dense = net.subnet(width)
+    assert net.training
+    assert not any(module.training for module in dense.modules())
+    theirs = {v.untyped_storage().data_ptr() for v in net.state_dict().values()}
+    mine = list(dense.state_dict().values())
+    assert not theirs & {v.untyped_storage().data_ptr() for v in mine}
+    assert all(v.is_contiguous() for v in mine)
+    assert not any(p.requires_grad for p in dense.parameters())
+
+    before = dense(*batch)
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
+    net(*batch, width).square().mean().backward()
+    optimiser.step()
+    assert torch.equal(dense(*batch), before)
+    assert not torch.allclose(net.eval()(*batch, width), before, rtol=1e-3)
+
+
+def test_narrow_gradients_touch_the_leading_block_alone(batch: tuple) -> None:
+    net, width = tiny(ch=32), 0.5
+    net(*batch, width).square().mean().backward()
+    for name, layer in net.named_modules():
+        if isinstance(layer, (SlimmableConv2d, SlimmableLinear)):
+            rows, columns = layer.outputs.count(width), layer.inputs.count(width)
+            gradient = layer.weight.grad
+            assert gradient[:rows, :columns].any(), name
+            assert not gradient[rows:].any(), name
+            assert not gradient[:, columns:].any(), name
+        elif isinstance(layer, SlimmableGroupNorm):
+            rows = layer.inputs.count(width)
+            assert layer.weight.grad[:rows].all(), name
+            assert not layer.weight.grad[rows:].any(), name
+        else:
+            continue
+        if not name.endswith("proj_k"):  # softmax does not see a constant added to every key
+            assert layer.bias.grad[:rows].any(), name
+        assert not layer.bias.grad[rows:].any(), name
+
+
+@torch.no_grad()
+def test_threads_run_different_widths_at_once(batch: tuple) -> None:
+    net = tiny()
+    alone = {width: net(*batch, width) for width in WIDTHS}
+
+    def repeat(width: float) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [net(*batch, width) for _ in range(10)]
+
+    with ThreadPoolExecutor(len(WIDTHS)) as pool:
+        for width, outs in zip(WIDTHS, pool.map(repeat, WIDTHS), strict=True):
+            assert all(torch.equal(out, alone[width]) for out in outs)
+
+
+@torch.no_grad()
+def test_a_call_leaves_nothing_behind(batch: tuple) -> None:
+    # Replicas of a network share what its modules hold, so nothing may be kept between calls.
+    def held(net: nn.Module) -> list[dict]:
+        keep = ("_parameters", "_buffers", "_modules")
+        return [
+            {k: v for k, v in module.__dict__.items() if k not in keep} for module in net.modules()
+        ]
+
+    net = tiny()
+    before, entries = held(net), {k: v.clone() for k, v in net.state_dict().items()}
+    net(*batch, 0.5)
+    net.subnet(0.25)
+    assert held(net) == before
+    assert net.state_dict().keys() == entries.keys()
+    assert all(torch.equal(v, entries[k]) for k, v in net.state_dict().items())
+
+
+@torch.no_grad()
+def test_candidates_equal_the_supernet(batch: tuple) -> None:
+    net = tiny(ch=32)
+    for width, candidate in candidates(net, WIDTHS).items():
+        assert isinstance(candidate, Candidate)
+        expected = net(*batch, width)
+        torch.testing.assert_close(candidate(*batch), expected, rtol=1e-4, atol=1e-5)
+    half = candidates(net, [1.0], torch.bfloat16)[1.0](*batch)
+    expected = net(*batch)
+    assert half.dtype == torch.float32
+    assert half.is_contiguous()
+    assert (half - expected).std() < 0.05 * expected.std()
+
+
+def test_dropout_acts_in_training_alone(batch: tuple) -> None:
+    net = tiny(dropout=0.5)
+    assert torch.equal(net(*batch, 0.5), net(*batch, 0.5))
+    net.train()
+    assert not torch.equal(net(*batch, 0.5), net(*batch, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"T": 0}, "--T=0"),
+        ({"ch": 0}, "--ch=0"),
+        ({"ch_mult": ()}, "--ch_mult"),
+        ({"ch_mult": (1, 0)}, "--ch_mult"),
+        ({"attn": (4,)}, "--attn=4"),
+        ({"attn": (-1,)}, "--attn=-1"),
+        ({"num_res_blocks": 0}, "--num_res_blocks=0"),
+        ({"dropout": 1.0}, "--dropout"),
+        ({"dropout": -0.1}, "--dropout"),
+        ({"num_groups": 0}, "--num_groups=0"),
+        ({"ch": 24, "num_groups": 16}, "24 channels.*--num_groups=16"),
+        ({"in_ch": 0}, "--in_ch=0"),
+        ({"skip_slicing": "both"}, "--skip_slicing=both"),
+    ],
+)
+def test_settings_errors(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        UNetSettings(**change)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_rebuild_the_network() -> None:
+    net = tiny(skip_slicing="segments")
+    again = SlimmableUNet(**net.settings_dict())
+    assert again.settings == net.settings
+    assert [v.shape for v in again.state_dict().values()] == [
+        v.shape for v in net.state_dict().values()
+    ]
+
+
+def test_image_sizes() -> None:
+    settings = UNetSettings(ch_mult=(1, 2, 2, 2))
+    settings.check_image_size(32)
+    for size in (0, 12, 28):
+        with pytest.raises(UserError, match=f"--img_size={size}: .*multiple of 8"):
+            settings.check_image_size(size)
