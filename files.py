@@ -1,12 +1,19 @@
 """Files written whole: a reader, or a killed writer, never leaves half a file behind."""
 
+from __future__ import annotations
+
 import contextlib
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -40,3 +47,66 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: object) -> None:
     """Write `value` to `path` as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def append_jsonl(path: str | Path, record: object) -> None:
+    """Add one line of JSON to `path`; it is on the disk when this returns."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def read_jsonl(path: str | Path) -> list:
+    """The records of `path`, none where it is missing.
+
+    A last line that a killed writer left unfinished is no record; anything else that is not JSON
+    is a UserError.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    records = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is not JSON ({error})") from error
+    return records
+
+
+def write_jsonl(path: str | Path, records: Iterable[object]) -> None:
+    """Replace `path` by these records, whole or not at all."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def writable_folder(path: str | Path) -> Path:
+    """`path` as a folder that exists and takes files, or UserError."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write in {path}: {error.strerror or error}; see --logdir"
+        ) from error
+    return path
+
+
+def save_grid(path: str | Path, images: Tensor) -> Tensor:
+    """Save images (N, C, H, W) uint8 as one picture, in rows of about √N; returns it (C, H, W)."""
+    from torchvision.io import write_png
+    from torchvision.utils import make_grid
+
+    grid = make_grid(images.cpu(), nrow=math.ceil(math.sqrt(len(images))))
+    with replacing(path) as temporary:
+        write_png(grid, str(temporary))
+    return grid

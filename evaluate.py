@@ -1,0 +1,349 @@
+"""From a schedule to scores: sample images, encode them, compare them with the data's statistics.
+
+What eval prints and what search calls its fitness come from here. This file knows candidate
+networks, chains and encoders; it does not know flags, nor how schedules are found.
+
+All schedules are scored on the same noise, so chains that agree from the start down to some
+timestep have the same x there. With a memory budget such states are kept and a chain starts where
+it parts from what was seen; the images are bit for bit those of a chain run from the start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data
+import diffusion
+import distributed
+import rng
+import score
+from model import StepAwareDenoiser, WidthSchedule
+
+Schedule = WidthSchedule | Sequence[Hashable]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a schedule's images are worth.
+
+    distance: Fréchet distance to the data in the features of `encoder`; `label` is its name in
+    full. inception_score: mean and standard deviation over splits, None where the encoder has no
+    classifier. passes: network passes (images × steps) that were run; passes_saved: those that
+    shared states made unnecessary. sampling_seconds: time in the sampler, all processes together.
+    """
+
+    label: str
+    encoder: str
+    distance: float
+    inception_score: tuple[float, float] | None
+    images: int
+    passes: int
+    passes_saved: int
+    sampling_seconds: float
+
+
+@dataclass
+class _Chain:
+    """The timesteps that a schedule's chain visits, falling, and the network of each.
+
+    Its state at position p is x just before the network runs at steps[p]. It depends on what ran
+    before and on steps[p] alone, which `key` holds.
+    """
+
+    steps: list[int]
+    networks: list[Hashable]
+
+    @classmethod
+    def of(cls, schedule: Schedule, timesteps: Sequence[int]) -> _Chain:
+        steps = [t for t in sorted(timesteps, reverse=True) if schedule[t] != 0]
+        return cls(steps, [schedule[t] for t in steps])
+
+    def key(self, position: int) -> tuple:
+        before = zip(self.steps[:position], self.networks[:position], strict=True)
+        return (*before, self.steps[position])
+
+    def shared(self, other: _Chain) -> int:
+        """The last position where both chains have the same state."""
+        position = 0
+        mine = zip(self.steps, self.networks, strict=True)
+        for here, there in zip(mine, zip(other.steps, other.networks, strict=True), strict=False):
+            if here[0] != there[0]:
+                return max(0, position - 1)
+            if here[1] != there[1]:
+                return position
+            position += 1
+        return max(0, position - 1)
+
+
+@dataclass
+class SharedStates:
+    """x at chosen positions of the chains scored so far, within `budget` bytes.
+
+    device: where states are kept, None for where they arise. When memory runs out, the state that
+    was not used for longest goes first, and those that a chain of the running call will start
+    from (`planned`) go last.
+    """
+
+    budget: int
+    device: torch.device | None = None
+    planned: set[tuple] = field(default_factory=set)
+    _states: OrderedDict[tuple, dict[int, Tensor]] = field(default_factory=OrderedDict)
+
+    def deepest(self, chain: _Chain) -> int:
+        """The last position of `chain` whose state is known; 0 where none is."""
+        known = {key[-1] for key in self._states}
+        for position in reversed(range(1, len(chain.steps))):
+            if chain.steps[position] in known and (key := chain.key(position)) in self._states:
+                self._states.move_to_end(key)
+                return position
+        return 0
+
+    def reserve(self, chain: _Chain, start: int, branches: set[int], state_bytes: int) -> set[int]:
+        """Make room; returns the positions after `start` whose states are to be kept.
+
+        These are the `branches`, where chains of the running call will start, and, as far as there
+        is room, 16 even positions, where the next generation's chains may.
+        """
+        capacity = self.budget // state_bytes
+        in_use = {chain.key(start)} if start else set()
+        room = capacity - len(in_use)
+        kept = [p for p in sorted(branches) if p > start][: max(0, room)]
+        self.planned |= {chain.key(p) for p in kept}
+        room -= len(kept) + len(self.planned & self._states.keys() - in_use)
+        every = max(1, len(chain.steps) // 16)
+        even = [p for p in range(every, len(chain.steps), every) if p > start and p not in branches]
+        kept += even[: max(0, room)]
+        for planned in (False, True):
+            for key in [k for k in self._states if (k in self.planned) == planned]:
+                if len(self._states) + len(kept) <= capacity:
+                    return set(kept)
+                if key not in in_use:
+                    del self._states[key]
+        return set(kept)
+
+    def get(self, key: tuple, batch: int, device: torch.device) -> Tensor:
+        return self._states[key][batch].to(device)
+
+    def put(self, key: tuple, batch: int, x: Tensor) -> None:
+        self._states.setdefault(key, {})[batch] = x.to(self.device or x.device, copy=True)
+
+
+@dataclass
+class Evaluator:
+    """Scores width schedules; built once, used for every schedule of a run.
+
+    networks: the candidates, each called as network(x, t). reference: mean and covariance of the
+    data's features; None for an evaluator that only samples. stream: of the noise (see rng).
+    """
+
+    networks: Mapping[Hashable, nn.Module]
+    noise_schedule: diffusion.NoiseSchedule
+    sampler: diffusion.Sampler
+    encoder: score.Encoder | None
+    reference: tuple[np.ndarray, np.ndarray] | None
+    image_shape: tuple[int, int, int]
+    device: torch.device
+    num_images: int
+    batch_size: int
+    seed: int = 0
+    stream: int = rng.SAMPLING
+    states: SharedStates | None = None
+    progress: bool = True
+
+    def timesteps(self) -> list[int]:
+        """The timesteps that the sampler visits, rising."""
+        return self.sampler.timesteps(self.noise_schedule)
+
+    def score(self, schedule: Schedule, keep: int = 0) -> tuple[Scores, Tensor]:
+        """The scores of `schedule`, and its first `keep` images, uint8 (keep, C, H, W)."""
+        chain = _Chain.of(schedule, self.timesteps())
+        return self._score(schedule, chain, set(), keep)
+
+    def score_all(self, schedules: Sequence[Schedule]) -> Iterator[tuple[int, Scores]]:
+        """(index, scores) of every schedule, in the order that shares most states."""
+        chains = [_Chain.of(s, self.timesteps()) for s in schedules]
+        order = sorted(
+            range(len(chains)),
+            key=lambda i: list(zip(chains[i].steps, chains[i].networks, strict=True)),
+            reverse=True,
+        )
+        shared = [0] + [chains[a].shared(chains[b]) for a, b in itertools.pairwise(order)]
+        for place, index in enumerate(order):
+            # Neighbours share most: a later chain starts from this one unless one between is
+            # closer, so this one keeps the falling minima of what neighbours share.
+            branches, least = set(), len(self.timesteps())
+            for common in shared[place + 1 :]:
+                if 0 < common <= least:
+                    branches.add(common)
+                least = min(least, common)
+            yield index, self._score(schedules[index], chains[index], branches, 0)[0]
+        if self.states is not None:
+            self.states.planned.clear()
+
+    # --- how ---
+
+    def _score(
+        self, schedule: Schedule, chain: _Chain, branches: set[int], keep: int
+    ) -> tuple[Scores, Tensor]:
+        moments, inception = score.Moments(), score.InceptionScore(self.num_images)
+        classified = False
+        first: list[tuple[int, Tensor]] = []
+        start, wanted = self._plan(chain, branches)
+        clock = _Clock(self.device)
+        for indices, images in self._sample(schedule, chain, start, wanted, clock):
+            with clock.beside(images):
+                features = self.encoder(images)
+                moments.update(features)
+                probabilities = self.encoder.class_probabilities(features)
+                if probabilities is not None:
+                    classified = True
+                    inception.update(probabilities, indices)
+            if indices[0] < keep:
+                first.append((int(indices[0]), images[: keep - int(indices[0])].cpu()))
+        clock.join()
+        seconds = clock.seconds()
+        if distributed.world() > 1:
+            moments, inception, first, seconds = _together(moments, inception, first, seconds)
+            classified = inception.count > 0
+        scores = Scores(
+            label=self.encoder.label,
+            encoder=self.encoder.name,
+            distance=score.frechet_distance(moments.mean, moments.covariance, *self.reference),
+            inception_score=inception.result() if classified else None,
+            images=self.num_images,
+            passes=self.num_images * (len(chain.steps) - start),
+            passes_saved=self.num_images * start,
+            sampling_seconds=seconds,
+        )
+        kept = [images for _, images in sorted(first, key=lambda pair: pair[0])]
+        return scores, torch.cat(kept) if kept else torch.empty(0, *self.image_shape).byte()
+
+    def images(self, schedule: Schedule) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's share of the images, in batches: (indices (B,), uint8 (B, C, H, W))."""
+        chain = _Chain.of(schedule, self.timesteps())
+        return self._sample(schedule, chain, 0, set(), _Clock(self.device))
+
+    def _mine(self) -> list[tuple[int, int]]:
+        """This process's batches of images, as (first, one past the last)."""
+        starts = range(0, self.num_images, self.batch_size)
+        mine = list(starts)[distributed.rank() :: distributed.world()]
+        return [(i, min(i + self.batch_size, self.num_images)) for i in mine]
+
+    def _plan(self, chain: _Chain, branches: set[int]) -> tuple[int, set[int]]:
+        """The position where the chain starts, and those whose states it keeps."""
+        mine = self._mine()
+        if self.states is None or not mine:
+            return 0, set()
+        start = self.states.deepest(chain)
+        images = sum(end - first for first, end in mine)
+        state_bytes = 4 * images * int(np.prod(self.image_shape))
+        return start, self.states.reserve(chain, start, branches, state_bytes)
+
+    def _sample(
+        self, schedule: Schedule, chain: _Chain, start: int, wanted: set[int], clock: _Clock
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Run the chain from position `start`, keeping the states at the `wanted` positions."""
+        T = self.noise_schedule.T
+        denoise = StepAwareDenoiser(self.networks, schedule, T, self.device)
+        steps = chain.steps[start:]
+        keys = {chain.steps[p]: chain.key(p) for p in wanted}
+        mine = self._mine()
+        with self._bar(len(mine) * len(steps)) as bar:
+            for first, end in mine:
+                indices = torch.arange(first, end, device=self.device)
+                noise = rng.ImageNoise(self.seed, self.stream, indices, self.image_shape)
+
+                def observe(t: int, x: Tensor, batch: int = first) -> None:
+                    bar.update()
+                    if t in keys:
+                        self.states.put(keys[t], batch, x)
+
+                with clock.running(), torch.inference_mode():
+                    if start:
+                        x = self.states.get(chain.key(start), first, self.device)
+                    else:
+                        x = noise.initial()
+                    x_0 = self.sampler(denoise, x, self.noise_schedule, noise, steps, observe)
+                    images = data.to_uint8(x_0)
+                yield indices.cpu(), images
+
+    def _bar(self, steps: int) -> tqdm:
+        return tqdm(
+            total=steps,
+            desc="sample",
+            unit="step",
+            leave=False,
+            dynamic_ncols=True,
+            disable=not (self.progress and distributed.is_main()),
+        )
+
+
+class _Clock:
+    """Time in the sampler, and a second queue of device work so that scoring runs beside it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self._side = torch.cuda.Stream(device) if self.cuda else None
+        self._spans: list[tuple] = []
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        start = self._now()
+        yield
+        self._spans.append((start, self._now()))
+
+    def _now(self) -> object:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextlib.contextmanager
+    def beside(self, images: Tensor) -> Iterator[None]:
+        """On a GPU, do the block's work while the next batch is sampled."""
+        if not self.cuda:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream(images.device))
+        images.record_stream(self._side)
+        with torch.cuda.stream(self._side):
+            yield
+
+    def join(self) -> None:
+        if self.cuda:
+            self._side.synchronize()
+
+    def seconds(self) -> float:
+        if not self.cuda:
+            return sum(end - start for start, end in self._spans)
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) / 1000 for start, end in self._spans)
+
+
+def _together(
+    moments: score.Moments,
+    inception: score.InceptionScore,
+    first: list[tuple[int, Tensor]],
+    seconds: float,
+) -> tuple[score.Moments, score.InceptionScore, list[tuple[int, Tensor]], float]:
+    """The same for all processes' images; merged in the order of ranks, so all get the same."""
+    state = {name: value.cpu() for name, value in moments.state().items()}
+    everyone = distributed.gather((state, inception, first, seconds))
+    moments = score.Moments()
+    inception = score.InceptionScore(inception.total)
+    for theirs, scores, _, _ in everyone:
+        moments.merge(score.Moments.from_state(theirs))
+        inception.merge(scores)
+    images = [pair for _, _, pairs, _ in everyone for pair in pairs]
+    return moments, inception, images, sum(s for *_, s in everyone)

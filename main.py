@@ -1,0 +1,568 @@
+"""DDSM: train a slimmable diffusion model, search the width of each step, evaluate the result.
+
+    python main.py --train|--search|--eval|--eval_stepaware|--eval_ensemble|--profile [flags]
+
+The only file that knows flags: it turns them into settings and calls what does the work.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from absl import app, flags
+from torch import nn
+
+import data
+import diffusion
+import distributed
+import rng
+import score
+from errors import UserError
+from evaluate import Evaluator, Schedule
+from files import save_grid, writable_folder, write_json, write_text
+from model import SlimmableUNet, UNetSettings, WidthSchedule, average, candidates, checkpoint
+from search import Genome, Search, SearchSettings
+from train import Interrupted, Trainer, TrainSettings
+
+MODES = ("train", "search", "eval", "eval_stepaware", "eval_ensemble", "profile")
+FLAGS = flags.FLAGS
+CIFAR10_STATISTICS = "./stats/cifar10.train.npz"
+
+
+def define_flags() -> None:
+    """Every flag, by group. Names and defaults of the published code are kept."""
+    boolean, integer, real = flags.DEFINE_bool, flags.DEFINE_integer, flags.DEFINE_float
+    text, choice = flags.DEFINE_string, flags.DEFINE_enum
+    # Modes
+    boolean("train", False, "train a network, or continue training it")
+    boolean("search", False, "search a width schedule for a trained supernet")
+    boolean("eval", False, "score one width (--assigned_width)")
+    boolean("eval_stepaware", False, "score the schedule in LOGDIR/search.txt (or --schedule)")
+    boolean("eval_ensemble", False, "score a large and a small network that take turns")
+    boolean("profile", False, "print parameters, GFLOPs and latency of every width")
+    # Network
+    integer("ch", 128, "channels of the first level")
+    flags.DEFINE_multi_integer("ch_mult", [1, 2, 2, 2], "channels of each level over --ch")
+    flags.DEFINE_multi_integer("attn", [1], "levels with attention")
+    integer("num_res_blocks", 2, "residual blocks a level")
+    real("dropout", 0.1, "dropout rate of the residual blocks")
+    integer("num_groups", 32, "groups of every group norm")
+    boolean("slimmable_unet", False, "the network works at several widths")
+    boolean("slimmable_g16", False, "slimmable, with 16 groups in every group norm")
+    choice("skip_slicing", "leading", ["leading", "segments"],
+           "columns that serve the skip at a narrow width: the leading ones of [h, skip] "
+           "(published), or the leading ones of each segment")  # fmt: skip
+    # Diffusion
+    real("beta_1", 1e-4, "first β")
+    real("beta_T", 0.02, "last β")
+    integer("T", 1000, "timesteps")
+    choice("mean_type", "epsilon", ["epsilon", "xprev", "xstart"], "what the network predicts")
+    choice("var_type", "fixedlarge", ["fixedlarge", "fixedsmall"], "variance of an ancestral step")
+    # Sampling
+    choice("sampler", "ddpm", ["ddpm", "ddim"], "sampler")
+    integer("sample_steps", 0, "timesteps that the sampler keeps; 0: all")
+    choice("timestep_spacing", "uniform", ["uniform", "quadratic"], "which timesteps it keeps")
+    real("eta", 0.0, "DDIM: 0 is deterministic, 1 as noisy as DDPM")
+    boolean("clip_denoised", False, "clip the predicted x_0 to [-1, 1] within each step")
+    # Data
+    text("dataset", "cifar10", "cifar10, fashion_mnist, image_folder or digits")
+    text("data_root", "./data", "folder of the data set; downloaded to where that is possible")
+    integer("img_size", 32, "pixels a side")
+    integer("num_workers", 4, "processes that decode images, for data sets of image files")
+    # Training
+    real("lr", 2e-4, "learning rate")
+    real("grad_clip", 1.0, "largest norm of the gradient")
+    integer("total_steps", 800000, "training steps")
+    integer("warmup", 5000, "steps over which the learning rate rises")
+    integer("batch_size", 128, "images a training step, or a sampling batch")
+    real("ema_decay", 0.9999, "decay of the averaged weights")
+    boolean("sandwich", False, "train with the sandwich rule")
+    real("min_width", 0.25, "smallest width")
+    integer("num_sandwich_sampling", 3, "widths a sandwich step: 1, --min_width, and some between")
+    flags.DEFINE_multi_float("candidate_width", [0.75, 0.5], "widths between; repeat the flag")
+    integer("sample_size", 64, "images in the grids drawn during training")
+    integer("sample_step", 1000, "steps between these grids; 0: none")
+    integer("save_step", 5000, "steps between checkpoints")
+    integer("eval_step", 0, "steps between evaluations during training; 0: none")
+    integer("log_step", 100, "steps between lines of train.jsonl")
+    # Evaluation
+    integer("num_images", 50000, "images to generate for a score")
+    real("assigned_width", 1.0, "eval: the width to score")
+    text("schedule", "", "width schedule to use; default LOGDIR/search.txt")
+    choice("fid_encoder", "inception", ["inception", "efficientnet_lite0", "pixels"],
+           "features in which the Fréchet distance is taken")  # fmt: skip
+    text("fid_cache", CIFAR10_STATISTICS,
+         "statistics of the data set (.npz with mu, sigma); computed and saved where missing. "
+         "For other data sets or encoders the default is a name of its own in ./stats")  # fmt: skip
+    text("fid_weights", "", "Inception weights file; default: torch hub's checkpoint folder")
+    boolean("fid_use_torch", False, "no longer does anything: the distance always uses torch")
+    text("large_logdir", "./logs/DDPM_CIFAR10_EPS", "eval_ensemble: folder of the large network")
+    text("small_logdir", "./logs/DDPM_CIFAR10_EPS", "eval_ensemble: folder of the small network")
+    integer("small_ch", 64, "eval_ensemble: --ch of the small network")
+    integer("start", 200, "eval_ensemble: the small network runs where end < t < start")
+    integer("end", 0, "eval_ensemble: see --start")
+    # Search
+    integer("num_generation", 1000, "generations, the first population included")
+    integer("pop_size", 10, "candidates a generation")
+    real("fid_weight", 0.5, "weight of the distance in the weighted objective")
+    real("macs_weight", 0.001, "weight of a step's average MMACs (half its MFLOPs) in it")
+    real("mutation_prob", 0.001, "probability that a gene mutates, per gene")
+    boolean("random_init", False, "a first population without the uniform widths")
+    # Run
+    text("logdir", "./logs/DDPM_CIFAR10_EPS", "folder of the run")
+    text("ckpt_name", "ckpt", "checkpoint LOGDIR/NAME.pt to write, continue, or use")
+    integer("seed", 0, "seed of everything random")
+    text("device", "auto", "cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
+    boolean("parallel", False, "DataParallel over the visible GPUs")
+    choice("amp", "none", ["none", "bf16", "fp16"], "arithmetic of the network")
+
+
+# --- flags to settings ----------------------------------------------------------------------------
+
+NOT_IN_FLAGFILE = {*MODES, "flagfile", "undefok"}
+# What a checkpoint says of its network; a flag that is given must agree with it.
+NETWORK_FLAGS = ("T", "ch", "ch_mult", "attn", "num_res_blocks", "num_groups", "skip_slicing")
+MODEL_FLAGS = (*NETWORK_FLAGS, "beta_1", "beta_T", "mean_type", "img_size")
+# What is taken from the checkpoint where the flag is not given, and may differ.
+DEFAULT_FLAGS = ("slimmable_unet", "min_width", "candidate_width", "dataset", "dropout")
+TRAINING_FLAGS = (
+    *MODEL_FLAGS, *DEFAULT_FLAGS, "lr", "grad_clip", "warmup", "batch_size", "ema_decay", "seed",
+    "sandwich", "num_sandwich_sampling", "amp",
+)  # fmt: skip
+
+
+def from_flags(settings: type, **given: object):
+    """A settings dataclass filled from the flags of the same names."""
+    values = {f.name: FLAGS[f.name].value for f in fields(settings) if f.name in FLAGS}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return settings(**values | given)
+
+
+def choose_mode(argv: Sequence[str]) -> str:
+    """The one mode that is on; the command line wins over flagfiles."""
+    named, refused = [], set()
+    for argument in argv:
+        match = re.fullmatch(r"--?(no)?(\w+?)(?:=(\w+))?", argument)
+        if match and match[2] in MODES:
+            on = match[1] is None and (match[3] or "true").lower() in ("true", "t", "1", "yes", "y")
+            (named.append if on else refused.add)(match[2])
+    modes = list(dict.fromkeys(named)) or [
+        mode for mode in MODES if FLAGS[mode].value and mode not in refused
+    ]
+    if len(modes) != 1:
+        said = f"{len(modes)} modes at once ({', '.join(modes)})" if modes else "no mode"
+        raise UserError(f"{said}: give exactly one of {', '.join('--' + m for m in MODES)}")
+    return modes[0]
+
+
+def write_flagfile(path: Path) -> None:
+    """This project's flags, but for the modes, as a flagfile."""
+    lines = [FLAGS[name].serialize() for name in OWN_FLAGS if name not in MODES]
+    write_text(path, "\n".join(line for line in lines if line) + "\n")
+
+
+def plain(value: object) -> object:
+    """A flag's value as it is in a checkpoint: JSON-friendly."""
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def agree_with(known: Mapping[str, object], path: Path) -> None:
+    """Take what a checkpoint says of its network; refuse flags that were given and differ."""
+    differing = [
+        f"--{name}: {known[name]} there, {plain(FLAGS[name].value)} here"
+        for name in MODEL_FLAGS
+        if name in known and FLAGS[name].present and known[name] != plain(FLAGS[name].value)
+    ]
+    if differing:
+        raise UserError(f"{path} is for other settings ({'; '.join(differing)})")
+    for name in (*MODEL_FLAGS, *DEFAULT_FLAGS):
+        if name in known and not FLAGS[name].present:
+            FLAGS[name].value = known[name]
+
+
+def slimmable() -> bool:
+    return FLAGS.slimmable_unet or FLAGS.slimmable_g16
+
+
+def all_widths() -> list[float]:
+    """The widths that a supernet was trained for, rising."""
+    return sorted({1.0, FLAGS.min_width, *FLAGS.candidate_width}) if slimmable() else [1.0]
+
+
+def choose_device() -> torch.device:
+    """The device that --device asks for; under torchrun, this process's own GPU."""
+    name = FLAGS.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device={FLAGS.device}: not usable here ({reason})") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def use_parallel() -> bool:
+    """Whether DataParallel is asked for and there is more than one GPU for it."""
+    if not FLAGS.parallel or distributed.launched():
+        return False
+    count = torch.cuda.device_count()
+    if count < 2:
+        say(f"--parallel: {count} GPUs are visible, so the work stays on one device")
+    return count > 1
+
+
+def say(text: str) -> None:
+    """Print, once for all processes."""
+    if distributed.is_main():
+        print(text, flush=True)
+
+
+# --- what the modes are made of -------------------------------------------------------------------
+
+
+def build_network(in_ch: int, ch: int | None = None) -> SlimmableUNet:
+    """A network as the flags describe it; every width that it is to run at is checked."""
+    groups = 16 if FLAGS.slimmable_g16 and not FLAGS["num_groups"].present else FLAGS.num_groups
+    settings = from_flags(UNetSettings, in_ch=in_ch, num_groups=groups, ch=ch or FLAGS.ch)
+    settings.check_image_size(FLAGS.img_size)
+    torch.manual_seed(FLAGS.seed)
+    net = SlimmableUNet(**asdict(settings))
+    for width in all_widths():
+        net.check_width(width)
+    return net
+
+
+def load_network(logdir: str, ch: int | None = None) -> tuple[SlimmableUNet, int]:
+    """The EMA network of LOGDIR/CKPT_NAME.pt, and the step it was saved at."""
+    path = Path(logdir) / f"{FLAGS.ckpt_name}.pt"
+    state = checkpoint.load(path)
+    known = dict(state.get("settings", {}))
+    if ch is not None:
+        known.pop("ch", None)
+    agree_with(known, path)
+    head = checkpoint.entries(state["ema_model"], path).get("head.weight")
+    net = build_network(3 if head is None or head.ndim != 4 else head.shape[1], ch)
+    checkpoint.fill(net, state["ema_model"], path)
+    return net.to(choose_device()).eval(), int(state.get("step", 0))
+
+
+def noise_schedule() -> diffusion.NoiseSchedule:
+    return diffusion.NoiseSchedule(FLAGS.beta_1, FLAGS.beta_T, FLAGS.T)
+
+
+def image_shape(net: SlimmableUNet) -> tuple[int, int, int]:
+    return (net.settings.in_ch, FLAGS.img_size, FLAGS.img_size)
+
+
+def candidate_networks(net: SlimmableUNet, widths: Sequence[float]) -> dict[float, nn.Module]:
+    """Dense networks ready to sample with, on every GPU where --parallel says so."""
+    dtype = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[FLAGS.amp]
+    networks = candidates(net, widths, dtype)
+    if use_parallel():
+        return {width: nn.DataParallel(network) for width, network in networks.items()}
+    return networks
+
+
+def statistics(encoder: score.Encoder, shape: tuple[int, int, int]):
+    """Mean and covariance of the data set's features, computed and saved where missing."""
+    path = Path(FLAGS.fid_cache)
+    usual = (FLAGS.dataset, FLAGS.img_size, encoder.name) == ("cifar10", 32, "inception")
+    if FLAGS.fid_cache == CIFAR10_STATISTICS and not usual:
+        path = Path("./stats") / f"{FLAGS.dataset}{FLAGS.img_size}.train.{encoder.name}.npz"
+    about = {"dataset": FLAGS.dataset, "img_size": FLAGS.img_size}
+    if distributed.is_main() and not path.exists():
+        images = data.load(FLAGS.dataset, FLAGS.data_root, FLAGS.img_size)
+        if images.channels != shape[0]:
+            raise UserError(
+                f"--dataset={FLAGS.dataset} has {images.channels} channels and the network "
+                f"{shape[0]}; name the data set that it was trained on"
+            )
+        moments = score.statistics_of(
+            data.everything(images, FLAGS.batch_size, FLAGS.num_workers),
+            encoder,
+            len(images),
+            f"statistics of {FLAGS.dataset} ({encoder.name})",
+        )
+        score.save_statistics(
+            path, moments.mean, moments.covariance, encoder=encoder.name, count=moments.count,
+            **about,
+        )  # fmt: skip
+    distributed.gather(None)  # the others wait for the file
+    return score.load_statistics(path, encoder.dim or math.prod(shape), encoder.name, **about)
+
+
+def build_evaluator(
+    networks: Mapping, shape: tuple[int, int, int], stream: int = rng.SAMPLING
+) -> Evaluator:
+    """An evaluator of these networks, with encoder and statistics loaded."""
+    for name in ("num_images", "batch_size"):
+        if FLAGS[name].value < 1:
+            raise UserError(f"--{name}={FLAGS[name].value}: must be at least 1")
+    if FLAGS.num_images < 2:
+        raise UserError(f"--num_images={FLAGS.num_images}: a covariance needs at least 2 images")
+    device = choose_device()
+    sampler = from_flags(diffusion.Sampler)
+    sampler.timesteps(noise_schedule())  # a mistake here should not wait for the statistics
+    encoder = score.encoder(FLAGS.fid_encoder, device, FLAGS.fid_weights or None)
+    reference = statistics(encoder, shape)
+    if FLAGS.num_images <= len(reference[0]):
+        say(
+            f"warning: {FLAGS.num_images} images cannot fill a covariance of "
+            f"{len(reference[0])} features ({encoder.name}); the distance is biased upwards and "
+            "can only be compared with distances of as many images"
+        )
+    return Evaluator(
+        networks=networks,
+        noise_schedule=noise_schedule(),
+        sampler=sampler,
+        encoder=encoder,
+        reference=reference,
+        image_shape=shape,
+        device=device,
+        num_images=FLAGS.num_images,
+        batch_size=FLAGS.batch_size,
+        seed=FLAGS.seed,
+        stream=stream,
+    )
+
+
+def load_schedule(widths: Sequence[float]) -> WidthSchedule:
+    path = FLAGS.schedule or Path(FLAGS.logdir) / "search.txt"
+    steps = from_flags(diffusion.Sampler).timesteps(noise_schedule())
+    return WidthSchedule.load(path, FLAGS.T, widths, steps)
+
+
+# --- modes ----------------------------------------------------------------------------------------
+
+
+def train() -> None:
+    """Train into LOGDIR, or go on with what is there."""
+    logdir = writable_folder(FLAGS.logdir)
+    settings = from_flags(TrainSettings)
+    if settings.sandwich and not slimmable():
+        raise UserError("--sandwich trains several widths: add --slimmable_unet")
+    dataset = data.load(FLAGS.dataset, FLAGS.data_root, FLAGS.img_size)
+    net = build_network(dataset.channels)
+    identity = {name: plain(FLAGS[name].value) for name in TRAINING_FLAGS}
+    identity |= net.settings_dict()
+    trainer = Trainer(
+        settings=settings,
+        net=net,
+        dataset=dataset,
+        noise_schedule=noise_schedule(),
+        sampler=from_flags(diffusion.Sampler),
+        image_shape=image_shape(net),
+        logdir=logdir,
+        device=choose_device(),
+        identity=identity,
+        parallel=use_parallel(),
+        evaluate=training_scores(image_shape(net)) if FLAGS.eval_step else None,
+    )
+    trainer.resume()  # refuses before anything in the folder changes
+    if distributed.is_main():
+        write_flagfile(logdir / "flagfile.txt")
+    trainer.run()
+
+
+def training_scores(shape: tuple[int, int, int]):
+    """What --eval_step calls: scores of one width of a network; encoder and statistics once."""
+    evaluator = build_evaluator({}, shape)
+
+    def scores(net: nn.Module, width: float) -> dict:
+        evaluator.networks = candidates(net, [width])
+        found, _ = evaluator.score([width] * FLAGS.T)
+        return {evaluator.encoder.key: found.distance, "images": found.images}
+
+    return scores
+
+
+def evaluate_width() -> None:
+    """Score the supernet at --assigned_width, or a plain network."""
+    net, step = load_network(FLAGS.logdir)
+    width = FLAGS.assigned_width
+    if width != 1 and not slimmable():
+        raise UserError(f"--assigned_width={width}: add --slimmable_unet; a plain network has 1")
+    net.check_width(width)
+    schedule = WidthSchedule([width] * FLAGS.T)
+    costs = {w: score.flops(net, w, image_shape(net)) for w in {1.0, width}}
+    evaluator = build_evaluator(candidate_networks(net, [width]), image_shape(net))
+    name = "eval" if width == 1 else f"eval_width_{width:g}"
+    report_scores(name, evaluator, schedule, costs, {"width": width, "step": step})
+
+
+def evaluate_schedule() -> None:
+    """Score the width schedule of LOGDIR/search.txt."""
+    net, step = load_network(FLAGS.logdir)
+    schedule = load_schedule(all_widths())
+    used = sorted(set(schedule.widths))
+    costs = {w: score.flops(net, w, image_shape(net)) for w in {1.0, *used}}
+    evaluator = build_evaluator(candidate_networks(net, used), image_shape(net))
+    about = {"step": step, "schedule": list(schedule.widths)}
+    report_scores("eval_stepaware", evaluator, schedule, costs, about)
+
+
+def evaluate_ensemble() -> None:
+    """Score a large network that a small one relieves where --end < t < --start."""
+    small, _ = load_network(FLAGS.small_logdir, FLAGS.small_ch)
+    large, step = load_network(FLAGS.large_logdir)
+    if small.settings.in_ch != large.settings.in_ch:
+        raise UserError("eval_ensemble: the two networks are for different image channels")
+    shape = image_shape(large)
+    # Two networks are candidates like any others; the keys are but names.
+    names = {"large": large, "small": small}
+    networks = {name: candidate_networks(net, [1.0])[1.0] for name, net in names.items()}
+    schedule = ["small" if FLAGS.end < t < FLAGS.start else "large" for t in range(FLAGS.T)]
+    costs = {name: score.flops(net, 1.0, shape) for name, net in names.items()}
+    about = {"step": step, "start": FLAGS.start, "end": FLAGS.end}
+    evaluator = build_evaluator(networks, shape)
+    report_scores("eval_ensemble", evaluator, schedule, costs | {1.0: costs["large"]}, about)
+
+
+def report_scores(
+    name: str, evaluator: Evaluator, schedule: Schedule, costs: Mapping, about: Mapping
+) -> None:
+    """Score, print, and save LOGDIR/NAME.json and LOGDIR/NAME.png."""
+    logdir = writable_folder(FLAGS.logdir)
+    found, images = evaluator.score(schedule, keep=min(256, FLAGS.num_images))
+    flops, full = average(schedule, evaluator.timesteps(), costs), costs[1.0]
+    rate = found.images / found.sampling_seconds
+    score_text = "{:.3f} ± {:.3f}".format(*found.inception_score) if found.inception_score else "-"
+    result = {
+        "mode": name,
+        "checkpoint": FLAGS.ckpt_name,
+        **about,
+        **asdict(found),
+        "average_gflops": flops / 1e9,
+        "full_width_gflops": full / 1e9,
+        "saving": 1 - flops / full,
+        "images_per_second": rate,
+        "sampler": asdict(evaluator.sampler),
+        "seed": FLAGS.seed,
+        "device": str(evaluator.device),
+    }
+    say(f"{found.label}: {found.distance:.6g}")
+    say(f"Inception Score ({found.encoder}): {score_text}")
+    say(
+        f"average {flops / 1e9:.4f} GFLOPs a step, full width {full / 1e9:.4f} "
+        f"({100 * (1 - flops / full):.1f} % saved)"
+    )
+    say(f"{rate:.3g} images/s sampled over {len(evaluator.timesteps())} steps")
+    if distributed.is_main():
+        write_json(logdir / f"{name}.json", result)
+        save_grid(logdir / f"{name}.png", images)
+        say(f"saved {logdir / name}.json and {name}.png")
+
+
+def search() -> None:
+    """Search a width schedule for the supernet in LOGDIR and write LOGDIR/search.txt."""
+    settings = from_flags(SearchSettings)
+    net, step = load_network(FLAGS.logdir)
+    if not slimmable():
+        raise UserError("--search chooses among widths: add --slimmable_unet")
+    folder = writable_folder(Path(FLAGS.logdir) / "search")
+    evaluator = build_evaluator(candidate_networks(net, all_widths()), image_shape(net), rng.SEARCH)
+    evaluator.progress = False
+    genome = Genome(tuple(all_widths()), tuple(evaluator.timesteps()), FLAGS.T)
+    costs = {w: score.flops(net, w, image_shape(net)) for w in all_widths()}
+
+    def scores(schedules):
+        for index, found in evaluator.score_all(schedules):
+            yield index, {"distance": found.distance, "label": found.label}
+
+    found = Search(
+        settings=settings,
+        genome=genome,
+        score=scores,
+        costs=costs,
+        objective=lambda distance, flops: (
+            settings.fid_weight * distance + settings.macs_weight * flops / 2e6
+        ),
+        folder=folder,
+        identity={
+            "checkpoint": FLAGS.ckpt_name,
+            "step": step,
+            "num_images": FLAGS.num_images,
+            "seed": FLAGS.seed,
+            "encoder": FLAGS.fid_encoder,
+            "sampler": asdict(evaluator.sampler),
+            "widths": all_widths(),
+        },
+    )
+    seen = found.run()
+    best = found.best(seen)
+    if distributed.is_main():
+        best.schedule.save(Path(FLAGS.logdir) / "search.txt")
+        say(f"{best.record['label']} {best.distance:.4g} at {best.cost / 1e9:.4g} GFLOPs")
+
+
+def profile() -> None:
+    """Print parameters, GFLOPs and measured latency of every width, and of a schedule."""
+
+
+# --- entry ----------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "train": train,
+    "search": search,
+    "eval": evaluate_width,
+    "eval_stepaware": evaluate_schedule,
+    "eval_ensemble": evaluate_ensemble,
+    "profile": profile,
+}
+_others = set(FLAGS)
+define_flags()
+OWN_FLAGS = sorted(set(FLAGS) - _others)
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """absl's parser, with one line for a mistake."""
+    try:
+        rest = FLAGS(argv)
+    except flags.Error as error:
+        complain(UserError(" ".join(str(error).split())))
+    return rest
+
+
+def complain(error: UserError) -> None:
+    """One line, exit status 2."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Dispatch to the mode."""
+    try:
+        if len(argv) > 1:
+            raise UserError(f"stray argument {argv[1]!r}: flags start with --")
+        command = COMMANDS[choose_mode(sys.argv[1:])]
+        with distributed.group(choose_device()):
+            command()
+    except UserError as error:
+        complain(error)
+    except Interrupted as stopped:
+        say(str(stopped))
+        sys.exit(128 + stopped.signum)
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from what is on the disk")
+        sys.exit(130)
+
+
+def start() -> None:
+    app.run(run, flags_parser=parse)
+
+
+if __name__ == "__main__":
+    start()

@@ -1,0 +1,358 @@
+"""The evolutionary search for a width schedule: genome, ask/tell loop, log, resume, Pareto front.
+
+This file sees the evaluation as a callable from schedules to distances and the cost of a step as a
+table. It knows nothing of networks, samplers, devices or flags.
+
+NSGA-II (Deb et al. 2002) by pymoo. Every scored candidate is one line in the log at once. The
+algorithm is deterministic in its seed, so a search that was killed asks the same questions again
+when it is started again, and takes the answers that it has from the log.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from pymoo.algorithms.moo.nsga2 import NSGA2
+from pymoo.core.mutation import Mutation
+from pymoo.core.problem import Problem
+from pymoo.core.repair import Repair
+from pymoo.indicators.hv import HV
+from pymoo.operators.crossover.pntx import SinglePointCrossover
+from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
+from tqdm import tqdm
+
+import distributed
+from errors import UserError
+from files import append_jsonl, read_jsonl, write_jsonl
+from model import WidthSchedule, average
+
+OBJECTIVES = ("weighted", "pareto")
+
+# Schedules in; (index, {"distance": …, "passes": …, …}) out, in any order.
+Score = Callable[[Sequence[WidthSchedule]], Iterator[tuple[int, Mapping[str, object]]]]
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How candidates are made and compared; flags of the same names explain the fields."""
+
+    num_generation: int = 1000
+    pop_size: int = 10
+    fid_weight: float = 0.5
+    macs_weight: float = 0.001
+    mutation_prob: float = 0.001
+    random_init: bool = False
+    level_seeds: bool = False
+    search_objective: str = "weighted"
+    flops_budget: float = 0.0
+    num_segments: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_generation", 1), ("pop_size", 2), ("num_segments", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name}={getattr(self, name)}: must be at least {least}")
+        for name in ("mutation_prob", "flops_budget"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name}={getattr(self, name)}: must be in [0, 1]")
+        for name in ("fid_weight", "macs_weight"):
+            if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
+                raise UserError(f"--{name}={getattr(self, name)}: must not be negative")
+        if self.search_objective not in OBJECTIVES:
+            raise UserError(
+                f"--search_objective={self.search_objective}: one of {', '.join(OBJECTIVES)}"
+            )
+
+
+@dataclass(frozen=True)
+class Genome:
+    """What a candidate is to the algorithm: one index into `widths` a gene.
+
+    widths: rising; 0 stands for leaving the step out. timesteps: the sampler's, rising. segments:
+    number of genes, each for a run of neighbouring timesteps; 0 for a gene per timestep. T: for
+    schedules that cover every timestep of the diffusion rather than the sampler's alone.
+    """
+
+    widths: tuple[float, ...]
+    timesteps: tuple[int, ...]
+    T: int
+    segments: int = 0
+
+    def __post_init__(self) -> None:
+        if self.segments > len(self.timesteps):
+            raise UserError(
+                f"--num_segments={self.segments}: the sampler has {len(self.timesteps)} steps"
+            )
+        if len([w for w in self.widths if w > 0]) < 2:
+            raise UserError("a search needs at least two widths; see --candidate_width")
+
+    @property
+    def genes(self) -> int:
+        return self.segments or len(self.timesteps)
+
+    def decode(self, genes: np.ndarray) -> WidthSchedule:
+        """(genes,) indices -> the schedule, one entry a sampler step."""
+        steps, total = len(self.timesteps), self.genes
+        widths = [self.widths[genes[i * total // steps]] for i in range(steps)]
+        return WidthSchedule(widths, None if steps == self.T else self.timesteps)
+
+    def encode(self, schedule: WidthSchedule) -> np.ndarray:
+        """The genes whose schedule is nearest to `schedule`: a segment takes its first entry."""
+        steps, total = len(self.timesteps), self.genes
+        first = [-(-gene * steps // total) for gene in range(total)]
+        widths = [schedule[self.timesteps[i]] for i in first]
+        distance = np.abs(np.array(widths)[:, None] - np.array(self.widths)[None])
+        return distance.argmin(1)
+
+    def uniform(self) -> list[np.ndarray]:
+        """Each width at every step, the largest first; leaving out every step is no schedule."""
+        return [
+            np.full(self.genes, i) for i in reversed(range(len(self.widths))) if self.widths[i] > 0
+        ]
+
+    def levels(self) -> list[np.ndarray]:
+        """Monotone schedules of two and three widths, falling and rising over time.
+
+        Two-level switches at 1/8, 1/4, … of the chain and three-level ones at its thirds, for
+        neighbouring and for extreme widths, in a mixed order so that any first part is varied.
+        """
+        used = [i for i, w in enumerate(self.widths) if w > 0]
+        n = self.genes
+        found = []
+        for share in (1 / 2, 1 / 4, 3 / 4, 1 / 8, 7 / 8, 3 / 8, 5 / 8):
+            for a in used:
+                for b in used:
+                    if a != b:
+                        cut = round(n * share)
+                        found.append(np.repeat([a, b], [cut, n - cut]))
+        for i in range(len(used) - 2):
+            three = used[i : i + 3]
+            for order in (three, three[::-1]):
+                sizes = [n // 3, n // 3, n - 2 * (n // 3)]
+                found.insert(2 * i, np.repeat(order, sizes))
+        return [genes for genes in found if len(np.unique(genes)) > 1]
+
+
+class ResetMutation(Mutation):
+    """Each gene changes, with probability `rate`, to another of its values, all equally likely."""
+
+    def __init__(self, rate: float, values: int) -> None:
+        super().__init__(prob=1.0)  # pymoo's own, per individual: every one may mutate
+        self.rate, self.values = rate, values
+
+    def _do(
+        self, problem: Problem, X: np.ndarray, *args: object, random_state=None, **kwargs: object
+    ) -> np.ndarray:
+        changes = random_state.random(X.shape) < self.rate
+        steps = random_state.integers(1, self.values, X.shape)
+        return np.where(changes, (X + steps) % self.values, X)
+
+
+class SomeStep(Repair):
+    """A schedule that leaves out every step gets its last step back, at full width."""
+
+    def __init__(self, genome: Genome) -> None:
+        super().__init__()
+        self.widths = np.array(genome.widths)
+
+    def _do(self, problem: Problem, X: np.ndarray, **kwargs: object) -> np.ndarray:
+        X = X.copy()
+        X[(self.widths[X] == 0).all(1), 0] = len(self.widths) - 1
+        return X
+
+
+@dataclass
+class Candidate:
+    """A scored schedule. cost: mean FLOPs a step, or whatever the search's cost table holds."""
+
+    schedule: WidthSchedule
+    distance: float
+    cost: float
+    generation: int
+    record: Mapping[str, object]
+
+
+@dataclass
+class Search:
+    """One search in one folder.
+
+    costs: what one step of each width costs (0 for width 0). objective(distance, cost) -> number
+    for the weighted search. identity: what a distance depends on; a log made under another one is
+    refused. start: schedules for the first population, before the usual ones.
+    """
+
+    settings: SearchSettings
+    genome: Genome
+    score: Score
+    costs: Mapping[float, float]
+    objective: Callable[[float, float], float]
+    folder: Path
+    identity: Mapping[str, object]
+    start: Sequence[WidthSchedule] = ()
+    on_generation: Callable[[int, Sequence[Candidate]], None] | None = None
+    known: dict[tuple[float, ...], dict] = field(default_factory=dict, init=False)
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "search.jsonl"
+
+    def run(self) -> list[Candidate]:
+        """Search; returns every candidate that was asked for, in the order of the asking."""
+        s = self.settings
+        self._read_log()
+        algorithm = NSGA2(
+            pop_size=s.pop_size,
+            sampling=self._first_population(),
+            crossover=SinglePointCrossover(),
+            mutation=ResetMutation(s.mutation_prob, len(self.genome.widths)),
+            repair=SomeStep(self.genome),
+            eliminate_duplicates=True,
+        )
+        # The problem is but a description: candidates are scored here, not by pymoo.
+        problem = Problem(
+            n_var=self.genome.genes,
+            n_obj=1 if s.search_objective == "weighted" else 2,
+            xl=0,
+            xu=len(self.genome.widths) - 1,
+            vtype=int,
+        )
+        algorithm.setup(problem, termination=("n_gen", s.num_generation), seed=s.seed)
+        seen: dict[tuple[float, ...], Candidate] = {}
+        total = s.num_generation * s.pop_size
+        with tqdm(
+            total=total,
+            desc="search",
+            unit="cand",
+            dynamic_ncols=True,
+            disable=not distributed.is_main(),
+        ) as bar:
+            generation = 0
+            while algorithm.has_next():
+                population = algorithm.ask()
+                if population is None or len(population) == 0:
+                    break  # every offspring repeats a candidate of the population
+                generation += 1
+                schedules = [self.genome.decode(genes) for genes in population.get("X")]
+                for candidate in self._scored(schedules, generation, bar):
+                    seen.setdefault(candidate.schedule.widths, candidate)
+                population.set("F", np.array([self._values(seen[c.widths]) for c in schedules]))
+                algorithm.tell(infills=population)
+                if self.on_generation:
+                    self.on_generation(generation, list(seen.values()))
+        return list(seen.values())
+
+    def front(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Those that none beats in both distance and cost, the dearest first."""
+        return pareto_front(candidates)
+
+    def best(self, candidates: Sequence[Candidate]) -> Candidate:
+        """The one to use: the least weighted sum, the best within the budget, or the knee."""
+        s = self.settings
+        if s.search_objective == "weighted":
+            return min(candidates, key=lambda c: self.objective(c.distance, c.cost))
+        front = self.front(candidates)
+        if s.flops_budget:
+            limit = s.flops_budget * self.costs[max(self.costs)]
+            return min(front, key=lambda c: (max(0.0, c.cost - limit * (1 + 1e-9)), c.distance))
+        return knee(front)
+
+    # --- how ---
+
+    def _values(self, candidate: Candidate) -> list[float]:
+        if self.settings.search_objective == "weighted":
+            return [self.objective(candidate.distance, candidate.cost)]
+        return [candidate.distance, candidate.cost]
+
+    def _first_population(self) -> np.ndarray:
+        s, genome = self.settings, self.genome
+        chosen = [genome.encode(schedule) for schedule in self.start]
+        if not s.random_init:
+            chosen += genome.uniform()
+            if s.level_seeds:
+                chosen += genome.levels()[: max(0, (s.pop_size - len(chosen) + 1) // 2)]
+        unique = list({genes.tobytes(): genes for genes in chosen}.values())[: s.pop_size]
+        random = np.random.default_rng([s.seed, 1])
+        drawn = random.integers(0, len(genome.widths), (s.pop_size - len(unique), genome.genes))
+        return SomeStep(genome)._do(None, np.array([*unique, *drawn]))
+
+    def _scored(
+        self, schedules: Sequence[WidthSchedule], generation: int, bar: tqdm
+    ) -> Iterator[Candidate]:
+        """Candidates for the schedules, each scored once in the life of the log."""
+        unique = {schedule.widths: schedule for schedule in schedules}
+        new = [schedule for widths, schedule in unique.items() if widths not in self.known]
+        bar.update(len(schedules) - len(new))
+        for index, scores in self.score(new) if new else ():
+            record = {
+                "generation": generation,
+                "schedule": list(new[index].widths),
+                "cost": self._cost(new[index]),
+                **scores,
+            }
+            if distributed.is_main():
+                append_jsonl(self.log, record)
+            self.known[new[index].widths] = record
+            bar.update()
+            bar.set_postfix(generation=generation, distance=f"{record['distance']:.4g}")
+        for widths, schedule in unique.items():
+            record = self.known[widths]
+            yield Candidate(schedule, record["distance"], self._cost(schedule), generation, record)
+
+    def _cost(self, schedule: WidthSchedule) -> float:
+        return average(schedule, self.genome.timesteps, self.costs)
+
+    def _read_log(self) -> None:
+        """Take over what the log of an earlier, killed or finished run of this search knows."""
+        records = distributed.gather(read_jsonl(self.log) if distributed.is_main() else None)[0]
+        header = {"evaluation": dict(self.identity)}
+        if not records:
+            if distributed.is_main():
+                write_jsonl(self.log, [header])
+            return
+        before = records[0].get("evaluation", {}) if isinstance(records[0], dict) else {}
+        differing = [
+            f"{name}: {before.get(name)} there, {value} here"
+            for name, value in self.identity.items()
+            if before.get(name) != value
+        ]
+        if differing:
+            raise UserError(
+                f"{self.log} holds candidates that were scored otherwise ({'; '.join(differing)}); "
+                "use the same settings to continue it, or another --search_dir"
+            )
+        if distributed.is_main():
+            write_jsonl(self.log, records)  # without the half line of a killed writer
+        for record in records[1:]:
+            try:
+                self.known[tuple(float(w) for w in record["schedule"])] = record
+                float(record["distance"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{self.log}: a record lacks schedule or distance") from error
+
+
+def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that none beats in both distance and cost, the dearest first."""
+    values = np.array([[c.distance, c.cost] for c in candidates])
+    first = NonDominatedSorting().do(values, only_non_dominated_front=True)
+    unique = {(candidates[i].distance, candidates[i].cost): candidates[i] for i in first}
+    return sorted(unique.values(), key=lambda c: -c.cost)
+
+
+def knee(front: Sequence[Candidate]) -> Candidate:
+    """The point of a front that lies farthest below the line between its ends (both axes scaled
+    to the front's range)."""
+    values = np.array([[c.distance, c.cost] for c in front])
+    span = np.ptp(values, axis=0)
+    scaled = (values - values.min(0)) / np.where(span > 0, span, 1)
+    return front[int(scaled.sum(1).argmin())]
+
+
+def hypervolume(candidates: Sequence[Candidate], reference: tuple[float, float]) -> float:
+    """The area between the front and `reference` (distance, cost); larger is better."""
+    return float(
+        HV(ref_point=np.array(reference))(np.array([[c.distance, c.cost] for c in candidates]))
+    )

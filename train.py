@@ -1,0 +1,395 @@
+"""The training loop: sandwich rule, EMA, checkpoints, resume, logs.
+
+Gets settings, a network and images; knows no flags and no data set by name. Everything random in
+step n (the batch, the timesteps, the noise, the widths, dropout) is a function of (seed, n), so a
+run that was stopped and resumed makes the very steps that it would have made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+import data
+import diffusion
+import distributed
+import rng
+from errors import UserError
+from files import append_jsonl, read_jsonl, save_grid, write_jsonl
+from model import EMA, StepAwareDenoiser, candidates, checkpoint
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What a training run does; flags of the same names explain the fields."""
+
+    lr: float = 2e-4
+    grad_clip: float = 1.0
+    warmup: int = 5000
+    batch_size: int = 128
+    ema_decay: float = 0.9999
+    seed: int = 0
+    sandwich: bool = False
+    min_width: float = 0.25
+    num_sandwich_sampling: int = 3
+    candidate_width: tuple[float, ...] = (0.75, 0.5)
+    amp: str = "none"
+    total_steps: int = 800000
+    num_workers: int = 4
+    sample_size: int = 64
+    sample_step: int = 1000
+    save_step: int = 5000
+    eval_step: int = 0
+    log_step: int = 100
+    ckpt_name: str = "ckpt"
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "total_steps", "save_step", "sample_size", "log_step"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name}={getattr(self, name)}: must be at least 1")
+        for name in ("warmup", "sample_step", "eval_step", "num_workers"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name}={getattr(self, name)}: must not be negative")
+        if self.lr <= 0 or self.grad_clip <= 0:
+            raise UserError(f"--lr={self.lr} --grad_clip={self.grad_clip}: must be positive")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"--ema_decay={self.ema_decay}: must be in [0, 1)")
+        if self.amp == "fp16":
+            raise UserError("--amp=fp16 is for sampling; train with --amp=bf16 or --amp=none")
+        if self.sandwich and self.num_sandwich_sampling < 2:
+            raise UserError(
+                f"--num_sandwich_sampling={self.num_sandwich_sampling}: a sandwich step has at "
+                "least 2 widths, 1 and --min_width"
+            )
+
+    def widths(self, step: int) -> list[float]:
+        """The widths that step number `step` trains: 1, the smallest, and some drawn between."""
+        if not self.sandwich:
+            return [1.0]
+        drawn = self.num_sandwich_sampling - 2
+        choice = np.random.default_rng([self.seed, step]).choice(
+            self.candidate_width, drawn, replace=drawn > len(self.candidate_width)
+        )
+        return [1.0, self.min_width, *map(float, choice)]
+
+    def shown_widths(self) -> list[float]:
+        """The widths whose samples are shown during training."""
+        return sorted({1.0, self.min_width}, reverse=True) if self.sandwich else [1.0]
+
+
+class Interrupted(Exception):  # noqa: N818 - it is a state of affairs, not an error
+    """The run was asked to stop and has saved itself."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+@dataclass
+class Trainer:
+    """One training run in one folder.
+
+    identity: every setting that the result depends on, kept in the checkpoint; a resumed run must
+    agree with it. evaluate(net, width) -> scores, called every eval_step steps on the EMA network.
+    """
+
+    settings: TrainSettings
+    net: nn.Module
+    dataset: Dataset
+    noise_schedule: diffusion.NoiseSchedule
+    sampler: diffusion.Sampler
+    image_shape: tuple[int, int, int]
+    logdir: Path
+    device: torch.device
+    identity: Mapping[str, object]
+    parallel: bool = False
+    evaluate: Callable[[nn.Module, float], Mapping[str, object]] | None = None
+    step: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        s = self.settings
+        self.net = self.net.to(self.device, memory_format=torch.channels_last).train()
+        self.ema = EMA(self.net, s.ema_decay)
+        # The frozen time table is among the parameters, as in released optimizer states.
+        self.optim = torch.optim.Adam(self.net.parameters(), lr=s.lr, fused=True)
+        self.sched = torch.optim.lr_scheduler.LambdaLR(
+            self.optim, lambda step: min(step, s.warmup) / s.warmup if s.warmup else 1.0
+        )
+        self.x_T = rng.ImageNoise(
+            s.seed, rng.SAMPLING, torch.arange(s.sample_size), self.image_shape
+        ).initial()
+        self.path = self.logdir / f"{s.ckpt_name}.pt"
+        self.signum = 0
+        self._sums: dict[float, list[Tensor]] = defaultdict(list)
+
+    # --- state ---
+
+    def resume(self) -> bool:
+        """Go on from the checkpoint in the folder, if there is one."""
+        if not self.path.exists():
+            return False
+        state = checkpoint.load(self.path)
+        known = state.get("settings", {})
+        differing = [
+            f"{name}: {known[name]} there, {value} here"
+            for name, value in self.identity.items()
+            if name in known and known[name] != value
+        ]
+        if differing:
+            raise UserError(
+                f"{self.path} was trained with other settings ({'; '.join(differing)}); "
+                "use the same ones to continue it, or another --logdir to start anew"
+            )
+        checkpoint.fill(self.net, state["net_model"], self.path)
+        checkpoint.fill(self.ema.model, state["ema_model"], self.path)
+        try:
+            self.optim.load_state_dict(state["optim"])
+            self.sched.load_state_dict(state["sched"])
+            self.step = int(state["step"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.path} cannot be continued: its optim, sched or step does not fit ({error})"
+            ) from error
+        if getattr(state.get("x_T"), "shape", None) == self.x_T.shape:
+            self.x_T = state["x_T"]
+        return True
+
+    def save(self, numbered: bool = False) -> None:
+        """Write CKPT_NAME.pt and, where `numbered`, keep it as CKPT_NAME_STEP.pt too."""
+        if not distributed.is_main():
+            return
+        checkpoint.save(
+            self.path,
+            {
+                "net_model": self.net.state_dict(),
+                "ema_model": self.ema.model.state_dict(),
+                "sched": self.sched.state_dict(),
+                "optim": self.optim.state_dict(),
+                "step": self.step,
+                "x_T": self.x_T,
+                "settings": dict(self.identity),
+            },
+        )
+        if numbered:
+            kept = self.path.with_name(f"{self.path.stem}_{self.step}.pt")
+            kept.unlink(missing_ok=True)
+            try:
+                os.link(self.path, kept)  # the next save replaces CKPT_NAME.pt, not this file
+            except OSError:
+                shutil.copy2(self.path, kept)
+
+    # --- one step ---
+
+    def train_step(self, network: nn.Module, x_0: Tensor) -> Tensor:
+        """One update on a batch; returns the gradient's norm. `network` wraps self.net."""
+        s, rank, world = self.settings, distributed.rank(), distributed.world()
+        torch.manual_seed(_mix(s.seed, self.step, rank))  # dropout's
+        mine = slice(rank * len(x_0), (rank + 1) * len(x_0))
+        places = torch.arange(mine.start, mine.stop, device=self.device)
+        draw = torch.Generator().manual_seed(_mix(s.seed, self.step, -1))
+        widths = s.widths(self.step)
+        for i, width in enumerate(widths):
+            t = torch.randint(self.noise_schedule.T, (len(x_0) * world,), generator=draw)[mine]
+            noise = rng.normal(s.seed, rng.TRAINING + i, places, self.step, self.image_shape)
+            last = i == len(widths) - 1
+            # Gradients of all passes add up; several processes exchange them once.
+            quiet = getattr(network, "no_sync", contextlib.nullcontext)
+            with contextlib.nullcontext() if last else quiet():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=s.amp == "bf16"):
+                    loss = diffusion.loss(
+                        lambda x, t, width=width: network(x, t, width),
+                        x_0,
+                        t.to(self.device, non_blocking=True),
+                        noise,
+                        self.noise_schedule,
+                        self.sampler.mean_type,
+                    )
+                loss.backward()
+            self._sums[width].append(loss.detach())
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), s.grad_clip)
+        self.optim.step()
+        self.optim.zero_grad(set_to_none=True)
+        self.sched.step()
+        self.ema.update(self.net)
+        self.step += 1
+        return norm
+
+    # --- the run ---
+
+    def run(self) -> None:
+        """Train to total_steps. Raises Interrupted after SIGINT or SIGTERM, with all saved."""
+        s = self.settings
+        resumed = self.resume()
+        if self.step >= s.total_steps:
+            print(f"{self.path} is already at step {self.step} of {s.total_steps}; nothing to do")
+            return
+        network = self._wrapped()
+        images = data.batches(
+            self.dataset,
+            s.batch_size,
+            seed=s.seed,
+            start_step=self.step,
+            device=self.device,
+            num_workers=s.num_workers,
+            part=(distributed.rank(), distributed.world()),
+        )
+        with self._signals(), self._logging(resumed) as writer, self._bar() as bar:
+            since = time.perf_counter()
+            steps_since = self.step
+            for x_0 in images:
+                norm = self.train_step(network, x_0)
+                bar.update()
+                if self.step % s.log_step == 0 or self.step == s.total_steps:
+                    rate = (self.step - steps_since) * s.batch_size / (time.perf_counter() - since)
+                    self._log(writer, bar, norm, rate)
+                    since, steps_since = time.perf_counter(), self.step
+                self._stop_if_asked()
+                done = self.step == s.total_steps
+                if done or self.step % s.save_step == 0:
+                    self.save(numbered=True)
+                if s.sample_step and (done or self.step % s.sample_step == 0):
+                    self._show(writer)
+                if self.evaluate and s.eval_step and self.step % s.eval_step == 0:
+                    self._evaluate(writer)
+                if done:
+                    return
+
+    def _wrapped(self) -> nn.Module:
+        if distributed.world() > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            return nn.parallel.DistributedDataParallel(self.net, device_ids=ids)
+        return nn.DataParallel(self.net) if self.parallel else self.net
+
+    def _bar(self) -> tqdm:
+        return tqdm(
+            total=self.settings.total_steps,
+            initial=self.step,
+            desc="train",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not distributed.is_main(),
+        )
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Note SIGINT and SIGTERM for the length of a block; the loop stops between two steps."""
+
+        def note(signum: int, frame: object) -> None:
+            self.signum = signum
+
+        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop_if_asked(self) -> None:
+        # Agreeing makes every process wait, so on fast devices it is done now and then.
+        if distributed.world() > 1 and (self.device.type == "cpu" or self.step % 10 == 0):
+            self.signum = max(distributed.gather(self.signum))
+        elif distributed.world() > 1:
+            return
+        if self.signum:
+            self.save()
+            raise Interrupted(
+                f"stopped and saved at step {self.step} of {self.settings.total_steps} in "
+                f"{self.path}; the same command goes on from there",
+                self.signum,
+            )
+
+    # --- what is shown ---
+
+    @contextlib.contextmanager
+    def _logging(self, resumed: bool) -> Iterator[object]:
+        """A TensorBoard writer in the main process, None elsewhere."""
+        if not distributed.is_main():
+            yield None
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        log = self.logdir / "train.jsonl"
+        # What a killed run logged after its last checkpoint happens again.
+        write_jsonl(log, [r for r in read_jsonl(log) if resumed and r["step"] <= self.step])
+        writer = SummaryWriter(str(self.logdir), purge_step=self.step + 1 if resumed else None)
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+    def _log(self, writer: object, bar: tqdm, norm: Tensor, rate: float) -> None:
+        """Write the mean loss of each width since the last time; stop if it is not finite."""
+        losses = {f"{w:g}": float(torch.stack(v).mean()) for w, v in sorted(self._sums.items())}
+        self._sums.clear()
+        if distributed.world() > 1:
+            everyone = distributed.gather(losses)
+            losses = {w: sum(each[w] for each in everyone) / len(everyone) for w in losses}
+        if not all(np.isfinite(list(losses.values()))):
+            raise UserError(
+                f"the loss is not finite at step {self.step} ({losses}); lower --lr or raise "
+                f"--warmup and start again from the last checkpoint in {self.logdir}"
+            )
+        if writer is None:
+            return
+        lr = self.sched.get_last_lr()[0]
+        record = {"step": self.step, "loss": losses, "grad_norm": float(norm), "lr": lr}
+        append_jsonl(self.logdir / "train.jsonl", record | {"images_per_second": round(rate, 2)})
+        for width, value in losses.items():
+            writer.add_scalar(f"loss/width_{width}", value, self.step)
+        writer.add_scalar("grad_norm", float(norm), self.step)
+        writer.add_scalar("lr", lr, self.step)
+        writer.add_scalar("images_per_second", rate, self.step)
+        bar.set_postfix({w: f"{value:.4f}" for w, value in losses.items()})
+
+    def _show(self, writer: object) -> None:
+        """Samples of the EMA network from x_T, really at each shown width."""
+        if writer is None:
+            return
+        for width, network in candidates(self.ema.model, self.settings.shown_widths()).items():
+            T = self.noise_schedule.T
+            denoise = StepAwareDenoiser({width: network}, [width] * T, T, self.device)
+            x = self.x_T.to(self.device)
+            places = torch.arange(len(x), device=self.device)
+            noise = rng.ImageNoise(self.settings.seed, rng.SAMPLING, places, self.image_shape)
+            with torch.inference_mode():
+                x_0 = self.sampler(
+                    denoise, x, self.noise_schedule, noise, observe=lambda t, x: self._give_way()
+                )
+            name = f"{self.step}_width_{width:g}.png"
+            grid = save_grid(self.logdir / "sample" / name, data.to_uint8(x_0))
+            writer.add_image(f"sample/width_{width:g}", grid, self.step)
+
+    def _give_way(self) -> None:
+        """Leave a long chain of samples when asked to stop; the last checkpoint stands."""
+        if self.signum and distributed.world() == 1:
+            self._stop_if_asked()
+
+    def _evaluate(self, writer: object) -> None:
+        for width in self.settings.shown_widths():
+            scores = self.evaluate(self.ema.model, width)
+            if writer is None:
+                continue
+            record = {"step": self.step, "width": width, "scores": scores}
+            append_jsonl(self.logdir / "train_eval.jsonl", record)
+            for name, value in scores.items():
+                if isinstance(value, float):
+                    writer.add_scalar(f"{name}/width_{width:g}", value, self.step)
+
+
+def _mix(*numbers: int) -> int:
+    """One 63-bit seed out of several numbers."""
+    state = np.random.SeedSequence([n % 2**64 for n in numbers]).generate_state(1, np.uint64)
+    return int(state[0]) >> 1
