@@ -167,6 +167,11 @@ _LOADERS: dict[str, Callable[[Path, int, bool], Images | ImageFiles]] = {
 NAMES = tuple(_LOADERS)
 
 
+def channels(name: str) -> int:
+    """Image channels of a named set, without loading it; 3 where only its files could tell."""
+    return 1 if name in ("digits", "fashion_mnist") else 3
+
+
 def load(name: str, root: str | Path, img_size: int, train: bool = True) -> Images | ImageFiles:
     """The data set `name`, whose files are (or are downloaded) below `root`.
 

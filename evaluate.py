@@ -15,7 +15,7 @@ import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -228,10 +228,14 @@ class Evaluator:
         kept = [images for _, images in sorted(first, key=lambda pair: pair[0])]
         return scores, torch.cat(kept) if kept else torch.empty(0, *self.image_shape).byte()
 
-    def images(self, schedule: Schedule) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's share of the images, in batches: (indices (B,), uint8 (B, C, H, W))."""
+    def sample(self, schedule: Schedule, count: int) -> Tensor:
+        """The first `count` images of `schedule`, uint8 (count, C, H, W), in every process."""
+        some = replace(self, num_images=count, states=None)
         chain = _Chain.of(schedule, self.timesteps())
-        return self._sample(schedule, chain, 0, set(), _Clock(self.device))
+        parts = some._sample(schedule, chain, 0, set(), _Clock(self.device))
+        mine = [(int(indices[0]), images.cpu()) for indices, images in parts]
+        everyone = [part for parts in distributed.gather(mine) for part in parts]
+        return torch.cat([images for _, images in sorted(everyone, key=lambda part: part[0])])
 
     def _mine(self) -> list[tuple[int, int]]:
         """This process's batches of images, as (first, one past the last)."""
@@ -286,6 +290,32 @@ class Evaluator:
             dynamic_ncols=True,
             disable=not (self.progress and distributed.is_main()),
         )
+
+
+@torch.inference_mode()
+def latency(
+    network: nn.Module,
+    image_shape: tuple[int, int, int],
+    batch_size: int,
+    device: torch.device,
+    seconds: float = 1.0,
+) -> float:
+    """Seconds an image of one call network(x, t): the median of calls over about `seconds`."""
+    x = torch.randn(batch_size, *image_shape, device=device)
+    t = torch.zeros(batch_size, dtype=torch.long, device=device)
+
+    def call() -> float:
+        start = time.perf_counter()
+        network(x, t)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    call()  # the first call also allocates and compiles
+    times = [call()]
+    while sum(times) < seconds and len(times) < 1000:
+        times.append(call())
+    return float(np.median(times)) / batch_size
 
 
 class _Clock:

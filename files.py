@@ -49,6 +49,15 @@ def write_json(path: str | Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path: str | Path) -> object:
+    """The JSON value in `path`; UserError where it is missing or no JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}") from error
+
+
 def append_jsonl(path: str | Path, record: object) -> None:
     """Add one line of JSON to `path`; it is on the disk when this returns."""
     try:
@@ -101,12 +110,15 @@ def writable_folder(path: str | Path) -> Path:
     return path
 
 
-def save_grid(path: str | Path, images: Tensor) -> Tensor:
-    """Save images (N, C, H, W) uint8 as one picture, in rows of about √N; returns it (C, H, W)."""
+def save_grid(path: str | Path, images: Tensor, columns: int = 0) -> Tensor:
+    """Save images (N, C, H, W) uint8 as one picture (C, H, W), which it returns.
+
+    columns: images a row, about √N by default.
+    """
     from torchvision.io import write_png
     from torchvision.utils import make_grid
 
-    grid = make_grid(images.cpu(), nrow=math.ceil(math.sqrt(len(images))))
+    grid = make_grid(images.cpu(), nrow=columns or math.ceil(math.sqrt(len(images))))
     with replacing(path) as temporary:
         write_png(grid, str(temporary))
     return grid

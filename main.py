@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -25,10 +25,11 @@ import distributed
 import rng
 import score
 from errors import UserError
-from evaluate import Evaluator, Schedule
-from files import save_grid, writable_folder, write_json, write_text
+from evaluate import Evaluator, Schedule, SharedStates, latency
+from files import read_json, save_grid, writable_folder, write_json, write_text
 from model import SlimmableUNet, UNetSettings, WidthSchedule, average, candidates, checkpoint
-from search import Genome, Search, SearchSettings
+from report import SearchProgress, SearchResult, read_front, table
+from search import Genome, Rung, Search, SearchSettings, warm_start
 from train import Interrupted, Trainer, TrainSettings
 
 MODES = ("train", "search", "eval", "eval_stepaware", "eval_ensemble", "profile")
@@ -115,13 +116,32 @@ def define_flags() -> None:
     real("macs_weight", 0.001, "weight of a step's average MMACs (half its MFLOPs) in it")
     real("mutation_prob", 0.001, "probability that a gene mutates, per gene")
     boolean("random_init", False, "a first population without the uniform widths")
+    choice("search_objective", "weighted", ["weighted", "pareto"],
+           "minimise one weighted sum (published), or distance and cost both")  # fmt: skip
+    choice("cost", "flops", ["flops", "latency"], "what a step costs: FLOPs, or time measured here")
+    real("flops_budget", 0.0, "pareto: share of full width's cost that the chosen schedule may "
+         "have; 0: the front's knee")  # fmt: skip
+    integer("pick", -1, "take this point of the finished search's front as search.txt instead")
+    integer("num_segments", 0, "genes, each for a run of steps; 0: one gene a step")
+    boolean("level_seeds", False, "two- and three-level schedules in the first population")
+    boolean("allow_skip", False, "0 is a width too: the step is left out")
+    text("search_ladder", "", "cheap rungs, IMAGESxSTEPS,…, that candidates climb to be scored "
+         "at the full setting")  # fmt: skip
+    real("ladder_keep", 0.25, "share of a rung's candidates that climb to the next")
+    integer("surrogate", 0, "offspring made for each that is scored, screened by a regression "
+            "on the log; 0: none are screened")  # fmt: skip
+    real("state_memory", 2.0, "GiB for states that chains share; 0: none are shared")
+    choice("state_device", "device", ["device", "host"], "where these are kept")
+    text("search_warm_start", "", "log of another search whose best schedules start this one")
+    text("search_dir", "", "folder of the search; default LOGDIR/search")
     # Run
     text("logdir", "./logs/DDPM_CIFAR10_EPS", "folder of the run")
     text("ckpt_name", "ckpt", "checkpoint LOGDIR/NAME.pt to write, continue, or use")
-    integer("seed", 0, "seed of everything random")
+    integer("seed", 0, "seed of everything random", lower_bound=0, upper_bound=2**63 - 1)
     text("device", "auto", "cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
     boolean("parallel", False, "DataParallel over the visible GPUs")
     choice("amp", "none", ["none", "bf16", "fp16"], "arithmetic of the network")
+    boolean("dry_run", False, "say what the command would cost, from a short measured burst")
 
 
 # --- flags to settings ----------------------------------------------------------------------------
@@ -340,9 +360,15 @@ def build_evaluator(
 
 
 def load_schedule(widths: Sequence[float]) -> WidthSchedule:
+    """The schedule of --schedule or LOGDIR/search.txt, for the sampler that the flags name."""
     path = FLAGS.schedule or Path(FLAGS.logdir) / "search.txt"
-    steps = from_flags(diffusion.Sampler).timesteps(noise_schedule())
-    return WidthSchedule.load(path, FLAGS.T, widths, steps)
+    steps = noise_schedule().timesteps(FLAGS.sample_steps or FLAGS.T, FLAGS.timestep_spacing)
+    return WidthSchedule.load(path, FLAGS.T, [0.0, *widths] if FLAGS.allow_skip else widths, steps)
+
+
+def flops_table(net: SlimmableUNet, widths: Sequence[float]) -> dict[float, int]:
+    """FLOPs of one image's pass at each width; leaving a step out costs nothing."""
+    return {0.0: 0} | {width: score.flops(net, width, image_shape(net)) for width in widths}
 
 
 # --- modes ----------------------------------------------------------------------------------------
@@ -397,7 +423,7 @@ def evaluate_width() -> None:
         raise UserError(f"--assigned_width={width}: add --slimmable_unet; a plain network has 1")
     net.check_width(width)
     schedule = WidthSchedule([width] * FLAGS.T)
-    costs = {w: score.flops(net, w, image_shape(net)) for w in {1.0, width}}
+    costs = flops_table(net, [1.0, width])
     evaluator = build_evaluator(candidate_networks(net, [width]), image_shape(net))
     name = "eval" if width == 1 else f"eval_width_{width:g}"
     report_scores(name, evaluator, schedule, costs, {"width": width, "step": step})
@@ -407,8 +433,8 @@ def evaluate_schedule() -> None:
     """Score the width schedule of LOGDIR/search.txt."""
     net, step = load_network(FLAGS.logdir)
     schedule = load_schedule(all_widths())
-    used = sorted(set(schedule.widths))
-    costs = {w: score.flops(net, w, image_shape(net)) for w in {1.0, *used}}
+    used = sorted(set(schedule.widths) - {0.0})
+    costs = flops_table(net, [1.0, *used])
     evaluator = build_evaluator(candidate_networks(net, used), image_shape(net))
     about = {"step": step, "schedule": list(schedule.widths)}
     report_scores("eval_stepaware", evaluator, schedule, costs, about)
@@ -468,27 +494,39 @@ def report_scores(
 
 def search() -> None:
     """Search a width schedule for the supernet in LOGDIR and write LOGDIR/search.txt."""
+    folder = Path(FLAGS.search_dir or Path(FLAGS.logdir) / "search")
+    if FLAGS.pick >= 0:
+        pick(folder)
+        return
     settings = from_flags(SearchSettings)
     net, step = load_network(FLAGS.logdir)
     if not slimmable():
         raise UserError("--search chooses among widths: add --slimmable_unet")
-    folder = writable_folder(Path(FLAGS.logdir) / "search")
-    evaluator = build_evaluator(candidate_networks(net, all_widths()), image_shape(net), rng.SEARCH)
+    networks = candidate_networks(net, all_widths())
+    flops = flops_table(net, all_widths())
+    evaluator = build_evaluator(networks, image_shape(net), rng.SEARCH)
     evaluator.progress = False
-    genome = Genome(tuple(all_widths()), tuple(evaluator.timesteps()), FLAGS.T)
-    costs = {w: score.flops(net, w, image_shape(net)) for w in all_widths()}
-
-    def scores(schedules):
-        for index, found in evaluator.score_all(schedules):
-            yield index, {"distance": found.distance, "label": found.label}
-
-    found = Search(
+    rungs = ladder(evaluator)
+    times = latency_table(writable_folder(folder), evaluator)
+    genome = Genome(
+        ((0.0,) if FLAGS.allow_skip else ()) + tuple(all_widths()),
+        tuple(evaluator.timesteps()),
+        FLAGS.T,
+        settings.num_segments,
+    )
+    start = []
+    if FLAGS.search_warm_start:
+        start = warm_start(FLAGS.search_warm_start, genome, settings.pop_size // 2)
+    # Times are put on FLOPs' scale, so that weights and budgets mean the same for both.
+    scaled = {width: times[width] / times[1.0] * flops[1.0] for width in flops}
+    progress = SearchProgress(folder)
+    job = Search(
         settings=settings,
         genome=genome,
-        score=scores,
-        costs=costs,
-        objective=lambda distance, flops: (
-            settings.fid_weight * distance + settings.macs_weight * flops / 2e6
+        score=shared_scores(evaluator),
+        costs=flops if FLAGS.cost == "flops" else scaled,
+        objective=lambda distance, cost: (
+            settings.fid_weight * distance + settings.macs_weight * cost / 2e6
         ),
         folder=folder,
         identity={
@@ -499,17 +537,147 @@ def search() -> None:
             "encoder": FLAGS.fid_encoder,
             "sampler": asdict(evaluator.sampler),
             "widths": all_widths(),
+            "ladder": FLAGS.search_ladder,
         },
+        start=start,
+        ladder=rungs,
+        on_generation=progress.note,
     )
-    seen = found.run()
-    best = found.best(seen)
+    seen = job.run()
+    result = SearchResult(job, seen, flops, times, evaluator, progress.generations)
     if distributed.is_main():
-        best.schedule.save(Path(FLAGS.logdir) / "search.txt")
-        say(f"{best.record['label']} {best.distance:.4g} at {best.cost / 1e9:.4g} GFLOPs")
+        result.save(folder, search_txt(folder))
+        say(result.summary())
+    grid = result.grid(folder)  # all processes draw their share of it
+    if distributed.is_main():
+        say(f"saved {search_txt(folder)}, {folder / 'front.json'}, pictures and {grid}")
+
+
+def search_txt(folder: Path) -> Path:
+    """Where the chosen schedule goes: LOGDIR/search.txt, or into a search's own folder."""
+    return (folder if FLAGS.search_dir else Path(FLAGS.logdir)) / "search.txt"
+
+
+def pick(folder: Path) -> None:
+    """Write another point of a finished search's front to search.txt."""
+    front = read_front(folder / "front.json")
+    if FLAGS.pick >= len(front["points"]):
+        raise UserError(
+            f"--pick={FLAGS.pick}: the front has points 0 to {len(front['points']) - 1}"
+        )
+    point = front["points"][FLAGS.pick]
+    WidthSchedule(point["schedule"]).save(search_txt(folder))
+    say(
+        f"point {FLAGS.pick}: {front['label']} {point['distance']:.6g} at "
+        f"{point['average_gflops']:.4g} GFLOPs a step, now in {search_txt(folder)}"
+    )
+
+
+def ladder(evaluator: Evaluator) -> list[Rung]:
+    """The rungs of --search_ladder, each a cheaper copy of `evaluator`."""
+    rungs = []
+    for part in filter(None, FLAGS.search_ladder.split(",")):
+        match = re.fullmatch(r"(\d+)x(\d+)", part.strip())
+        if not match or not 2 <= int(match[1]) <= FLAGS.num_images:
+            raise UserError(
+                f"--search_ladder={FLAGS.search_ladder}: a rung is IMAGESxSTEPS, with 2 to "
+                f"{FLAGS.num_images} images (--num_images)"
+            )
+        sampler = replace(evaluator.sampler, sample_steps=int(match[2]))
+        sampler.timesteps(noise_schedule())
+        cheaper = replace(evaluator, num_images=int(match[1]), sampler=sampler)
+        rungs.append(Rung(part.strip(), shared_scores(cheaper)))
+    return rungs
+
+
+def shared_scores(evaluator: Evaluator):
+    """What the search calls to score schedules: `evaluator`, with shared states."""
+    budget = int(FLAGS.state_memory * 2**30)
+
+    def scores(schedules: Sequence[WidthSchedule]):
+        if budget > 0 and evaluator.states is None:
+            where = torch.device("cpu") if FLAGS.state_device == "host" else None
+            evaluator.states = SharedStates(budget, where)
+        for index, found in evaluator.score_all(schedules):
+            yield (
+                index,
+                {
+                    "distance": found.distance,
+                    "label": found.label,
+                    "passes": found.passes,
+                    "passes_saved": found.passes_saved,
+                },
+            )
+
+    return scores
+
+
+def latency_table(folder: Path, evaluator: Evaluator) -> dict[float, float]:
+    """Seconds an image of each width's pass, measured once for the search in `folder`."""
+    path = folder / "latency.json"
+    about = {"device": str(evaluator.device), "batch_size": FLAGS.batch_size, "amp": FLAGS.amp}
+    if distributed.is_main() and not path.exists():
+        say("measuring the candidates' latency")
+        batch = min(FLAGS.batch_size, FLAGS.num_images)
+        seconds = {
+            str(width): latency(network, evaluator.image_shape, batch, evaluator.device)
+            for width, network in evaluator.networks.items()
+        }
+        write_json(path, about | {"seconds_per_image": seconds})
+    distributed.gather(None)
+    known = read_json(path)
+    try:
+        times = {float(w): float(s) for w, s in known["seconds_per_image"].items()}
+        missing = [w for w in evaluator.networks if w not in times]
+        same = all(known[name] == value for name, value in about.items())
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is no table of latencies; delete it") from error
+    if missing or (FLAGS.cost == "latency" and not same):
+        raise UserError(
+            f"{path} was measured for other widths or another device, batch size or arithmetic "
+            f"({ {k: known[k] for k in about} }); use the same, delete it, or name another "
+            "--search_dir"
+        )
+    return {0.0: 0.0} | times
 
 
 def profile() -> None:
     """Print parameters, GFLOPs and measured latency of every width, and of a schedule."""
+    path = Path(FLAGS.logdir) / f"{FLAGS.ckpt_name}.pt"
+    if path.exists():
+        net, step = load_network(FLAGS.logdir)
+        say(f"{path}, step {step}")
+    else:
+        net = build_network(data.channels(FLAGS.dataset)).to(choose_device()).eval()
+        say(f"there is no {path}; this is the network that the flags describe, untrained")
+    shape, device, widths = image_shape(net), choose_device(), all_widths()[::-1]
+    # A large batch on a CPU takes long and tells nothing more.
+    batch = FLAGS.batch_size if device.type == "cuda" else min(FLAGS.batch_size, 16)
+    flops, rows, times = flops_table(net, widths), [], {0.0: 0.0}
+    for width, network in candidate_networks(net, widths).items():
+        times[width] = latency(network, shape, batch, device)
+        rows.append(
+            [
+                f"{width:g}",
+                f"{net.parameter_count(width) / 1e6:.2f} M",
+                f"{flops[width] / 1e9:.4f}",
+                f"{100 * flops[width] / flops[1.0]:.1f} %",
+                f"{1000 * times[width]:.3f}",
+                f"{100 * times[width] / times[1.0]:.1f} %",
+            ]
+        )
+    header = ["width", "parameters", "GFLOPs", "of full", "ms / image", "of full"]
+    say(table(header, rows))
+    say(f"one pass, images {shape}, batch {batch}, {device}, {FLAGS.amp} amp")
+    if FLAGS.schedule or (Path(FLAGS.logdir) / "search.txt").exists():
+        schedule, steps = load_schedule(widths), from_flags(diffusion.Sampler)
+        kept = steps.timesteps(noise_schedule())
+        mean, time = average(schedule, kept, flops), average(schedule, kept, times)
+        say(
+            f"the schedule averages {mean / 1e9:.4f} GFLOPs a step of {flops[1.0] / 1e9:.4f} "
+            f"({100 * mean / flops[1.0]:.1f} %) and {1000 * time:.3f} ms of "
+            f"{1000 * times[1.0]:.3f} ({100 * time / times[1.0]:.1f} %)"
+        )
 
 
 # --- entry ----------------------------------------------------------------------------------------

@@ -1,12 +1,20 @@
-"""Tables and pictures of results. Knows matplotlib and nothing of how results came about."""
+"""Tables, pictures and files of results. Knows how they look, not how they came about."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from files import replacing
+import torch
+
+import distributed
+from errors import UserError
+from evaluate import Evaluator
+from files import read_json, replacing, save_grid, write_json
+from model import WidthSchedule, average
+from search import Candidate, Search, hypervolume, pareto_front
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -94,3 +102,198 @@ def plot_fronts(
     axes.set(xlabel=unit, ylabel=label)
     axes.legend(fontsize="small")
     _save(figure, path)
+
+
+@dataclass
+class SearchProgress:
+    """The front after each generation, on TensorBoard as it comes.
+
+    The hypervolume's reference point is 1.1 times the worst of the first generation in distance
+    and in cost, so it is the same for a search that was killed and started again.
+    """
+
+    folder: Path
+    generations: list[dict] = field(default_factory=list)
+    _writer: object = None
+    _reference: tuple[float, float] = (0.0, 0.0)
+
+    def note(self, generation: int, candidates: Sequence[Candidate]) -> None:
+        """Record generation number `generation`; candidates are all that were seen so far."""
+        if generation == 1:
+            worst = (max(c.distance for c in candidates), max(c.cost for c in candidates))
+            self._reference = (1.1 * worst[0], 1.1 * worst[1])
+        front = pareto_front(candidates)
+        volume = hypervolume(front, self._reference) / (self._reference[0] * self._reference[1])
+        self.generations.append(
+            {
+                "generation": generation,
+                "candidates": len(candidates),
+                "hypervolume": volume,
+                "front": [[c.cost, c.distance] for c in front],
+            }
+        )
+        if distributed.is_main():
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(self.folder))
+            self._writer.add_scalar("hypervolume", volume, generation)
+            self._writer.add_scalar("best_distance", front[0].distance, generation)
+            self._writer.flush()
+
+
+@dataclass
+class SearchResult:
+    """What a search found, and what its folder shows of it.
+
+    flops, times: FLOPs and seconds an image of one pass at each width.
+    """
+
+    search: Search
+    candidates: Sequence[Candidate]
+    flops: Mapping[float, float]
+    times: Mapping[float, float]
+    evaluator: Evaluator
+    generations: Sequence[dict]
+
+    def __post_init__(self) -> None:
+        self.front = pareto_front(self.candidates)
+        self.chosen = self.search.best(self.candidates)
+        self.timesteps = self.evaluator.timesteps()
+        self.label = self.evaluator.encoder.label
+
+    def point(self, candidate: Candidate) -> dict:
+        """A candidate as front.json has it; its schedule has an entry for every timestep."""
+        gflops = average(candidate.schedule, self.timesteps, self.flops) / 1e9
+        return {
+            "distance": candidate.distance,
+            "average_gflops": gflops,
+            "saving": 1 - gflops * 1e9 / self.flops[1.0],
+            "latency_ms": 1000
+            * len(self.timesteps)
+            * average(candidate.schedule, self.timesteps, self.times),
+            "generation": candidate.generation,
+            "schedule": list(candidate.schedule.expanded(self.search.genome.T).widths),
+        }
+
+    def uniform(self) -> list[Candidate]:
+        """The candidates that have one width at every step."""
+        return [c for c in self.candidates if len(set(c.schedule.widths)) == 1]
+
+    def passes(self) -> tuple[int, int]:
+        """Network passes that were run, and those that shared states saved."""
+        records = self.search.known.values()
+        return (
+            sum(r.get("passes", 0) for r in records),
+            sum(r.get("passes_saved", 0) for r in records),
+        )
+
+    def summary(self) -> str:
+        """The chosen point beside the uniform widths, as a table."""
+        rows = [("searched", self.chosen)]
+        rows += [(f"width {c.schedule.widths[0]:g}", c) for c in self.uniform()]
+        cells = []
+        for name, candidate in rows:
+            point = self.point(candidate)
+            cells.append(
+                [
+                    name,
+                    f"{point['distance']:.4g}",
+                    f"{point['average_gflops']:.4g}",
+                    f"{100 * point['saving']:.1f} %",
+                    f"{point['latency_ms']:.4g}",
+                ]
+            )
+        run, saved = self.passes()
+        lines = [
+            table(["schedule", self.label, "GFLOPs / step", "saved", "ms / image"], cells),
+            f"{len(self.search.known)} candidates scored, {run:.4g} network passes run and "
+            f"{saved:.4g} ({100 * saved / max(1, run + saved):.1f} %) saved by shared states",
+        ]
+        lines += [
+            f"rank correlation with rung {c['rung']}: {c['rank_correlation']:.3f} "
+            f"over {c['candidates']} candidates"
+            for c in self.search.correlations
+        ]
+        return "\n".join(lines)
+
+    def save(self, folder: Path, search_txt: Path) -> None:
+        """search.txt, front.json and the pictures."""
+        self.chosen.schedule.expanded(self.search.genome.T).save(search_txt)
+        run, saved = self.passes()
+        places = [(c.distance, c.cost) for c in self.front]
+        where = (self.chosen.distance, self.chosen.cost)
+        write_json(
+            folder / "front.json",
+            {
+                "label": self.label,
+                "encoder": self.evaluator.encoder.name,
+                "images": self.evaluator.num_images,
+                "timesteps": self.timesteps,
+                "full_width_gflops": self.flops[1.0] / 1e9,
+                "points": [self.point(c) for c in self.front],
+                # Null where the weighted sum is least off the front, which ties alone allow.
+                "chosen_point": places.index(where) if where in places else None,
+                "chosen": self.point(self.chosen),
+                "uniform": [self.point(c) for c in self.uniform()],
+                "candidates": len(self.search.known),
+                "passes": run,
+                "passes_saved": saved,
+                "rank_correlations": self.search.correlations,
+                "generations": list(self.generations),
+            },
+        )
+        self._plot(folder)
+
+    def _plot(self, folder: Path) -> None:
+        def marks(candidates: Sequence[Candidate]) -> list[tuple[float, float]]:
+            return [(c.cost / 1e9, c.distance) for c in candidates]
+
+        unit = "average GFLOPs a step"
+        plot_front(
+            folder / "front.png",
+            {
+                "scored": marks(self.candidates),
+                "front": marks(self.front),
+                "uniform widths": marks(self.uniform()),
+                "chosen": marks([self.chosen]),
+            },
+            self.label,
+            line="front",
+            unit=unit,
+        )
+        every = max(1, len(self.generations) // 6)
+        shown = {g["generation"]: g["front"] for g in [*self.generations[::-1][::every]][::-1]}
+        plot_fronts(
+            folder / "generations.png",
+            {n: [(cost / 1e9, d) for cost, d in front] for n, front in shown.items()},
+            self.label,
+            unit,
+        )
+        widths = [self.chosen.schedule[t] for t in self.timesteps]
+        plot_schedule(folder / "schedule.png", self.timesteps, widths, "chosen schedule")
+
+    def grid(self, folder: Path) -> Path:
+        """Full width and three points of the front on the same noise, a row each."""
+        full = WidthSchedule([1.0] * self.search.genome.T)
+        three = [self.front[0], self.chosen, self.front[-1]]
+        rows = [
+            self.evaluator.sample(schedule, 16) for schedule in (full, *(c.schedule for c in three))
+        ]
+        path = folder / "samples.png"
+        if distributed.is_main():
+            save_grid(path, torch.cat(rows), columns=16)
+        return path
+
+
+def read_front(path: Path) -> dict:
+    """front.json of a finished search; UserError for anything else."""
+    front = read_json(path)
+    try:
+        for point in front["points"]:
+            [float(w) for w in point["schedule"]]
+            float(point["distance"]), float(point["average_gflops"])
+        str(front["label"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not the front of a finished search") from error
+    return front

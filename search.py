@@ -22,7 +22,9 @@ from pymoo.core.problem import Problem
 from pymoo.core.repair import Repair
 from pymoo.indicators.hv import HV
 from pymoo.operators.crossover.pntx import SinglePointCrossover
+from pymoo.operators.survival.rank_and_crowding.metrics import calc_crowding_distance
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
+from scipy.stats import spearmanr
 from tqdm import tqdm
 
 import distributed
@@ -50,13 +52,20 @@ class SearchSettings:
     search_objective: str = "weighted"
     flops_budget: float = 0.0
     num_segments: int = 0
+    ladder_keep: float = 0.25
+    surrogate: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("num_generation", 1), ("pop_size", 2), ("num_segments", 0)):
+        for name, least in (
+            ("num_generation", 1),
+            ("pop_size", 2),
+            ("num_segments", 0),
+            ("surrogate", 0),
+        ):
             if getattr(self, name) < least:
                 raise UserError(f"--{name}={getattr(self, name)}: must be at least {least}")
-        for name in ("mutation_prob", "flops_budget"):
+        for name in ("mutation_prob", "flops_budget", "ladder_keep"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name}={getattr(self, name)}: must be in [0, 1]")
         for name in ("fid_weight", "macs_weight"):
@@ -165,7 +174,7 @@ class SomeStep(Repair):
         return X
 
 
-@dataclass
+@dataclass(frozen=True)
 class Candidate:
     """A scored schedule. cost: mean FLOPs a step, or whatever the search's cost table holds."""
 
@@ -176,13 +185,23 @@ class Candidate:
     record: Mapping[str, object]
 
 
+@dataclass(frozen=True)
+class Rung:
+    """A cheaper way to score, on fewer images or steps; `name` is what the log calls it."""
+
+    name: str
+    score: Score
+
+
 @dataclass
 class Search:
     """One search in one folder.
 
-    costs: what one step of each width costs (0 for width 0). objective(distance, cost) -> number
-    for the weighted search. identity: what a distance depends on; a log made under another one is
-    refused. start: schedules for the first population, before the usual ones.
+    score: the full setting. costs: what one step of each width costs (0 for width 0).
+    objective(distance, cost) -> number for the weighted search. identity: what a distance depends
+    on; a log made under another one is refused. start: schedules for the first population, before
+    the usual ones. ladder: cheaper rungs, the cheapest first: the search runs on that one, and of
+    what it saw the best `ladder_keep` climb to the next, and so on to the full setting.
     """
 
     settings: SearchSettings
@@ -193,19 +212,56 @@ class Search:
     folder: Path
     identity: Mapping[str, object]
     start: Sequence[WidthSchedule] = ()
+    ladder: Sequence[Rung] = ()
     on_generation: Callable[[int, Sequence[Candidate]], None] | None = None
-    known: dict[tuple[float, ...], dict] = field(default_factory=dict, init=False)
+    correlations: list[dict] = field(default_factory=list, init=False)
+    known: dict[tuple, dict] = field(default_factory=dict, init=False)
 
     @property
     def log(self) -> Path:
         return self.folder / "search.jsonl"
 
     def run(self) -> list[Candidate]:
-        """Search; returns every candidate that was asked for, in the order of the asking."""
-        s = self.settings
+        """Search; returns every candidate scored at the full setting, in order of the asking."""
         self._read_log()
+        rungs = [*self.ladder, Rung("", self.score)]
+        total = self.settings.num_generation * self.settings.pop_size
+        with tqdm(
+            total=total,
+            desc="search",
+            unit="cand",
+            dynamic_ncols=True,
+            disable=not distributed.is_main(),
+        ) as bar:
+            candidates = self._evolve(rungs[0], bar)
+            for rung in rungs[1:]:
+                climbing = self._promoted(candidates)
+                bar.total += len(climbing)
+                schedules = [c.schedule for c in climbing]
+                scored = list(self._scored(rung, schedules, climbing[0].generation, bar))
+                self._compare(rung, climbing, scored)
+                candidates = scored
+        return candidates
+
+    def best(self, candidates: Sequence[Candidate]) -> Candidate:
+        """The one to use: the least weighted sum, the best within the budget, or the knee."""
+        s = self.settings
+        if s.search_objective == "weighted":
+            return min(candidates, key=lambda c: self.objective(c.distance, c.cost))
+        front = pareto_front(candidates)
+        if s.flops_budget:
+            limit = s.flops_budget * self.costs[max(self.costs)] * (1 + 1e-9)
+            return min(front, key=lambda c: (max(0.0, c.cost - limit), c.distance))
+        return knee(front)
+
+    # --- how ---
+
+    def _evolve(self, rung: Rung, bar: tqdm) -> list[Candidate]:
+        """NSGA-II on one rung; every candidate that was asked for."""
+        s = self.settings
         algorithm = NSGA2(
             pop_size=s.pop_size,
+            n_offsprings=s.pop_size * max(1, s.surrogate),
             sampling=self._first_population(),
             crossover=SinglePointCrossover(),
             mutation=ResetMutation(s.mutation_prob, len(self.genome.widths)),
@@ -222,45 +278,22 @@ class Search:
         )
         algorithm.setup(problem, termination=("n_gen", s.num_generation), seed=s.seed)
         seen: dict[tuple[float, ...], Candidate] = {}
-        total = s.num_generation * s.pop_size
-        with tqdm(
-            total=total,
-            desc="search",
-            unit="cand",
-            dynamic_ncols=True,
-            disable=not distributed.is_main(),
-        ) as bar:
-            generation = 0
-            while algorithm.has_next():
-                population = algorithm.ask()
-                if population is None or len(population) == 0:
-                    break  # every offspring repeats a candidate of the population
-                generation += 1
-                schedules = [self.genome.decode(genes) for genes in population.get("X")]
-                for candidate in self._scored(schedules, generation, bar):
-                    seen.setdefault(candidate.schedule.widths, candidate)
-                population.set("F", np.array([self._values(seen[c.widths]) for c in schedules]))
-                algorithm.tell(infills=population)
-                if self.on_generation:
-                    self.on_generation(generation, list(seen.values()))
+        generation = 0
+        while algorithm.has_next():
+            population = algorithm.ask()
+            if population is None or len(population) == 0:
+                break  # every offspring repeats a candidate of the population
+            generation += 1
+            if s.surrogate and generation > 1:
+                population = population[self._screened(population.get("X"), list(seen.values()))]
+            schedules = [self.genome.decode(genes) for genes in population.get("X")]
+            for candidate in self._scored(rung, schedules, generation, bar):
+                seen.setdefault(candidate.schedule.widths, candidate)
+            population.set("F", np.array([self._values(seen[c.widths]) for c in schedules]))
+            algorithm.tell(infills=population)
+            if self.on_generation:
+                self.on_generation(generation, list(seen.values()))
         return list(seen.values())
-
-    def front(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Those that none beats in both distance and cost, the dearest first."""
-        return pareto_front(candidates)
-
-    def best(self, candidates: Sequence[Candidate]) -> Candidate:
-        """The one to use: the least weighted sum, the best within the budget, or the knee."""
-        s = self.settings
-        if s.search_objective == "weighted":
-            return min(candidates, key=lambda c: self.objective(c.distance, c.cost))
-        front = self.front(candidates)
-        if s.flops_budget:
-            limit = s.flops_budget * self.costs[max(self.costs)]
-            return min(front, key=lambda c: (max(0.0, c.cost - limit * (1 + 1e-9)), c.distance))
-        return knee(front)
-
-    # --- how ---
 
     def _values(self, candidate: Candidate) -> list[float]:
         if self.settings.search_objective == "weighted":
@@ -274,32 +307,80 @@ class Search:
             chosen += genome.uniform()
             if s.level_seeds:
                 chosen += genome.levels()[: max(0, (s.pop_size - len(chosen) + 1) // 2)]
-        unique = list({genes.tobytes(): genes for genes in chosen}.values())[: s.pop_size]
+        unique = list({tuple(genes): genes for genes in chosen}.values())[: s.pop_size]
         random = np.random.default_rng([s.seed, 1])
         drawn = random.integers(0, len(genome.widths), (s.pop_size - len(unique), genome.genes))
         return SomeStep(genome)._do(None, np.array([*unique, *drawn]))
 
+    def _screened(self, genes: np.ndarray, seen: Sequence[Candidate]) -> np.ndarray:
+        """The pop_size rows of `genes` that a ridge regression on the candidates so far likes best.
+
+        Its inputs say which width each gene has; costs are exact.
+        """
+        from sklearn.linear_model import Ridge
+
+        def inputs(rows: np.ndarray) -> np.ndarray:
+            return np.eye(len(self.genome.widths))[rows].reshape(len(rows), -1)
+
+        known = inputs(np.array([self.genome.encode(c.schedule) for c in seen]))
+        model = Ridge(alpha=1.0).fit(known, np.log([c.distance + 1e-12 for c in seen]))
+        distances = np.exp(model.predict(inputs(genes)))
+        costs = [self._cost(self.genome.decode(row)) for row in genes]
+        guesses = [
+            Candidate(self.genome.decode(row), d, c, 0, {})
+            for row, d, c in zip(genes, distances, costs, strict=True)
+        ]
+        return np.sort(self._ranking(guesses)[: self.settings.pop_size])
+
+    def _ranking(self, candidates: Sequence[Candidate]) -> np.ndarray:
+        """Indices, the best first: by objective, or by fronts and then the crowding within."""
+        values = np.array([self._values(c) for c in candidates])
+        if values.shape[1] == 1:
+            return np.argsort(values[:, 0], kind="stable")
+        order = []
+        for front in NonDominatedSorting().do(values):
+            crowding = calc_crowding_distance(values[front])
+            order += [front[i] for i in np.argsort(-crowding, kind="stable")]
+        return np.array(order)
+
+    def _promoted(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The best share, at least a front's worth; uniform widths come along for comparison."""
+        ranking = self._ranking(candidates)
+        count = max(2, math.ceil(self.settings.ladder_keep * len(candidates)))
+        uniform = [i for i, c in enumerate(candidates) if len(set(c.schedule.widths)) == 1]
+        return [candidates[i] for i in sorted({*ranking[:count], *uniform})]
+
+    def _compare(self, rung: Rung, before: Sequence[Candidate], after: Sequence[Candidate]) -> None:
+        """Note how well the rung below ranked those that climbed (Spearman's ρ of distances)."""
+        again = {c.schedule.widths: c.distance for c in after}
+        pairs = [(c.distance, again[c.schedule.widths]) for c in before]
+        rho = spearmanr(*zip(*pairs, strict=True)).statistic if len(pairs) > 2 else math.nan
+        self.correlations.append(
+            {"rung": rung.name or "full", "candidates": len(pairs), "rank_correlation": float(rho)}
+        )
+
     def _scored(
-        self, schedules: Sequence[WidthSchedule], generation: int, bar: tqdm
+        self, rung: Rung, schedules: Sequence[WidthSchedule], generation: int, bar: tqdm
     ) -> Iterator[Candidate]:
         """Candidates for the schedules, each scored once in the life of the log."""
         unique = {schedule.widths: schedule for schedule in schedules}
-        new = [schedule for widths, schedule in unique.items() if widths not in self.known]
+        new = [s for widths, s in unique.items() if (rung.name, widths) not in self.known]
         bar.update(len(schedules) - len(new))
-        for index, scores in self.score(new) if new else ():
+        for index, scores in rung.score(new) if new else ():
             record = {
                 "generation": generation,
+                "rung": rung.name,
                 "schedule": list(new[index].widths),
                 "cost": self._cost(new[index]),
                 **scores,
             }
             if distributed.is_main():
                 append_jsonl(self.log, record)
-            self.known[new[index].widths] = record
+            self.known[rung.name, new[index].widths] = record
             bar.update()
             bar.set_postfix(generation=generation, distance=f"{record['distance']:.4g}")
         for widths, schedule in unique.items():
-            record = self.known[widths]
+            record = self.known[rung.name, widths]
             yield Candidate(schedule, record["distance"], self._cost(schedule), generation, record)
 
     def _cost(self, schedule: WidthSchedule) -> float:
@@ -308,10 +389,9 @@ class Search:
     def _read_log(self) -> None:
         """Take over what the log of an earlier, killed or finished run of this search knows."""
         records = distributed.gather(read_jsonl(self.log) if distributed.is_main() else None)[0]
-        header = {"evaluation": dict(self.identity)}
         if not records:
             if distributed.is_main():
-                write_jsonl(self.log, [header])
+                write_jsonl(self.log, [{"evaluation": dict(self.identity)}])
             return
         before = records[0].get("evaluation", {}) if isinstance(records[0], dict) else {}
         differing = [
@@ -326,12 +406,46 @@ class Search:
             )
         if distributed.is_main():
             write_jsonl(self.log, records)  # without the half line of a killed writer
-        for record in records[1:]:
-            try:
-                self.known[tuple(float(w) for w in record["schedule"])] = record
-                float(record["distance"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(f"{self.log}: a record lacks schedule or distance") from error
+        for schedule, record in schedules_of(records, self.log):
+            self.known[record.get("rung", ""), schedule] = record
+
+
+def schedules_of(records: Sequence[object], path: Path) -> Iterator[tuple[tuple[float, ...], dict]]:
+    """(widths, record) of each candidate in a search log's records."""
+    for number, record in enumerate(records[1:], 2):
+        try:
+            widths = tuple(float(w) for w in record["schedule"])
+            if not math.isfinite(record["distance"]):
+                raise ValueError("distance is not finite")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}, line {number} is no scored candidate ({error})") from error
+        yield widths, record
+
+
+def warm_start(path: str | Path, genome: Genome, count: int) -> list[WidthSchedule]:
+    """Up to `count` schedules of another search's log, best fronts first, for a first population.
+
+    Schedules of another length are read as covering the same chain at another resolution.
+    """
+    records = read_jsonl(path)
+    if not records:
+        raise UserError(f"--search_warm_start={path}: no search log there")
+    found = {}
+    for widths, record in schedules_of(records, Path(path)):
+        # The full setting's score, where there is one, replaces those of lower rungs.
+        if widths not in found or not record.get("rung"):
+            found[widths] = (record["distance"], float(record.get("cost", 0)))
+    if not found:
+        raise UserError(f"--search_warm_start={path}: the log has no candidate yet")
+    keys = list(found)
+    order = [i for front in NonDominatedSorting().do(np.array(list(found.values()))) for i in front]
+    steps = genome.timesteps
+    schedules = []
+    for i in order[:count]:
+        widths = keys[i]
+        spread = [widths[j * len(widths) // len(steps)] for j in range(len(steps))]
+        schedules.append(WidthSchedule(spread, steps))
+    return schedules
 
 
 def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -25,7 +25,8 @@ class WidthSchedule:
     """The width of each timestep: `schedule[t]`.
 
     `widths` has one entry a timestep, entry 0 for t = 0 (the last, least noisy step). With
-    `timesteps`, it has one entry for each of those instead, entry 0 for the smallest.
+    `timesteps`, it has one entry for each of those instead, entry 0 for the smallest; any other
+    t, also a fractional one, has the width of the nearest.
     """
 
     def __init__(self, widths: Iterable[float], timesteps: Sequence[int] | None = None) -> None:
@@ -33,8 +34,14 @@ class WidthSchedule:
         keys = range(len(self.widths)) if timesteps is None else sorted(timesteps)
         self._at = dict(zip(keys, self.widths, strict=True))
 
-    def __getitem__(self, t: int) -> float:
-        return self._at[t]
+    def __getitem__(self, t: float) -> float:
+        if t in self._at:
+            return self._at[t]
+        return self._at[min(self._at, key=lambda known: abs(known - t))]
+
+    def expanded(self, T: int) -> WidthSchedule:
+        """The same schedule with an entry for each of T timesteps."""
+        return WidthSchedule([self[t] for t in range(T)])
 
     def __len__(self) -> int:
         return len(self.widths)

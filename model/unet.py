@@ -309,6 +309,12 @@ class SlimmableUNet(nn.Module):
                         "the widths"
                     )
 
+    def parameter_count(self, width: float) -> int:
+        """How many parameters `width` uses, the frozen time table included."""
+        sliced = [m for m in self.modules() if hasattr(m, "slice")]
+        table = self.time_embedding.timembedding[0].weight.numel()
+        return table + sum(part.numel() for m in sliced for part in m.slice(width))
+
     @torch.no_grad()
     def subnet(self, width: float) -> SlimmableUNet:
         """A dense network of its own, in eval mode: `net.subnet(w)(x, t) == net(x, t, w)`.
