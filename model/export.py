@@ -1,0 +1,156 @@
+"""Export: a folder that diffusers' pipelines load and run, the width schedule in its config.
+
+This file knows the folder's layout. The networks are dense ones, as `subnet` makes them; what runs
+them later is step_aware_unet.py, which is copied into the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DDPMScheduler
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from errors import UserError
+from model import step_aware_unet
+from model.diffusers_unet import DenseDiffusersUNet
+from model.step_aware_unet import StepAwareUNet, key
+from model.stepaware import WidthSchedule
+from model.unet import SlimmableUNet
+
+PREDICTION = {"epsilon": "epsilon", "xstart": "sample"}  # our names -> diffusers'
+VARIANCE = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}
+
+
+def _shapes(network: nn.Module) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in network.state_dict().items()}
+
+
+def _spec(network: nn.Module) -> tuple[dict, nn.Module]:
+    """What step_aware_unet.build takes, and the module whose state dict fills the result."""
+    if isinstance(network, SlimmableUNet) and not hasattr(network.time_embedding, "timembedding"):
+        groups = network.settings.num_groups
+        return {"kind": "ddsm", "shapes": _shapes(network), "num_groups": groups}, network
+    if isinstance(network, DenseDiffusersUNet):
+        model = network.model
+        config = json.loads(model.to_json_string())
+        spec = {
+            "kind": "diffusers",
+            "class": config["_class_name"],
+            "config": {k: v for k, v in config.items() if not k.startswith("_")},
+            "shapes": _shapes(model),
+            "heads": {n: m.heads for n, m in model.named_modules() if isinstance(m, Attention)},
+        }
+        return spec, model
+    raise UserError(f"cannot export a {type(network).__name__}; it takes what `subnet` returns")
+
+
+def step_aware(
+    networks: Mapping[float, nn.Module],
+    schedule: WidthSchedule,
+    image_shape: tuple[int, int, int],
+    timesteps: Sequence[int] | None = None,
+) -> StepAwareUNet:
+    """One diffusers model that holds copies of the networks that `schedule` names.
+
+    networks: width -> what `subnet(width)` returned. image_shape: (C, H, W). timesteps: what the
+    schedule's entries are for, where it has not one for every timestep. Raises UserError where the
+    schedule names a width that has no network.
+    """
+    kept = sorted(timesteps) if timesteps is not None else list(range(len(schedule)))
+    widths = [float(schedule[t]) for t in kept]
+    specs, states = {}, {}
+    for width in sorted(set(widths)):
+        if width not in networks:
+            raise UserError(f"the schedule names width {width:g}, for which there is no network")
+        specs[key(width)], network = _spec(networks[width])
+        states.update({f"candidates.{key(width)}.{n}": v for n, v in network.state_dict().items()})
+    channels, height, columns = image_shape
+    outputs = {n: v for n, v in states.items() if n.endswith(("tail.2.weight", "conv_out.weight"))}
+    unet = StepAwareUNet(
+        sample_size=height if height == columns else [height, columns],
+        in_channels=channels,
+        out_channels=len(next(iter(outputs.values()))),
+        networks=specs,
+        schedule=widths,
+        timesteps=kept if timesteps is not None else None,
+    )
+    unet.load_state_dict(states)
+    return unet.eval()
+
+
+def _scheduler(
+    betas: tuple[float, float, int], mean_type: str, var_type: str, clip_denoised: bool
+) -> DDPMScheduler:
+    """diffusers' scheduler for a linear β from betas[0] to betas[1] over betas[2] timesteps."""
+    if mean_type not in PREDICTION:
+        raise UserError(f"--mean_type={mean_type}: diffusers has {' and '.join(PREDICTION)} alone")
+    if var_type not in VARIANCE:
+        raise UserError(f"--var_type={var_type}: one of {', '.join(VARIANCE)}")
+    return DDPMScheduler(
+        num_train_timesteps=betas[2],
+        beta_start=betas[0],
+        beta_end=betas[1],
+        beta_schedule="linear",
+        prediction_type=PREDICTION[mean_type],
+        variance_type=VARIANCE[var_type],
+        clip_sample=clip_denoised,
+    )
+
+
+def export_diffusers(
+    directory: str | Path,
+    networks: Mapping[float, nn.Module],
+    schedule: WidthSchedule,
+    image_shape: tuple[int, int, int],
+    betas: tuple[float, float, int],
+    *,
+    timesteps: Sequence[int] | None = None,
+    mean_type: str = "epsilon",
+    var_type: str = "fixedlarge",
+    clip_denoised: bool = False,
+) -> None:
+    """Write a pipeline folder that DDPMPipeline and DDIMPipeline load with `trust_remote_code`.
+
+    networks: width -> what `subnet(width)` returned. schedule: the width of each timestep, or of
+    each of `timesteps`. image_shape: (C, H, W). betas: (beta_1, beta_T, T) of the linear noise
+    schedule. The rest are as the samplers take them. The folder holds model_index.json,
+    scheduler/, and unet/ with config.json, safetensors and step_aware_unet.py.
+
+    Raises UserError where the directory is not empty or diffusers cannot express a setting.
+    """
+    directory = Path(directory)
+    scheduler = _scheduler(betas, mean_type, var_type, clip_denoised)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(
+            f"--export_diffusers={directory} exists and is not empty; name a new folder"
+        )
+    with torch.no_grad():
+        unet = step_aware(networks, schedule, image_shape, timesteps)
+    module = Path(step_aware_unet.__file__)
+    index = {
+        "_class_name": "DDPMPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": [module.stem, "StepAwareUNet"],
+    }
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".export.") as temporary:
+            # Filled under another name, so that a stopped export leaves no half folder behind.
+            folder = Path(temporary, "folder")
+            unet.save_pretrained(folder / "unet", safe_serialization=True)
+            shutil.copyfile(module, folder / "unet" / module.name)
+            scheduler.save_pretrained(folder / "scheduler")
+            text = json.dumps(index, indent=2) + "\n"
+            (folder / "model_index.json").write_text(text, encoding="utf-8")
+            folder.replace(directory)
+    except OSError as error:
+        raise UserError(f"cannot write {directory}: {error.strerror or error}") from error

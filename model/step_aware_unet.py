@@ -1,0 +1,278 @@
+"""A step-aware diffusion network that diffusers' pipelines run: several dense candidate networks
+and a schedule that names one of them for each timestep.
+
+This file travels inside every exported folder, so it imports torch and diffusers and nothing else.
+It does not know how the networks were trained or cut: it rebuilds them from the shapes of their
+weights, which the folder's config.json holds.
+
+After Yang et al., "Denoising Diffusion Step-aware Models" (ICLR 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import (
+    Downsample2D,
+    ResnetBlock2D,
+    ResnetBlockCondNorm2D,
+    Upsample2D,
+)
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+class Leading(nn.Module):
+    """The first `count` entries of the last dimension."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., : self.count]
+
+
+def fit(module: nn.Module) -> None:
+    """Set the sizes that a module notes beside its weights to what its weights say."""
+    if isinstance(module, nn.Conv2d):
+        module.out_channels, module.in_channels = module.weight.shape[:2]
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = module.weight.shape[1]
+    elif isinstance(module, nn.GroupNorm) and module.weight is not None:
+        module.num_channels = len(module.weight)
+    elif isinstance(module, nn.LayerNorm) and module.weight is not None:
+        module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, (Downsample2D, Upsample2D)):
+        convolution = module.conv if hasattr(module, "conv") else module.Conv2d_0
+        if isinstance(convolution, nn.Conv2d):
+            module.out_channels, module.channels = convolution.weight.shape[:2]
+    elif isinstance(module, (ResnetBlock2D, ResnetBlockCondNorm2D)):
+        module.in_channels = module.conv1.weight.shape[1]
+        module.out_channels = module.conv2.weight.shape[0]
+        # Samplers without weights of their own check the channels that the block gives them.
+        for sampler in (module.upsample, module.downsample):
+            if isinstance(sampler, (Downsample2D, Upsample2D)):
+                sampler.channels = sampler.out_channels = module.in_channels
+
+
+def set_heads(attention: Attention, heads: int) -> None:
+    """Tell an attention layer whose projections were cut how many heads they hold."""
+    attention.heads = attention.sliceable_head_dim = heads
+    attention.inner_dim = attention.inner_kv_dim = attention.to_q.weight.shape[0]
+    if attention.scale_qk:
+        attention.scale = (attention.inner_dim // heads) ** -0.5
+
+
+def rebuild(class_name: str, config: dict, shapes: Shapes, heads: Mapping[str, int]) -> nn.Module:
+    """The diffusers model of this class and config, cut to these shapes; weights are unset.
+
+    heads: attention layer -> how many heads it keeps.
+    """
+    if class_name not in ("UNet2DModel", "UNet2DConditionModel"):
+        raise ValueError(f"unknown network class {class_name}")
+    model = getattr(diffusers, class_name).from_config(config)
+    for name, module in model.named_modules():
+        for entry, parameter in list(module._parameters.items()):
+            shape = shapes.get(f"{name}.{entry}")
+            if parameter is not None and shape is not None and list(parameter.shape) != shape:
+                module.register_parameter(entry, nn.Parameter(parameter.new_empty(shape)))
+    for module in model.modules():
+        fit(module)
+    for name, count in heads.items():
+        set_heads(model.get_submodule(name), count)
+    if isinstance(getattr(model, "class_embedding", None), nn.Identity):
+        model.class_embedding = Leading(model.time_embedding.linear_2.weight.shape[0])
+    return model
+
+
+def _conv(shapes: Shapes, name: str, stride: int = 1) -> nn.Conv2d:
+    out, inputs, kernel, _ = shapes[f"{name}.weight"]
+    return nn.Conv2d(inputs, out, kernel, stride=stride, padding=kernel // 2)
+
+
+def _norm(shapes: Shapes, name: str, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, shapes[f"{name}.weight"][0])
+
+
+class _TimeTable(nn.Module):
+    """t (B,) long -> (B, C): what a block adds at each trained timestep."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(*shape))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.table[t]
+
+
+class _Attention(nn.Module):
+    """One head over all pixels, (B, C, H, W) -> the same, with a residual connection."""
+
+    def __init__(self, shapes: Shapes, name: str, groups: int) -> None:
+        super().__init__()
+        self.group_norm = _norm(shapes, f"{name}.group_norm", groups)
+        self.proj_q = _conv(shapes, f"{name}.proj_q")
+        self.proj_k = _conv(shapes, f"{name}.proj_k")
+        self.proj_v = _conv(shapes, f"{name}.proj_v")
+        self.proj = _conv(shapes, f"{name}.proj")
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.group_norm(x)
+        q, k, v = (
+            proj(h).flatten(2).transpose(1, 2)[:, None]  # (B, 1, H·W, C)
+            for proj in (self.proj_q, self.proj_k, self.proj_v)
+        )
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj(h[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class _Block(nn.Module):
+    """(B, in, H, W), t (B,) -> (B, out, H, W)."""
+
+    def __init__(self, shapes: Shapes, name: str, groups: int) -> None:
+        super().__init__()
+        self.block1 = nn.Sequential(
+            _norm(shapes, f"{name}.block1.0", groups),
+            nn.SiLU(),
+            _conv(shapes, f"{name}.block1.2"),
+        )
+        self.temb_proj = _TimeTable(shapes[f"{name}.temb_proj.table"])
+        self.block2 = nn.Sequential(
+            _norm(shapes, f"{name}.block2.0", groups),
+            nn.SiLU(),
+            nn.Identity(),  # where dropout was
+            _conv(shapes, f"{name}.block2.3"),
+        )
+        wide, attends = f"{name}.shortcut.weight" in shapes, f"{name}.attn.proj.weight" in shapes
+        self.shortcut = _conv(shapes, f"{name}.shortcut") if wide else nn.Identity()
+        self.attn = _Attention(shapes, f"{name}.attn", groups) if attends else nn.Identity()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.block1(x) + self.temb_proj(t)[:, :, None, None]
+        return self.attn(self.block2(h) + self.shortcut(x))
+
+
+class _Resample(nn.Module):
+    """Halves or doubles H and W."""
+
+    def __init__(self, shapes: Shapes, name: str, double: bool) -> None:
+        super().__init__()
+        self.main, self.double = _conv(shapes, f"{name}.main", 1 if double else 2), double
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.main(F.interpolate(x, scale_factor=2, mode="nearest") if self.double else x)
+
+
+class DenseUNet(nn.Module):
+    """The published DDSM network at one width: x (B, C, H, W), t (B,) -> like x.
+
+    Timesteps are rounded to trained ones.
+    """
+
+    def __init__(self, shapes: Shapes, num_groups: int) -> None:
+        super().__init__()
+
+        def layers(part: str) -> nn.ModuleList:
+            count = 1 + max(int(n.split(".")[1]) for n in shapes if n.startswith(f"{part}."))
+            names = [f"{part}.{i}" for i in range(count)]
+            return nn.ModuleList(
+                _Resample(shapes, name, double=part == "upblocks")
+                if f"{name}.main.weight" in shapes
+                else _Block(shapes, name, num_groups)
+                for name in names
+            )
+
+        self.head = _conv(shapes, "head")
+        self.downblocks = layers("downblocks")
+        self.middleblocks = layers("middleblocks")
+        self.upblocks = layers("upblocks")
+        self.tail = nn.Sequential(
+            _norm(shapes, "tail.0", num_groups), nn.SiLU(), _conv(shapes, "tail.2")
+        )
+        self.T = next(shape[0] for name, shape in shapes.items() if name.endswith(".table"))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        t = t.round().long().clamp(0, self.T - 1)
+        h = self.head(x)
+        skips = [h]
+        for layer in self.downblocks:
+            h = layer(h, t)
+            skips.append(h)
+        for layer in self.middleblocks:
+            h = layer(h, t)
+        for layer in self.upblocks:
+            h = layer(torch.cat([h, skips.pop()], 1) if isinstance(layer, _Block) else h, t)
+        return self.tail(h)
+
+
+def build(spec: Mapping) -> nn.Module:
+    """The network that an entry of config.json's `networks` describes; weights are unset."""
+    if spec["kind"] == "ddsm":
+        return DenseUNet(spec["shapes"], spec["num_groups"])
+    return rebuild(spec["class"], dict(spec["config"]), spec["shapes"], spec["heads"])
+
+
+def key(width: float) -> str:
+    """What a width is called among the networks; a module's name holds no dot."""
+    return f"width_{width:g}".replace(".", "_")
+
+
+class StepAwareUNet(ModelMixin, ConfigMixin):
+    """Candidate networks and the width schedule that names one of them for each timestep.
+
+    networks: `key(width)` -> what `build` takes. schedule: one width for each of `timesteps`,
+    which rise; without `timesteps`, entry t is for timestep t. A timestep between those, as
+    samplers with other spacings or float timesteps have them, takes the nearest one's width.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | list[int],
+        in_channels: int,
+        out_channels: int,
+        networks: dict,
+        schedule: list[float],
+        timesteps: list[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.candidates = nn.ModuleDict({name: build(spec) for name, spec in networks.items()})
+
+    def width(self, timestep: float) -> float:
+        """The width that the schedule names for the trained timestep nearest to this one."""
+        known, schedule = self.config.timesteps, self.config.schedule
+        if known is None:
+            return schedule[min(max(round(timestep), 0), len(schedule) - 1)]
+        return schedule[min(range(len(known)), key=lambda i: abs(known[i] - timestep))]
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        return_dict: bool = True,
+        **conditioning: object,
+    ) -> UNet2DOutput | tuple[Tensor]:
+        """sample (B, C, H, W), timestep a number or (B,) -> a prediction like sample.
+
+        conditioning: what a conditional network takes beside these two.
+        """
+        t = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
+        widths = [self.width(float(value)) for value in t[:1].tolist()]
+        if t.numel() > 1 and bool((t != t[0]).any()):
+            widths = [self.width(float(value)) for value in t.tolist()]
+        if len(set(widths)) > 1:
+            raise ValueError(f"one batch has timesteps of several widths: {sorted(set(widths))}")
+        output = self.candidates[key(widths[0])](sample, t, **conditioning)
+        output = output if isinstance(output, Tensor) else output.sample
+        return UNet2DOutput(sample=output) if return_dict else (output,)

@@ -1,0 +1,493 @@
+import copy
+import json
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from safetensors.torch import load_file, save_file
+
+from errors import UserError
+from model.diffusers_unet import SlimmableDiffusersUNet, order_by_importance
+from score import flops
+
+SIZE = 8
+BASE = {
+    "sample_size": SIZE,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 8,
+    "attention_head_dim": 8,
+}
+
+
+def blocks(down: str, up: str, **more: object) -> dict:
+    return {"down_block_types": (down, down), "up_block_types": (up, up), **more}
+
+
+SKIP = {"block_out_channels": (64, 64), "norm_num_groups": 16}
+UNCONDITIONAL = {
+    "default": {},
+    "scale_shift": {"resnet_time_scale_shift": "scale_shift"},
+    "scale_shift, attention norm": {
+        "resnet_time_scale_shift": "scale_shift",
+        "attn_norm_num_groups": 4,
+    },
+    "attention resnet samplers": blocks(
+        "AttnDownBlock2D", "AttnUpBlock2D", downsample_type="resnet", upsample_type="resnet"
+    ),
+    "attention conv samplers": blocks("AttnDownBlock2D", "AttnUpBlock2D"),
+    "resnet samplers": blocks("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"),
+    "skip": blocks("SkipDownBlock2D", "SkipUpBlock2D", **SKIP),
+    "skip, unequal": blocks(
+        "SkipDownBlock2D", "SkipUpBlock2D", block_out_channels=(32, 64), norm_num_groups=8
+    ),
+    "attention skip": blocks(
+        "AttnSkipDownBlock2D",
+        "AttnSkipUpBlock2D",
+        block_out_channels=(128, 128),
+        norm_num_groups=32,
+        attention_head_dim=16,
+    ),
+    "one head": {"attention_head_dim": None},
+    "three heads": {"attention_head_dim": 16, "block_out_channels": (32, 48)},
+    "no middle attention": {"add_attention": False},
+    "no middle": {"mid_block_type": None},
+    "middle scaled": {"mid_block_scale_factor": 2.0},
+    "dropout": {"dropout": 0.5},
+    "centred input": {"center_input_sample": True},
+    "fourier": {"time_embedding_type": "fourier"},
+    "learned time": {"time_embedding_type": "learned", "num_train_timesteps": 1000},
+    "time_embedding_dim": {"time_embedding_dim": 40},
+    "one image channel": {"in_channels": 1, "out_channels": 2},
+    "padding 0": {"downsample_padding": 0},
+    "three levels": {
+        "block_out_channels": (16, 32, 64),
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 4,
+        "act_fn": "gelu",
+    },
+    "class embedding": {"num_class_embeds": 5},
+    "class timestep": {"class_embed_type": "timestep"},
+    "class identity": {"class_embed_type": "identity"},
+}
+CROSS = {
+    **BASE,
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 12,
+    "attention_head_dim": 4,
+}
+SIMPLE = blocks(
+    "SimpleCrossAttnDownBlock2D",
+    "SimpleCrossAttnUpBlock2D",
+    mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+    attention_head_dim=8,
+    encoder_hid_dim=12,
+)
+CONDITIONAL = {
+    "default": {},
+    "linear projection": {"use_linear_projection": True},
+    "two transformer layers": {"transformer_layers_per_block": 2},
+    "only cross attention": {"only_cross_attention": True},
+    "simple cross attention": {**SIMPLE, "resnet_time_scale_shift": "scale_shift"},
+    "simple, group norm": {
+        **SIMPLE, "cross_attention_norm": "group_norm", "cross_attention_dim": 32,
+    },
+    "plain middle": {"mid_block_type": "UNetMidBlock2D"},
+    "class embedding": {"num_class_embeds": 5},
+    "class projection": {
+        "class_embed_type": "projection",
+        "projection_class_embeddings_input_dim": 6,
+    },
+    "class simple projection, concatenated": {
+        "class_embed_type": "simple_projection",
+        "projection_class_embeddings_input_dim": 6,
+        "class_embeddings_concat": True,
+    },
+    "text": {"addition_embed_type": "text", "addition_embed_type_num_heads": 3},
+    "text_time": {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 58,
+    },
+    "text projection": {"encoder_hid_dim": 10},
+    "fourier": {"time_embedding_type": "fourier"},
+    "time condition": {"time_cond_proj_dim": 7, "timestep_post_act": "silu"},
+    "K blocks": {
+        "down_block_types": ("KDownBlock2D", "KCrossAttnDownBlock2D", "KCrossAttnDownBlock2D"),
+        "up_block_types": ("KCrossAttnUpBlock2D", "KCrossAttnUpBlock2D", "KUpBlock2D"),
+        "mid_block_type": None,
+        "block_out_channels": (64, 128, 128),
+        "layers_per_block": 2,
+        "norm_num_groups": None,
+        "attention_head_dim": 8,
+        "act_fn": "gelu",
+        "resnet_time_scale_shift": "scale_shift",
+        "time_embedding_type": "fourier",
+    },
+}  # fmt: skip
+
+
+def randomize(model: torch.nn.Module) -> torch.nn.Module:
+    """Every entry random, so that no zero or one hides a wrong slice."""
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "time_proj" not in name:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+    return model.eval()
+
+
+def tiny(**changes: object) -> UNet2DModel:
+    return randomize(UNet2DModel(**{**BASE, **changes}))
+
+
+def conditioning_of(config: dict) -> dict:
+    torch.manual_seed(2)
+    made = {}
+    if config.get("num_class_embeds"):
+        made["class_labels"] = torch.tensor([1, 4])
+    elif config.get("class_embed_type") == "timestep":
+        made["class_labels"] = torch.tensor([10, 40])
+    elif config.get("class_embed_type") == "identity":
+        made["class_labels"] = torch.randn(2, 128)
+    elif config.get("class_embed_type"):
+        made["class_labels"] = torch.randn(2, 6)
+    if "cross_attention_dim" in config:
+        size = config.get("encoder_hid_dim") or config["cross_attention_dim"]
+        made["encoder_hidden_states"] = torch.randn(2, 5, size)
+        if config.get("addition_embed_type") == "text_time":
+            made["added_cond_kwargs"] = {
+                "text_embeds": torch.randn(2, 10),
+                "time_ids": torch.randn(2, 6),
+            }
+    return made
+
+
+def batch(channels: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(2, channels, SIZE, SIZE), torch.tensor([3, 700])
+
+
+def check_network(cls: type, config: dict) -> None:
+    """Width 1 is the original; every width runs, trains and equals its dense network."""
+    model = randomize(cls(**config))
+    conditioning = conditioning_of(config)
+    x, t = batch(config.get("in_channels", 3))
+    if config.get("time_embedding_type") == "fourier":
+        t = t.float()
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(x, t, **conditioning).sample
+    net = SlimmableDiffusersUNet(model)
+    torch.testing.assert_close(net(x, t, **conditioning), expected, atol=1e-5, rtol=0)
+    for width in (0.75, 0.25):
+        net.check_width(width)
+        out = net(x, t, width, **conditioning)
+        dense = net.subnet(width)
+        assert isinstance(dense.model, cls)
+        torch.testing.assert_close(dense(x, t, **conditioning), out, atol=1e-5, rtol=0)
+        assert all(p.is_contiguous() for p in dense.parameters())
+    net(x, t, 0.5, **conditioning).square().mean().backward()
+    grads = {n: p.grad for n, p in net.named_parameters()}
+    assert grads["model.conv_in.weight"][0].abs().sum() > 0
+    assert grads["model.conv_in.weight"][-1].abs().sum() == 0
+    rebuilt = SlimmableDiffusersUNet.from_settings(json.loads(json.dumps(net.settings_dict())))
+    rebuilt.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        again = rebuilt.eval()(x, t, 0.5, **conditioning)
+    torch.testing.assert_close(again, net(x, t, 0.5, **conditioning))
+
+
+@pytest.mark.parametrize("name", UNCONDITIONAL)
+def test_every_unconditional_option(name):
+    check_network(UNet2DModel, {**BASE, **UNCONDITIONAL[name]})
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_every_conditional_option(name):
+    check_network(UNet2DConditionModel, {**CROSS, **CONDITIONAL[name]})
+
+
+def test_flops_fall_with_width_for_conditional_networks_too():
+    configs = [(UNet2DModel, BASE), (UNet2DModel, {**BASE, "num_class_embeds": 5})]
+    configs += [(UNet2DConditionModel, {**CROSS, **CONDITIONAL["text_time"]})]
+    for cls, config in configs:
+        net = SlimmableDiffusersUNet(cls(**config))
+        counts = [flops(net, width, (3, SIZE, SIZE)) for width in (0.25, 0.5, 0.75, 1)]
+        assert counts == sorted(set(counts))
+        assert counts[1] < 0.4 * counts[3]
+
+
+def test_a_width_is_diffusers_own_network_of_narrower_config():
+    """Same shapes and numbers as the class built with half of the channels, sinusoids apart."""
+    net = SlimmableDiffusersUNet(tiny())
+    x, t = batch()
+    dense = net.subnet(0.5)
+    built = UNet2DModel(**{**BASE, "block_out_channels": (16, 32)}).eval()
+    built.time_proj = net.model.time_proj
+    built.time_embedding.linear_1 = torch.nn.Linear(32, 64)
+    built.load_state_dict(dense.model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(built(x, t).sample, net(x, t, 0.5), atol=1e-5, rtol=0)
+    assert [m.heads for m in dense.modules() if hasattr(m, "to_q")] == [4, 4, 4, 4]
+
+
+def test_concatenated_inputs_keep_the_leading_channels_of_both_parts():
+    model = tiny()
+    full = model.up_blocks[1].resnets[0]
+    net = SlimmableDiffusersUNet(model)
+    cut = net.subnet(0.5).model.up_blocks[1].resnets[0]  # 64 from below and 32 that skip
+    columns = [*range(32), *range(64, 80)]
+    torch.testing.assert_close(cut.conv1.weight, full.conv1.weight[:16, columns])
+    torch.testing.assert_close(cut.conv_shortcut.weight, full.conv_shortcut.weight[:16, columns])
+    torch.testing.assert_close(cut.norm1.weight, full.norm1.weight[columns])
+
+
+def test_gated_and_scale_shift_projections_keep_both_halves():
+    model = randomize(UNet2DConditionModel(**{**CROSS, "resnet_time_scale_shift": "scale_shift"}))
+    net = SlimmableDiffusersUNet(model)
+    narrow = net.subnet(0.5).model
+
+    def pair(path: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return model.get_parameter(path), narrow.get_parameter(path)
+
+    full, cut = pair("down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj.bias")
+    torch.testing.assert_close(cut, torch.cat([full[:64], full[128:192]]))
+    full, cut = pair("down_blocks.0.resnets.0.time_emb_proj.bias")
+    torch.testing.assert_close(cut, torch.cat([full[:16], full[32:48]]))
+
+
+def test_heads_narrow_whole_or_each_in_part():
+    net = SlimmableDiffusersUNet(tiny(attention_head_dim=16, block_out_channels=(32, 48)))
+    full = net.model.mid_block.attentions[0]
+    third = net.subnet(2 / 3).model.mid_block.attentions[0]
+    assert (third.heads, third.to_q.out_features) == (2, 32)
+    half = net.subnet(0.5).model.mid_block.attentions[0]
+    assert (half.heads, half.to_q.out_features) == (3, 24)
+    rows = [*range(8), *range(16, 24), *range(32, 40)]
+    torch.testing.assert_close(half.to_q.weight, full.to_q.weight[rows, :24])
+
+
+def test_threads_and_copies_do_not_disturb_each_other():
+    net = SlimmableDiffusersUNet(tiny())
+    x, t = batch()
+    widths = [1, 0.75, 0.5, 0.25] * 2
+    with torch.no_grad():
+        expected = [net(x, t, width) for width in widths]
+    found: list = [None] * len(widths)
+
+    def work(i: int) -> None:
+        with torch.no_grad():
+            found[i] = net(x, t, widths[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(widths))]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    torch.testing.assert_close(found, expected)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(net)))
+    torch.testing.assert_close(again(x, t, 0.5), net(x, t, 0.5))
+
+
+def replica_of(module: torch.nn.Module) -> torch.nn.Module:
+    """What DataParallel makes of a module on each device: parameters are plain tensors."""
+    replica = module._replicate_for_data_parallel()
+    replica._former_parameters = {}
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            replica._parameters[name] = None
+        else:
+            setattr(replica, name, parameter * 1)
+            replica._former_parameters[name] = parameter
+    for name, child in module._modules.items():
+        replica._modules[name] = None if child is None else replica_of(child)
+    return replica
+
+
+def test_replicas_of_data_parallel_pass_gradients_back():
+    net = SlimmableDiffusersUNet(tiny())
+    x, t = batch()
+    out = replica_of(net)(x, t, 0.5)
+    torch.testing.assert_close(out, net(x, t, 0.5))
+    out.sum().backward()
+    assert net.model.conv_in.weight.grad[:16].abs().sum() > 0
+
+
+def test_gradient_checkpointing_sees_the_width_of_its_own_call():
+    x, t = batch()
+    grads, model = [], tiny()
+    for checkpointed in (False, True):
+        net = SlimmableDiffusersUNet(copy.deepcopy(model)).train()
+        if checkpointed:
+            net.model.enable_gradient_checkpointing()
+        (net(x, t, 0.5).square().mean() + net(x, t, 0.25).square().mean()).backward()
+        grads.append(net.model.mid_block.resnets[0].conv1.weight.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_a_width_that_does_not_fit_is_refused_by_name():
+    net = SlimmableDiffusersUNet(tiny(norm_num_groups=32))
+    with pytest.raises(UserError, match=r"cannot narrow the 32 channels of .*norm"):
+        net.check_width(0.5)
+    with pytest.raises(UserError, match="must be in"):
+        net.check_width(1.5)
+    assert net.subnet(1)
+    config = {**CROSS, **SIMPLE, "block_out_channels": (64, 64), "norm_num_groups": 16}
+    simple = SlimmableDiffusersUNet(UNet2DConditionModel(**config))
+    with pytest.raises(UserError, match=r"cannot narrow .*attentions.*8 heads of 8"):
+        simple.check_width(0.625)  # 5 heads make 40 channels, but 16 groups need 48
+
+
+def test_missing_conditioning_is_one_line():
+    net = SlimmableDiffusersUNet(tiny(num_class_embeds=5))
+    with pytest.raises(UserError, match="needs class_labels"):
+        net(*batch(), 0.5)
+
+
+@pytest.mark.parametrize("pipeline", [False, True])
+def test_reads_a_folder(tmp_path, pipeline):
+    model = tiny()
+    if pipeline:
+        DDPMPipeline(model, DDPMScheduler(num_train_timesteps=50)).save_pretrained(tmp_path)
+    else:
+        model.save_pretrained(tmp_path)
+    net = SlimmableDiffusersUNet.from_pretrained(tmp_path)
+    x, t = batch()
+    torch.testing.assert_close(net(x, t), model(x, t).sample, atol=1e-5, rtol=0)
+    steps = 50 if pipeline else 1000
+    assert steps == net.settings.T
+    assert SlimmableDiffusersUNet.from_pretrained(tmp_path, T=7).settings.T == 7
+    if pipeline:
+        assert SlimmableDiffusersUNet.from_pretrained(tmp_path / "unet").settings.T == 50
+    net.settings.check_image_size(8)
+    with pytest.raises(UserError, match="multiple of 2"):
+        net.settings.check_image_size(7)
+
+
+def broken(folder: Path, what: str) -> str:
+    """Break a model folder, and say what the error must mention."""
+    config, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
+    if what == "no config":
+        config.unlink()
+        return "no config.json"
+    if what == "no json":
+        config.write_text("{")
+        return "cannot read"
+    if what == "other class":
+        config.write_text('{"_class_name": "VQModel"}')
+        return "VQModel"
+    if what == "pickle":
+        weights.rename(folder / "diffusion_pytorch_model.bin")
+        return "save_pretrained"
+    if what == "no weights":
+        weights.unlink()
+        return "has no diffusion_pytorch_model.safetensors"
+    if what == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+        return "cannot read the diffusers model"
+    if what == "other sizes":
+        UNet2DModel(**{**BASE, "block_out_channels": (64, 64)}).save_config(folder)
+        return "cannot read the diffusers model"
+    tensors = load_file(weights)
+    del tensors["conv_in.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return "no entry conv_in.weight"
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "no config",
+        "no json",
+        "other class",
+        "pickle",
+        "no weights",
+        "truncated",
+        "other sizes",
+        "fewer weights",
+    ],
+)
+def test_a_folder_that_is_no_model_is_one_line(tmp_path, what):
+    tiny().save_pretrained(tmp_path)
+    message = broken(tmp_path, what)
+    with pytest.raises(UserError, match=message) as error:
+        SlimmableDiffusersUNet.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_of_something_else_are_refused():
+    with pytest.raises(UserError, match="not the settings"):
+        SlimmableDiffusersUNet.from_settings({"kind": "diffusers"})
+    with pytest.raises(UserError, match="not one of"):
+        SlimmableDiffusersUNet.from_settings({"class": "VQModel", "config": {}, "T": 1})
+
+
+ORDERED = {
+    "default": (UNet2DModel, BASE),
+    "scale_shift": (UNet2DModel, {**BASE, "resnet_time_scale_shift": "scale_shift"}),
+    "class embedding": (UNet2DModel, {**BASE, "num_class_embeds": 5}),
+    "one head": (UNet2DModel, {**BASE, "attention_head_dim": None}),
+    "skip": (UNet2DModel, {**BASE, **UNCONDITIONAL["skip"]}),
+    "cross attention": (UNet2DConditionModel, CROSS),
+    "simple cross attention": (UNet2DConditionModel, {**CROSS, **SIMPLE}),
+}
+
+
+@pytest.mark.parametrize("name", ORDERED)
+def test_ordering_changes_no_output_at_width_1(name):
+    cls, config = ORDERED[name]
+    net = SlimmableDiffusersUNet(randomize(cls(**config)))
+    conditioning = conditioning_of(config)
+    x, t = batch()
+    before = {n: p.clone() for n, p in net.named_parameters()}
+    with torch.no_grad():
+        expected = net(x, t, **conditioning)
+        order_by_importance(net)
+        torch.testing.assert_close(net(x, t, **conditioning), expected, atol=1e-5, rtol=1e-5)
+    moved = [n for n, p in net.named_parameters() if not torch.equal(p, before[n])]
+    assert any("to_q" in n for n in moved)
+    assert any("conv2" in n for n in moved)
+
+
+def weaken(net: SlimmableDiffusersUNet) -> None:
+    """Let the leading half of every inner channel, head and time channel hardly matter.
+
+    Of the residual streams, which are not ordered, the trailing half hardly matters, so that what
+    half width loses is what ordering can win back.
+    """
+    for name, cut in net.plan.cuts.items():
+        layer = net.model.get_submodule(name)
+        side = cut.inputs or (cut.outputs if isinstance(layer, torch.nn.GroupNorm) else None)
+        if side is None or name.endswith("norm2"):
+            continue
+        leading = [i for start, n in net.plan.ranges(side, 0.5) for i in range(start, start + n)]
+        trailing = sorted(set(range(side.total)) - set(leading))
+        if cut.inputs is not None:
+            inner = name.endswith(("conv2", "to_out.0", "time_emb_proj", "linear_2"))
+            layer.weight.data[:, leading if inner else trailing] *= 1e-2
+        else:
+            layer.weight.data[trailing] *= 1e-2
+            layer.bias.data[trailing] *= 1e-2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ordering_brings_half_width_closer_to_full_width(seed):
+    torch.manual_seed(seed)
+    net = SlimmableDiffusersUNet(UNet2DModel(**BASE).eval())
+    weaken(net)
+    x, t = batch()
+    with torch.no_grad():
+
+        def error() -> float:
+            return (net(x, t, 0.5) - net(x, t, 1)).square().mean().item()
+
+        before = error()
+        order_by_importance(net)
+        assert error() < 0.5 * before
