@@ -22,6 +22,7 @@ from torch import nn
 import data
 import diffusion
 import distributed
+import estimate
 import rng
 import score
 from errors import UserError
@@ -279,6 +280,16 @@ def load_network(logdir: str, ch: int | None = None) -> tuple[SlimmableUNet, int
     return net.to(choose_device()).eval(), int(state.get("step", 0))
 
 
+def some_network() -> tuple[SlimmableUNet, str]:
+    """The trained network, or an untrained one for questions that weights do not matter to."""
+    path = Path(FLAGS.logdir) / f"{FLAGS.ckpt_name}.pt"
+    if path.exists():
+        net, step = load_network(FLAGS.logdir)
+        return net, f"{path}, step {step}"
+    net = build_network(data.channels(FLAGS.dataset)).to(choose_device()).eval()
+    return net, f"there is no {path}; this is the network that the flags describe, untrained"
+
+
 def noise_schedule() -> diffusion.NoiseSchedule:
     return diffusion.NoiseSchedule(FLAGS.beta_1, FLAGS.beta_T, FLAGS.T)
 
@@ -324,6 +335,10 @@ def statistics(encoder: score.Encoder, shape: tuple[int, int, int]):
     return score.load_statistics(path, encoder.dim or math.prod(shape), encoder.name, **about)
 
 
+def build_encoder() -> score.Encoder:
+    return score.encoder(FLAGS.fid_encoder, choose_device(), FLAGS.fid_weights or None)
+
+
 def build_evaluator(
     networks: Mapping, shape: tuple[int, int, int], stream: int = rng.SAMPLING
 ) -> Evaluator:
@@ -336,7 +351,7 @@ def build_evaluator(
     device = choose_device()
     sampler = from_flags(diffusion.Sampler)
     sampler.timesteps(noise_schedule())  # a mistake here should not wait for the statistics
-    encoder = score.encoder(FLAGS.fid_encoder, device, FLAGS.fid_weights or None)
+    encoder = build_encoder()
     reference = statistics(encoder, shape)
     if FLAGS.num_images <= len(reference[0]):
         say(
@@ -397,6 +412,9 @@ def train() -> None:
         parallel=use_parallel(),
         evaluate=training_scores(image_shape(net)) if FLAGS.eval_step else None,
     )
+    if FLAGS.dry_run:
+        say(estimate.training_plan(trainer, flops_table(net, all_widths())))
+        return
     trainer.resume()  # refuses before anything in the folder changes
     if distributed.is_main():
         write_flagfile(logdir / "flagfile.txt")
@@ -417,6 +435,9 @@ def training_scores(shape: tuple[int, int, int]):
 
 def evaluate_width() -> None:
     """Score the supernet at --assigned_width, or a plain network."""
+    if FLAGS.dry_run:
+        plan_scoring([FLAGS.assigned_width])
+        return
     net, step = load_network(FLAGS.logdir)
     width = FLAGS.assigned_width
     if width != 1 and not slimmable():
@@ -431,6 +452,9 @@ def evaluate_width() -> None:
 
 def evaluate_schedule() -> None:
     """Score the width schedule of LOGDIR/search.txt."""
+    if FLAGS.dry_run:
+        plan_scoring(load_schedule(all_widths()).widths)
+        return
     net, step = load_network(FLAGS.logdir)
     schedule = load_schedule(all_widths())
     used = sorted(set(schedule.widths) - {0.0})
@@ -499,6 +523,9 @@ def search() -> None:
         pick(folder)
         return
     settings = from_flags(SearchSettings)
+    if FLAGS.dry_run:
+        plan_search(settings)
+        return
     net, step = load_network(FLAGS.logdir)
     if not slimmable():
         raise UserError("--search chooses among widths: add --slimmable_unet")
@@ -553,6 +580,41 @@ def search() -> None:
         say(f"saved {search_txt(folder)}, {folder / 'front.json'}, pictures and {grid}")
 
 
+def plan_scoring(widths: Sequence[float]) -> None:
+    """Say what scoring a schedule with these widths would cost."""
+    steps = len(from_flags(diffusion.Sampler).timesteps(noise_schedule()))
+    plan([estimate.Scoring("evaluation", 1, FLAGS.num_images, steps)], widths, "no other load")
+
+
+def plan_search(settings: SearchSettings) -> None:
+    """Say what the search would cost, rung by rung."""
+    sampler, count = from_flags(diffusion.Sampler), settings.num_generation * settings.pop_size
+    scorings = []
+    for name, images, rung in parse_ladder(sampler):
+        steps = len(rung.timesteps(noise_schedule()))
+        scorings.append(estimate.Scoring(f"rung {name}", count, images, steps))
+        count = math.ceil(settings.ladder_keep * count)
+    steps = len(sampler.timesteps(noise_schedule()))
+    scorings.append(estimate.Scoring("full setting", count, FLAGS.num_images, steps))
+    note = "at the widths' mean cost, before shared states save any"
+    plan(scorings, all_widths(), note)
+
+
+def plan(scorings: Sequence[estimate.Scoring], widths: Sequence[float], note: str) -> None:
+    """Print the cost of `scorings` where steps have these widths in equal parts."""
+    net, about = some_network()
+    say(about)
+    device, shape = choose_device(), image_shape(net)
+    batch = FLAGS.batch_size if device.type == "cuda" else min(FLAGS.batch_size, 16)
+    used = sorted(set(widths) - {0.0})
+    flops = flops_table(net, used)
+    times = estimate.measure(candidate_networks(net, used), shape, batch, device)
+    times[0.0] = 0.0
+    encoder = estimate.encoder_seconds(build_encoder, shape, batch)
+    mean = [sum(table[w] for w in widths) / len(widths) for table in (flops, times)]
+    say(estimate.scoring_plan(scorings, *mean, encoder, note))
+
+
 def search_txt(folder: Path) -> Path:
     """Where the chosen schedule goes: LOGDIR/search.txt, or into a search's own folder."""
     return (folder if FLAGS.search_dir else Path(FLAGS.logdir)) / "search.txt"
@@ -573,8 +635,8 @@ def pick(folder: Path) -> None:
     )
 
 
-def ladder(evaluator: Evaluator) -> list[Rung]:
-    """The rungs of --search_ladder, each a cheaper copy of `evaluator`."""
+def parse_ladder(sampler: diffusion.Sampler) -> list[tuple[str, int, diffusion.Sampler]]:
+    """--search_ladder as (name, images, sampler) of each rung."""
     rungs = []
     for part in filter(None, FLAGS.search_ladder.split(",")):
         match = re.fullmatch(r"(\d+)x(\d+)", part.strip())
@@ -583,11 +645,18 @@ def ladder(evaluator: Evaluator) -> list[Rung]:
                 f"--search_ladder={FLAGS.search_ladder}: a rung is IMAGESxSTEPS, with 2 to "
                 f"{FLAGS.num_images} images (--num_images)"
             )
-        sampler = replace(evaluator.sampler, sample_steps=int(match[2]))
-        sampler.timesteps(noise_schedule())
-        cheaper = replace(evaluator, num_images=int(match[1]), sampler=sampler)
-        rungs.append(Rung(part.strip(), shared_scores(cheaper)))
+        rung = replace(sampler, sample_steps=int(match[2]))
+        rung.timesteps(noise_schedule())
+        rungs.append((part.strip(), int(match[1]), rung))
     return rungs
+
+
+def ladder(evaluator: Evaluator) -> list[Rung]:
+    """The rungs of --search_ladder, each scoring with a cheaper copy of `evaluator`."""
+    return [
+        Rung(name, shared_scores(replace(evaluator, num_images=images, sampler=sampler)))
+        for name, images, sampler in parse_ladder(evaluator.sampler)
+    ]
 
 
 def shared_scores(evaluator: Evaluator):
@@ -643,13 +712,8 @@ def latency_table(folder: Path, evaluator: Evaluator) -> dict[float, float]:
 
 def profile() -> None:
     """Print parameters, GFLOPs and measured latency of every width, and of a schedule."""
-    path = Path(FLAGS.logdir) / f"{FLAGS.ckpt_name}.pt"
-    if path.exists():
-        net, step = load_network(FLAGS.logdir)
-        say(f"{path}, step {step}")
-    else:
-        net = build_network(data.channels(FLAGS.dataset)).to(choose_device()).eval()
-        say(f"there is no {path}; this is the network that the flags describe, untrained")
+    net, about = some_network()
+    say(about)
     shape, device, widths = image_shape(net), choose_device(), all_widths()[::-1]
     # A large batch on a CPU takes long and tells nothing more.
     batch = FLAGS.batch_size if device.type == "cuda" else min(FLAGS.batch_size, 16)
