@@ -37,10 +37,10 @@ def run(folder: Path) -> None:
     trained = time.perf_counter() - start
 
     flagfile = f"--flagfile={folder / 'flagfile.txt'}"
-    score = [flagfile, "--batch_size=500", f"--fid_cache={folder / 'statistics.npz'}"]
+    score = [flagfile, "--batch_size=250", f"--fid_cache={folder / 'statistics.npz'}"]
     main_py(
-        "--search", *score, "--num_images=500", "--search_objective=pareto", "--flops_budget=0.5",
-        "--num_generation=8", "--pop_size=12", "--num_segments=10", "--mutation_prob=0.1",
+        "--search", *score, "--num_images=250", "--search_objective=pareto", "--flops_budget=0.5",
+        "--num_generation=6", "--pop_size=10", "--num_segments=10", "--mutation_prob=0.1",
         "--level_seeds",
     )  # fmt: skip
     searched = time.perf_counter() - start - trained
@@ -101,7 +101,7 @@ def report(folder: Path, seconds: dict[str, float]) -> None:
     print()
     print(table(header, rows))
     print(
-        f"\n{first['images']} images each, {len(steps)} DDIM steps; lower distances are better. "
+        f"\n{first['images']} images each, {len(steps)} steps; lower distances are better. "
         f"Took {seconds['all']:.0f} s.\n"
         f"Full width: {folder / 'eval.png'}; searched: {folder / 'eval_stepaware.png'}; plots: "
         f"{folder / 'schedule.png'}, {folder / 'distance_over_gflops.png'}; numbers: "
