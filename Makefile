@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/python -m benchmark.demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 lint: $(READY)
 	$(BIN)/ruff check .

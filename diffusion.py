@@ -7,15 +7,15 @@ arithmetic as numbers, so that no step waits for a device.
 Conventions: x is (B, C, H, W); timestep t runs from T − 1 (almost pure noise) to 0; `abar(t)` is
 the share of signal variance ᾱ_t, and abar(−1) = 1 is the clean image. Every sampler takes
 `denoise(x, t: int)`, the initial noise `x_T` (unit Gaussian), the noise schedule, and `noise(t)`,
-the Gaussian noise of the step that leaves t. `observe(t, x)`, where given, is called with each x
-just before it is denoised at t.
+the Gaussian noise of the step that leaves t. `observe(t, x)`, where given, is called with each
+step's x just before it is denoised at t. x_0 is clipped to [−limit, limit].
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
@@ -24,66 +24,26 @@ from torch import Tensor
 
 from errors import UserError
 
-MEAN_TYPES = ("epsilon", "xprev", "xstart")
+MEAN_TYPES = ("epsilon", "xprev", "xstart", "v")
 VAR_TYPES = ("fixedlarge", "fixedsmall")
 SPACINGS = ("uniform", "quadratic")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+PRECONDITIONINGS = ("none", "edm")
 
 Denoiser = Callable[[Tensor, int], Tensor]
 Noise = Callable[[int], Tensor]
 Observer = Callable[[int, Tensor], None]
 
 
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """β linear from beta_1 to beta_T over T timesteps, in float64 (Ho et al. 2020)."""
+class _Levels:
+    """Noise levels by timestep, as sample_edm sees them: T, and `sigmas` that rise with t."""
 
-    beta_1: float
-    beta_T: float
     T: int
-
-    def __post_init__(self) -> None:
-        if self.T < 1:
-            raise UserError(f"--T={self.T}: must be at least 1")
-        if not 0 < self.beta_1 <= self.beta_T < 1:
-            raise UserError(
-                f"--beta_1={self.beta_1} --beta_T={self.beta_T}: need 0 < beta_1 <= beta_T < 1"
-            )
-
-    @cached_property
-    def betas(self) -> np.ndarray:
-        """(T,) float64."""
-        return np.linspace(self.beta_1, self.beta_T, self.T, dtype=np.float64)
-
-    @cached_property
-    def alpha_bars(self) -> np.ndarray:
-        """(T,) float64: ᾱ_t = ∏ (1 − β_s) for s ≤ t."""
-        return np.cumprod(1.0 - self.betas)
-
-    def abar(self, t: int) -> float:
-        """ᾱ_t; 1 for t = −1, the clean image."""
-        return 1.0 if t < 0 else float(self.alpha_bars[t])
-
-    @cached_property
-    def sigmas(self) -> np.ndarray:
-        """(T,) float64, rising: σ_t = √((1 − ᾱ_t)/ᾱ_t), noise over signal. x_t/√ᾱ_t is the clean
-        image plus noise of this deviation (Karras et al. 2022)."""
-        return np.sqrt((1 - self.alpha_bars) / self.alpha_bars)
+    sigmas: np.ndarray
 
     def nearest(self, sigma: float) -> int:
         """The timestep whose σ_t is nearest to `sigma`; the smaller of two that are as near."""
         return int(np.abs(self.sigmas - sigma).argmin())
-
-    def timesteps(self, steps: int, spacing: str = "uniform") -> list[int]:
-        """The timesteps, rising, that a sampler of `steps` steps keeps.
-
-        uniform: 0, T/K, 2T/K, …; quadratic: ⌊linspace(0, √(0.8·T), K)²⌋ (Song et al. 2021).
-        """
-        self._check_steps(steps)
-        if spacing == "uniform":
-            return [i * self.T // steps for i in range(steps)]
-        if spacing == "quadratic":
-            return [int(s) for s in np.linspace(0, np.sqrt(self.T * 0.8), steps) ** 2]
-        raise UserError(f"--timestep_spacing={spacing}: one of {', '.join(SPACINGS)}")
 
     def edm_timesteps(self, steps: int, rho: float = 7.0) -> list[int]:
         """The timesteps, rising, that sample_edm's `steps` steps sit at.
@@ -104,11 +64,6 @@ class NoiseSchedule:
         if not 1 <= steps <= self.T:
             raise UserError(f"--sample_steps={steps}: must be in 1 to T={self.T}")
 
-    def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t of the forward process: √ᾱ_t·x_0 + √(1 − ᾱ_t)·noise, for t (B,) long."""
-        abar = self.gather(self.alpha_bars, t, x_0)
-        return abar.sqrt().to(x_0) * x_0 + (1 - abar).sqrt().to(x_0) * noise
-
     @staticmethod
     def gather(values: np.ndarray, t: Tensor, like: Tensor) -> Tensor:
         """values[t] as float64, shaped to multiply `like` (B, C, H, W)."""
@@ -116,32 +71,207 @@ class NoiseSchedule:
         return table[t].view(-1, *[1] * (like.ndim - 1))
 
 
+@dataclass(frozen=True)
+class NoiseSchedule(_Levels):
+    """β from beta_1 to beta_T over T timesteps, in float64; variance is preserved.
+
+    beta_schedule: linear (Ho et al. 2020), scaled_linear (√β is linear; Rombach et al. 2022) or
+    squaredcos_cap_v2 (Nichol and Dhariwal 2021, which has no beta_1 and beta_T): diffusers' names.
+    """
+
+    beta_1: float
+    beta_T: float
+    T: int
+    beta_schedule: str = "linear"
+
+    def __post_init__(self) -> None:
+        if self.T < 1:
+            raise UserError(f"--T={self.T}: must be at least 1")
+        if not 0 < self.beta_1 <= self.beta_T < 1:
+            raise UserError(
+                f"--beta_1={self.beta_1} --beta_T={self.beta_T}: need 0 < beta_1 <= beta_T < 1"
+            )
+        if self.beta_schedule not in BETA_SCHEDULES:
+            raise UserError(
+                f"--beta_schedule={self.beta_schedule}: one of {', '.join(BETA_SCHEDULES)}"
+            )
+
+    @cached_property
+    def betas(self) -> np.ndarray:
+        """(T,) float64."""
+        if self.beta_schedule == "squaredcos_cap_v2":
+            time = np.arange(self.T + 1, dtype=np.float64) / self.T
+            remaining = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
+            return np.minimum(1 - remaining[1:] / remaining[:-1], 0.999)
+        power = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
+        ends = self.beta_1**power, self.beta_T**power
+        return np.linspace(*ends, self.T, dtype=np.float64) ** (1 / power)
+
+    @cached_property
+    def alpha_bars(self) -> np.ndarray:
+        """(T,) float64: ᾱ_t = ∏ (1 − β_s) for s ≤ t."""
+        return np.cumprod(1.0 - self.betas)
+
+    def abar(self, t: int) -> float:
+        """ᾱ_t; 1 for t = −1, the clean image."""
+        return 1.0 if t < 0 else float(self.alpha_bars[t])
+
+    @cached_property
+    def sigmas(self) -> np.ndarray:
+        """(T,) float64, rising: σ_t = √((1 − ᾱ_t)/ᾱ_t), noise over signal. x_t/√ᾱ_t is the clean
+        image plus noise of this deviation (Karras et al. 2022)."""
+        return np.sqrt((1 - self.alpha_bars) / self.alpha_bars)
+
+    def timesteps(self, steps: int, spacing: str = "uniform") -> list[int]:
+        """The timesteps, rising, that a sampler of `steps` steps keeps.
+
+        uniform: 0, T/K, 2T/K, …; quadratic: ⌊linspace(0, √(0.8·T), K)²⌋ (Song et al. 2021).
+        """
+        self._check_steps(steps)
+        if spacing == "uniform":
+            return [i * self.T // steps for i in range(steps)]
+        if spacing == "quadratic":
+            return [int(s) for s in np.linspace(0, np.sqrt(self.T * 0.8), steps) ** 2]
+        raise UserError(f"--timestep_spacing={spacing}: one of {', '.join(SPACINGS)}")
+
+    def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t of the forward process: √ᾱ_t·x_0 + √(1 − ᾱ_t)·noise, for t (B,) long."""
+        abar = self.gather(self.alpha_bars, t, x_0)
+        return abar.sqrt().to(x_0) * x_0 + (1 - abar).sqrt().to(x_0) * noise
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Timesteps to train at, (count,) long: all are equally likely."""
+        return torch.randint(self.T, (count,), generator=generator)
+
+    def pair(
+        self, x_0: Tensor, t: Tensor, noise: Tensor, mean_type: str = "epsilon"
+    ) -> tuple[Tensor, Tensor]:
+        """What the network is shown at t (B,) long, x_t, and what it should answer; like x_0.
+
+        The answer is the noise (epsilon), x_0 (xstart), the mean of q(x_{t−1} | x_t, x_0) (xprev)
+        or √ᾱ_t·noise − √(1 − ᾱ_t)·x_0 (v; Salimans and Ho 2022).
+        """
+        x_t = self.q_sample(x_0, t, noise)
+        if mean_type == "epsilon":
+            return x_t, noise
+        if mean_type == "xstart":
+            return x_t, x_0
+        if mean_type == "xprev":
+            before = np.append(1.0, self.alpha_bars[:-1])
+            c_0 = np.sqrt(before) * self.betas / (1 - self.alpha_bars)
+            c_t = np.sqrt(1 - self.betas) * (1 - before) / (1 - self.alpha_bars)
+            mean = self.gather(c_0, t, x_0).to(x_0) * x_0
+            return x_t, mean + self.gather(c_t, t, x_0).to(x_0) * x_t
+        if mean_type == "v":
+            abar = self.gather(self.alpha_bars, t, x_0)
+            return x_t, abar.sqrt().to(x_0) * noise - (1 - abar).sqrt().to(x_0) * x_0
+        raise UserError(f"--mean_type={mean_type}: one of {', '.join(MEAN_TYPES)}")
+
+    def scale_in(self, t: int) -> float:
+        """√ᾱ_t: what clean image + σ_t·noise is multiplied by to be the network's input."""
+        return math.sqrt(self.abar(t))
+
+    def denoised(self, output: Tensor, x: Tensor, t: int, mean_type: str, clip: bool) -> Tensor:
+        """x̂_0 from the network's output at its input x."""
+        return predict_x_0(output, x, t, self, mean_type, clip)
+
+
+@dataclass(frozen=True)
+class EDMSchedule(_Levels):
+    """EDM's noise levels and preconditioning (Karras et al. 2022, table 1, last column).
+
+    The denoiser is D(y; σ) = c_skip·y + c_out·F(c_in·y), with y a clean image plus noise of
+    deviation σ and F the network. Timestep t of T names a σ: σ_t^(1/ρ) rises evenly from sigma_min
+    at t = 0 to sigma_max at t = T − 1. The network is told t, which rises with σ as EDM's c_noise =
+    ln(σ)/4 does; so its time table, width schedules and files are as for any other schedule.
+    Training draws ln σ ~ N(P_mean, P_std²) and takes the nearest ln σ_t, so that the network is
+    trained at the very levels that it is sampled at. sigma_data: deviation of the data.
+    """
+
+    T: int
+    P_mean: float = -1.2
+    P_std: float = 1.2
+    sigma_data: float = 0.5
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        if self.T < 2:
+            raise UserError(f"--T={self.T}: --precond=edm needs at least 2 noise levels")
+        if not (0 < self.P_std < math.inf and 0 < self.sigma_data < math.inf):
+            raise UserError(
+                f"--P_std={self.P_std} --sigma_data={self.sigma_data}: must be positive"
+            )
+        if not math.isfinite(self.P_mean):
+            raise UserError(f"--P_mean={self.P_mean}: must be finite")
+
+    @cached_property
+    def sigmas(self) -> np.ndarray:
+        """(T,) float64, rising."""
+        ends = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return np.linspace(*ends, self.T) ** self.rho
+
+    @cached_property
+    def c_skip(self) -> np.ndarray:
+        """(T,) float64, as the other coefficients are."""
+        return self.sigma_data**2 / (self.sigmas**2 + self.sigma_data**2)
+
+    @cached_property
+    def c_out(self) -> np.ndarray:
+        return self.sigmas * self.sigma_data / np.sqrt(self.sigmas**2 + self.sigma_data**2)
+
+    @cached_property
+    def c_in(self) -> np.ndarray:
+        return 1 / np.sqrt(self.sigmas**2 + self.sigma_data**2)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Timesteps to train at, (count,) long."""
+        logs = self.P_mean + self.P_std * torch.randn(
+            count, generator=generator, dtype=torch.float64
+        )
+        known = np.log(self.sigmas)
+        return torch.bucketize(logs, torch.from_numpy((known[1:] + known[:-1]) / 2))
+
+    def pair(
+        self, x_0: Tensor, t: Tensor, noise: Tensor, mean_type: str = "epsilon"
+    ) -> tuple[Tensor, Tensor]:
+        """What the network is shown at t (B,) long, c_in·y, and what it should answer; like x_0.
+
+        The answer is (x_0 − c_skip·y)/c_out. EDM weighs the denoiser's squared error by 1/c_out²,
+        which makes it the plain squared error of this answer.
+        """
+        y = x_0 + self.gather(self.sigmas, t, x_0).to(x_0) * noise
+        rest = x_0 - self.gather(self.c_skip, t, x_0).to(x_0) * y
+        answer = rest / self.gather(self.c_out, t, x_0).to(x_0)
+        return self.gather(self.c_in, t, x_0).to(x_0) * y, answer
+
+    def scale_in(self, t: int) -> float:
+        """c_in: what clean image + σ_t·noise is multiplied by to be the network's input."""
+        return float(self.c_in[t])
+
+    def denoised(self, output: Tensor, x: Tensor, t: int, mean_type: str, clip: bool) -> Tensor:
+        """x̂_0 from the network's output at its input x = c_in·y."""
+        x_0 = float(self.c_skip[t] / self.c_in[t]) * x + float(self.c_out[t]) * output
+        return x_0.clamp(-1, 1) if clip else x_0
+
+
+Schedule = NoiseSchedule | EDMSchedule
+
+
 def loss(
     denoise: Callable[[Tensor, Tensor], Tensor],
     x_0: Tensor,
     t: Tensor,
     noise: Tensor,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     mean_type: str = "epsilon",
 ) -> Tensor:
-    """Mean squared error between the prediction at x_t and what it should be; a scalar.
+    """Mean squared error between the prediction and what it should be; a scalar.
 
-    t (B,) long; noise like x_0. The target is the noise (epsilon), x_0 (xstart) or the mean of
-    q(x_{t−1} | x_t, x_0) (xprev). Ho et al. 2020, equation 14.
+    t (B,) long; noise like x_0; see the schedule's `pair`. Ho et al. 2020, equation 14.
     """
-    x_t = schedule.q_sample(x_0, t, noise)
-    if mean_type == "epsilon":
-        target = noise
-    elif mean_type == "xstart":
-        target = x_0
-    elif mean_type == "xprev":
-        before = np.append(1.0, schedule.alpha_bars[:-1])
-        c_0 = np.sqrt(before) * schedule.betas / (1 - schedule.alpha_bars)
-        c_t = np.sqrt(1 - schedule.betas) * (1 - before) / (1 - schedule.alpha_bars)
-        target = schedule.gather(c_0, t, x_0).to(x_0) * x_0
-        target = target + schedule.gather(c_t, t, x_0).to(x_0) * x_t
-    else:
-        raise UserError(f"--mean_type={mean_type}: one of {', '.join(MEAN_TYPES)}")
+    x_t, target = schedule.pair(x_0, t, noise, mean_type)
     return torch.nn.functional.mse_loss(denoise(x_t, t).to(target), target)
 
 
@@ -185,12 +315,14 @@ def predict_x_0(
     elif mean_type == "xprev":
         step = _Step(abar, schedule.abar(t - 1))
         x_0 = (output - step.c_t * x_t) / step.c_0
+    elif mean_type == "v":
+        x_0 = math.sqrt(abar) * x_t - math.sqrt(1 - abar) * output
     else:
         raise UserError(f"--mean_type={mean_type}: one of {', '.join(MEAN_TYPES)}")
     return x_0.clamp(-1, 1) if clip else x_0
 
 
-def _kept(steps: int | Sequence[int] | None, spacing: str, schedule: NoiseSchedule) -> list[int]:
+def _kept(steps: int | Sequence[int] | None, spacing: str, schedule: Schedule) -> list[int]:
     """The timesteps to visit, falling.
 
     Quadratic spacing can name a timestep twice; a step from t to t changes nothing and is left out.
@@ -216,6 +348,7 @@ def sample_ddpm(
     steps: int | Sequence[int] | None = None,
     spacing: str = "uniform",
     observe: Observer | None = None,
+    limit: float = 1.0,
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2); x_0 in [−1, 1], like x_T.
 
@@ -237,7 +370,7 @@ def sample_ddpm(
         if s >= 0:
             variance = step.beta if var_type == "fixedlarge" else step.posterior
             x = x + math.sqrt(variance) * noise(t)
-    return x.clamp(-1, 1)
+    return x.clamp(-limit, limit)
 
 
 def sample_ddim(
@@ -252,6 +385,7 @@ def sample_ddim(
     clip_denoised: bool = False,
     spacing: str = "uniform",
     observe: Observer | None = None,
+    limit: float = 1.0,
 ) -> Tensor:
     """DDIM (Song et al. 2021, equations 12 and 16); x_0 in [−1, 1], like x_T.
 
@@ -279,77 +413,26 @@ def sample_ddim(
         x = math.sqrt(step.abar_s) * x_0 + direction * epsilon
         if sigma > 0:
             x = x + sigma * noise(t)
-    return x.clamp(-1, 1)
+    return x.clamp(-limit, limit)
 
 
-SAMPLERS = ("ddpm", "ddim")
+def _churned(
+    schedule: Schedule, steps: int, S_churn: float, S_min: float, S_max: float
+) -> Callable[[int], int]:
+    """The timestep up to which sample_edm's step from t adds noise, in a chain of `steps` steps."""
+    gamma = min(S_churn / steps, math.sqrt(2) - 1)
 
+    def churned(t: int) -> int:
+        sigma = float(schedule.sigmas[t])
+        return schedule.nearest((1 + gamma) * sigma) if S_min <= sigma <= S_max else t
 
-@dataclass(frozen=True)
-class Sampler:
-    """Everything about a chain but its network and its noise.
-
-    sampler: one of SAMPLERS. sample_steps: how many timesteps to keep, 0 for all of them.
-    timestep_spacing: which ones. eta: of DDIM. var_type: of DDPM. mean_type: what the network
-    predicts. clip_denoised: clip x̂_0 to [−1, 1] within each step.
-    """
-
-    sampler: str = "ddpm"
-    sample_steps: int = 0
-    timestep_spacing: str = "uniform"
-    eta: float = 0.0
-    var_type: str = "fixedlarge"
-    mean_type: str = "epsilon"
-    clip_denoised: bool = False
-
-    def __post_init__(self) -> None:
-        for name, known in (
-            ("sampler", SAMPLERS),
-            ("timestep_spacing", SPACINGS),
-            ("var_type", VAR_TYPES),
-            ("mean_type", MEAN_TYPES),
-        ):
-            if getattr(self, name) not in known:
-                raise UserError(f"--{name}={getattr(self, name)}: one of {', '.join(known)}")
-        if self.sample_steps < 0:
-            raise UserError(f"--sample_steps={self.sample_steps}: must be 0 (all) or positive")
-        if self.eta < 0:
-            raise UserError(f"--eta={self.eta}: must not be negative")
-
-    def timesteps(self, schedule: NoiseSchedule) -> list[int]:
-        """The timesteps that the chain visits, rising."""
-        steps = self.sample_steps or schedule.T
-        return sorted(set(schedule.timesteps(steps, self.timestep_spacing)))
-
-    def __call__(
-        self,
-        denoise: Denoiser,
-        x: Tensor,
-        schedule: NoiseSchedule,
-        noise: Noise,
-        timesteps: Sequence[int] | None = None,
-        observe: Observer | None = None,
-    ) -> Tensor:
-        """Run the chain from x, taken to be at the largest of `timesteps`; x_0 in [−1, 1].
-
-        timesteps: the ones to visit, by default all that the sampler keeps.
-        """
-        common = {
-            "noise": noise,
-            "mean_type": self.mean_type,
-            "clip_denoised": self.clip_denoised,
-            "steps": self.timesteps(schedule) if timesteps is None else timesteps,
-            "observe": observe,
-        }
-        if self.sampler == "ddpm":
-            return sample_ddpm(denoise, x, schedule, var_type=self.var_type, **common)
-        return sample_ddim(denoise, x, schedule, eta=self.eta, **common)
+    return churned
 
 
 def sample_edm(
     denoise: Denoiser,
     x_T: Tensor,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     *,
     steps: int | Sequence[int],
     rho: float = 7.0,
@@ -362,15 +445,18 @@ def sample_edm(
     clip_denoised: bool = False,
     heun: bool = True,
     observe: Observer | None = None,
+    start: int = 0,
+    limit: float = 1.0,
 ) -> Tensor:
     """EDM's sampler (Karras et al. 2022, algorithms 1 and 2); x_0 in [−1, 1], like x_T.
 
-    Here x is the clean image plus noise of deviation σ; the network sees √ᾱ_t·x, which is
-    x/√(1 + σ_t²). steps: how many σ, spaced by rho as `edm_timesteps` says, or which timesteps.
-    x_T is unit Gaussian and becomes x at the largest σ. S_churn > 0 adds noise before each of the
-    N steps with S_min ≤ σ ≤ S_max, up to (1 + min(S_churn/N, √2 − 1))·σ rounded to a trained σ,
-    and needs `noise`; the network is then called at timesteps between the steps' own, too.
-    heun=False leaves out the second-order correction (Euler). `observe` gets each step's t and x.
+    Here x is the clean image plus noise of deviation σ; the network of a NoiseSchedule sees √ᾱ_t·x,
+    which is x/√(1 + σ_t²), that of an EDMSchedule c_in·x. steps: how many σ, spaced by rho as
+    `edm_timesteps` says, or which timesteps. x_T is unit Gaussian and becomes x at the largest σ.
+    S_churn > 0 adds noise before each of the N steps with S_min ≤ σ ≤ S_max, up to
+    (1 + min(S_churn/N, √2 − 1))·σ rounded to a trained σ, and needs `noise`; the network is then
+    called at timesteps between the steps' own, too. heun=False leaves out the second-order
+    correction (Euler). With start > 0, x_T is what `observe` got of the start-th step.
     """
     if S_churn < 0 or S_noise < 0:
         raise UserError(f"--S_churn={S_churn} --S_noise={S_noise}: must not be negative")
@@ -382,20 +468,18 @@ def sample_edm(
 
     def slope(x: Tensor, t: int) -> Tensor:
         """dx/dσ at timestep t: (x − x̂_0)/σ."""
-        x_t = x * math.sqrt(schedule.abar(t))
-        x_0 = predict_x_0(denoise(x_t, t), x_t, t, schedule, mean_type, clip_denoised)
+        x_t = x * schedule.scale_in(t)
+        x_0 = schedule.denoised(denoise(x_t, t), x_t, t, mean_type, clip_denoised)
         return (x - x_0) / sigmas[t]
 
     # The last entry is what index −1 finds: the clean image.
     sigmas = [*schedule.sigmas.tolist(), 0.0]
-    gamma = min(S_churn / len(kept), math.sqrt(2) - 1)
-    x = x_T * sigmas[kept[0]]
-    for t, s in zip(kept, [*kept[1:], -1], strict=True):
+    top = _churned(schedule, len(kept), S_churn, S_min, S_max)
+    x = x_T if start else x_T * sigmas[kept[0]]
+    for t, s in list(zip(kept, [*kept[1:], -1], strict=True))[start:]:
         if observe:
             observe(t, x)
-        churned = t
-        if S_min <= sigmas[t] <= S_max:
-            churned = schedule.nearest((1 + gamma) * sigmas[t])
+        churned = top(t)
         if churned != t:
             x = x + S_noise * math.sqrt(sigmas[churned] ** 2 - sigmas[t] ** 2) * noise(t)
         step = sigmas[s] - sigmas[churned]
@@ -404,4 +488,178 @@ def sample_edm(
         if heun and s >= 0:
             following = x + step * (first + slope(following, s)) / 2
         x = following
-    return x.clamp(-1, 1)
+    return x.clamp(-limit, limit)
+
+
+# Our own; any other name is that of a scheduler of diffusers.
+SAMPLERS = ("ddpm", "ddim", "edm")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Everything about a chain but its network and its noise.
+
+    sampler: one of SAMPLERS, dpm_solver, or the name of a scheduler class of diffusers.
+    sample_steps: how many steps, 0 for one a timestep. mean_type: what the network predicts.
+    clip_denoised: clip x̂_0 to [−1, 1] within each step. timestep_spacing: of DDPM and DDIM. eta: of
+    DDIM. var_type: of DDPM. rho, S_churn, S_tmin, S_tmax, S_noise, heun: of EDM, see sample_edm.
+    Schedulers of diffusers take those of eta, var_type and the S_ that they know, and
+    scheduler_options, a JSON object of entries for their config. limit: the chain's result is
+    clipped to [−limit, limit]; infinite for latents.
+    """
+
+    sampler: str = "ddpm"
+    sample_steps: int = 0
+    timestep_spacing: str = "uniform"
+    eta: float = 0.0
+    var_type: str = "fixedlarge"
+    mean_type: str = "epsilon"
+    clip_denoised: bool = False
+    rho: float = 7.0
+    S_churn: float = 0.0
+    S_tmin: float = 0.0
+    S_tmax: float = math.inf
+    S_noise: float = 1.0
+    heun: bool = True
+    scheduler_options: str = ""
+    limit: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("timestep_spacing", SPACINGS),
+            ("var_type", VAR_TYPES),
+            ("mean_type", MEAN_TYPES),
+        ):
+            if getattr(self, name) not in known:
+                raise UserError(f"--{name}={getattr(self, name)}: one of {', '.join(known)}")
+        if self.clip_denoised and self.limit != 1:
+            raise UserError("--clip_denoised is for pixels; latents have no such bounds")
+        if self.sample_steps < 0:
+            raise UserError(f"--sample_steps={self.sample_steps}: must be 0 (all) or positive")
+        for name in ("eta", "S_churn", "S_noise", "S_tmin", "S_tmax"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"--{name}={getattr(self, name)}: must not be negative")
+        if not self.restartable:
+            import schedulers  # diffusers takes seconds to import
+
+            schedulers.check(self)
+        elif self.scheduler_options:
+            raise UserError("--scheduler_options is for schedulers of diffusers; see --sampler")
+        if self.sampler not in ("ddpm", "ddim") and self.timestep_spacing != "uniform":
+            raise UserError(
+                f"--timestep_spacing={self.timestep_spacing} is for ddpm and ddim; "
+                f"--sampler={self.sampler} has its own"
+            )
+
+    @property
+    def restartable(self) -> bool:
+        """Whether a chain can go on from its x at any step, bit for bit: its state is x alone."""
+        return self.sampler in SAMPLERS
+
+    @property
+    def skips(self) -> bool:
+        """Whether a chain may leave steps out (width 0)."""
+        return self.sampler in ("ddpm", "ddim")
+
+    def settings(self) -> dict[str, object]:
+        """The settings that this sampler heeds, as plain JSON-friendly values."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        own = ("rho", "heun") if self.sampler == "edm" else ("scheduler_options",)
+        churn = ("S_churn", "S_tmin", "S_tmax", "S_noise")
+        more = () if self.sampler in ("ddpm", "ddim") else (*own, *churn)
+        kept = list(values)[: list(values).index("rho")]
+        # JSON has no infinity.
+        return {n: None if values[n] == math.inf else values[n] for n in (*kept, *more)}
+
+    def entries(self, schedule: Schedule) -> list[int]:
+        """The timestep of each step that was asked for, rising; some may meet after rounding."""
+        if isinstance(schedule, EDMSchedule) and self.sampler != "edm":
+            raise UserError(
+                f"--sampler={self.sampler}: a network trained with --precond=edm is sampled with "
+                "--sampler=edm"
+            )
+        steps = self.sample_steps or schedule.T
+        if self.sampler == "edm":
+            return schedule.edm_timesteps(steps, self.rho)
+        if self.skips:
+            return schedule.timesteps(steps, self.timestep_spacing)
+        import schedulers
+
+        calls, order = schedulers.calls(self, schedule)
+        return sorted(calls[::order])
+
+    def timesteps(self, schedule: Schedule) -> list[int]:
+        """The timesteps that the chain's steps begin at, rising, each once."""
+        return sorted(set(self.entries(schedule)))
+
+    def evaluations(
+        self, schedule: Schedule, timesteps: Sequence[int] | None = None
+    ) -> list[tuple[int, int]]:
+        """(timestep of the step, timestep that the network is shown) of each call of the network,
+        in order. timesteps: as for a call of the sampler."""
+        if not self.restartable:
+            import schedulers
+
+            self.entries(schedule)
+            calls, order = schedulers.calls(self, schedule)
+            return [(calls[i - i % order], t) for i, t in enumerate(calls)]
+        kept = sorted(self.timesteps(schedule) if timesteps is None else timesteps, reverse=True)
+        if self.sampler != "edm":
+            return [(t, t) for t in kept]
+        top = _churned(schedule, len(kept), self.S_churn, self.S_tmin, self.S_tmax)
+        found = []
+        for t, s in zip(kept, [*kept[1:], -1], strict=True):
+            found.append((t, top(t)))
+            if self.heun and s >= 0:
+                found.append((t, s))
+        return found
+
+    def __call__(
+        self,
+        denoise: Denoiser,
+        x: Tensor,
+        schedule: Schedule,
+        noise: Noise,
+        timesteps: Sequence[int] | None = None,
+        observe: Observer | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """Run the chain; x_0 in [−1, 1].
+
+        x: the initial noise, unit Gaussian; or, with start > 0, what `observe` saw at the start-th
+        of `timesteps`, counted from the largest. timesteps: the ones to visit, by default all that
+        the sampler keeps; one of diffusers' schedulers visits all of its own. Where `denoise` has a
+        method `begin`, it is called with the timestep of each step before the step's first call.
+        """
+        begin = getattr(denoise, "begin", None)
+
+        def observed(t: int, x: Tensor) -> None:
+            if begin:
+                begin(t)
+            if observe:
+                observe(t, x)
+
+        if not self.restartable:
+            import schedulers
+
+            if start or timesteps not in (None, self.timesteps(schedule)[::-1]):
+                raise ValueError(f"{self.sampler} runs from its start to its end")
+            return schedulers.sample(self, denoise, x, schedule, noise, observed)
+        kept = sorted(self.timesteps(schedule) if timesteps is None else timesteps, reverse=True)
+        common = {
+            "noise": noise,
+            "mean_type": self.mean_type,
+            "clip_denoised": self.clip_denoised,
+            "observe": observed,
+            "limit": self.limit,
+        }
+        if self.sampler == "edm":
+            return sample_edm(
+                denoise, x, schedule, steps=kept, start=start, heun=self.heun,
+                S_churn=self.S_churn, S_min=self.S_tmin, S_max=self.S_tmax, S_noise=self.S_noise,
+                **common,
+            )  # fmt: skip
+        common["steps"] = kept[start:]
+        if self.sampler == "ddpm":
+            return sample_ddpm(denoise, x, schedule, var_type=self.var_type, **common)
+        return sample_ddim(denoise, x, schedule, eta=self.eta, **common)

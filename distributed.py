@@ -1,6 +1,7 @@
 """Several processes, as torchrun starts them: who am I, and sums over all of us.
 
-Without torchrun there is one process and every function here does next to nothing.
+Without torchrun there is one process and every function here does next to nothing. A process knows
+itself by its rank, never by its place on a machine, so several machines are nothing special.
 """
 
 import contextlib
@@ -11,6 +12,14 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
+from errors import UserError
+
+# How long a process waits for the others: for rank 0 while it draws samples of a large network.
+# The loss of a process is seen at once, by torchrun and, on CPUs, by the closed connection.
+PATIENCE = datetime.timedelta(minutes=30)
+
+_store: dist.Store | None = None
+
 
 def launched() -> bool:
     """Whether torchrun started this process as one of a group."""
@@ -18,7 +27,9 @@ def launched() -> bool:
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    if dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ["RANK"]) if launched() else 0
 
 
 def world() -> int:
@@ -31,19 +42,47 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def first_to_speak() -> bool:
+    """Whether this process is the first of all to ask, as one that has an error to tell does."""
+    if _store is None:
+        return is_main()  # what went wrong before the processes met went wrong in all of them
+    try:
+        return _store.add("spoken", 1) == 1
+    except RuntimeError:  # the store went down with another process
+        return True
+
+
 @contextlib.contextmanager
 def group(device: torch.device) -> Iterator[None]:
-    """Join the other processes for the length of a block, where torchrun started us."""
+    """Join the other processes for the length of a block, where torchrun started us.
+
+    Raises UserError where another process is lost; torchrun names it.
+    """
+    global _store
     if not launched():
         yield
         return
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30)
-    )
+    _store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=PATIENCE)
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        if not _is_loss(error):
+            raise
+        raise UserError(
+            f"process {number} of {count} lost the connection to another one, which torchrun names "
+            "below; the same command goes on from what is on the disk"
+        ) from error
+    # Not after an error: taking the group down would wait for processes that are no longer there.
+    dist.destroy_process_group()
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    """Whether `error` says that another process went away."""
+    text = str(error).lower()
+    signs = ("gloo", "connection closed by peer", "connection reset", "broken pipe")
+    return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
 
 
 def gather(value: object) -> list[object]:
@@ -53,8 +92,3 @@ def gather(value: object) -> list[object]:
     values: list[object] = [None] * world()
     dist.all_gather_object(values, value)
     return values
-
-
-def any_true(flag: bool) -> bool:
-    """Whether `flag` is true in any process."""
-    return any(gather(flag))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-import data
 from errors import UserError
 from evaluate import latency
 from train import Trainer
@@ -16,7 +15,8 @@ from train import Trainer
 
 @dataclass(frozen=True)
 class Scoring:
-    """So many candidates, each scored on so many images of so many steps."""
+    """So many candidates, each scored on so many images of so many steps, or network passes where
+    a step has two."""
 
     name: str
     candidates: int
@@ -86,19 +86,13 @@ def training_plan(trainer: Trainer, flops: Mapping[float, float]) -> str:
     """The cost of the steps that `trainer` has left, from three of them; saves nothing."""
     s = trainer.settings
     trainer.resume()
+    network = trainer.wrapped()
     left = max(0, s.total_steps - trainer.step)
-    batches = data.batches(
-        trainer.dataset,
-        s.batch_size,
-        seed=s.seed,
-        start_step=trainer.step,
-        device=trainer.device,
-        num_workers=s.num_workers,
-    )
+    batches = trainer.batches()
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        trainer.train_step(trainer.net, next(batches))
+        trainer.train_step(network, *next(batches))
         float(trainer.norm)  # waits for the device
         times.append(time.perf_counter() - start)
     # A backward pass costs about twice the forward pass; drawn widths count by their mean.

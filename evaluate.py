@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
-from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,7 +28,8 @@ import diffusion
 import distributed
 import rng
 import score
-from model import StepAwareDenoiser, WidthSchedule
+from classes import Classes
+from model import StepAwareDenoiser, WidthSchedule, asked
 
 Schedule = WidthSchedule | Sequence[Hashable]
 
@@ -39,7 +41,8 @@ class Scores:
     distance: Fréchet distance to the data in the features of `encoder`; `label` is its name in
     full. inception_score: mean and standard deviation over splits, None where the encoder has no
     classifier. passes: network passes (images × steps) that were run; passes_saved: those that
-    shared states made unnecessary. sampling_seconds: time in the sampler, all processes together.
+    shared states made unnecessary. sampling_seconds: time in the sampler, all processes together;
+    decoding_seconds: the same of making images of what the sampler made.
     """
 
     label: str
@@ -50,23 +53,36 @@ class Scores:
     passes: int
     passes_saved: int
     sampling_seconds: float
+    decoding_seconds: float = 0.0
 
 
 @dataclass
 class _Chain:
-    """The timesteps that a schedule's chain visits, falling, and the network of each.
+    """The timesteps that a schedule's chain visits, falling, and the networks of each step.
 
     Its state at position p is x just before the network runs at steps[p]. It depends on what ran
     before and on steps[p] alone, which `key` holds.
     """
 
     steps: list[int]
-    networks: list[Hashable]
+    networks: list[tuple[Hashable, ...]]  # one for each call that the step makes
 
     @classmethod
-    def of(cls, schedule: Schedule, timesteps: Sequence[int]) -> _Chain:
-        steps = [t for t in sorted(timesteps, reverse=True) if schedule[t] != 0]
-        return cls(steps, [schedule[t] for t in steps])
+    def of(
+        cls, schedule: Schedule, sampler: diffusion.Sampler, noise_schedule: diffusion.Schedule
+    ) -> _Chain:
+        steps = sampler.timesteps(noise_schedule)[::-1]
+        if sampler.skips:
+            steps = [t for t in steps if schedule[t] != 0]
+        calls = sampler.evaluations(noise_schedule, steps)
+        networks: dict[int, list[Hashable]] = {t: [] for t in steps}
+        for (step, _), t in zip(calls, asked(schedule, calls), strict=True):
+            networks[step].append(schedule[t])
+        return cls(steps, [tuple(networks[t]) for t in steps])
+
+    def calls(self, start: int) -> int:
+        """How often a network is called from position `start` on."""
+        return sum(map(len, self.networks[start:]))
 
     def key(self, position: int) -> tuple:
         before = zip(self.steps[:position], self.networks[:position], strict=True)
@@ -97,7 +113,14 @@ class SharedStates:
     budget: int
     device: torch.device | None = None
     planned: set[tuple] = field(default_factory=set)
+    by_schedule: bool = False
     _states: OrderedDict[tuple, dict[int, Tensor]] = field(default_factory=OrderedDict)
+
+    def divide(self, by_schedule: bool) -> None:
+        """Say how processes divide the work. States of the other way are of other images."""
+        if by_schedule != self.by_schedule:
+            self._states.clear()
+        self.by_schedule = by_schedule
 
     def deepest(self, chain: _Chain) -> int:
         """The last position of `chain` whose state is known; 0 where none is."""
@@ -144,10 +167,13 @@ class Evaluator:
 
     networks: the candidates, each called as network(x, t). reference: mean and covariance of the
     data's features; None for an evaluator that only samples. stream: of the noise (see rng).
+    compiled: a GPU draws noise by a compiled function. alone: this process makes all images of a
+    schedule, where several processes otherwise share them. classes: which class each image is
+    asked to show. to_images: what the chain made -> uint8 images, a decoder for latents.
     """
 
     networks: Mapping[Hashable, nn.Module]
-    noise_schedule: diffusion.NoiseSchedule
+    noise_schedule: diffusion.Schedule
     sampler: diffusion.Sampler
     encoder: score.Encoder | None
     reference: tuple[np.ndarray, np.ndarray] | None
@@ -159,24 +185,46 @@ class Evaluator:
     stream: int = rng.SAMPLING
     states: SharedStates | None = None
     progress: bool = True
+    compiled: bool = False
+    alone: bool = False
+    classes: Classes | None = None
+    to_images: Callable[[Tensor], Tensor] = data.to_uint8
 
     def timesteps(self) -> list[int]:
         """The timesteps that the sampler visits, rising."""
         return self.sampler.timesteps(self.noise_schedule)
 
+    def evaluations(self) -> list[tuple[int, int]]:
+        """(step, timestep shown) of each call of the network in a chain, in order."""
+        return self.sampler.evaluations(self.noise_schedule)
+
+    def _chain(self, schedule: Schedule) -> _Chain:
+        return _Chain.of(schedule, self.sampler, self.noise_schedule)
+
     def score(self, schedule: Schedule, keep: int = 0) -> tuple[Scores, Tensor]:
         """The scores of `schedule`, and its first `keep` images, uint8 (keep, C, H, W)."""
-        chain = _Chain.of(schedule, self.timesteps())
+        chain = self._chain(schedule)
         return self._score(schedule, chain, set(), keep)
 
     def score_all(self, schedules: Sequence[Schedule]) -> Iterator[tuple[int, Scores]]:
-        """(index, scores) of every schedule, in the order that shares most states."""
-        chains = [_Chain.of(s, self.timesteps()) for s in schedules]
+        """(index, scores) of every schedule, in the order that shares most states.
+
+        Several processes share the schedules where there is at least one for each, because then
+        none waits for another within a chain and no batch is cut; otherwise they share the images.
+        """
+        chains = [self._chain(s) for s in schedules]
         order = sorted(
             range(len(chains)),
             key=lambda i: list(zip(chains[i].steps, chains[i].networks, strict=True)),
             reverse=True,
         )
+        world = distributed.world()
+        by_schedule = not self.alone and 1 < world <= len(order)
+        if self.states is not None and not self.alone:
+            self.states.divide(by_schedule)
+        if by_schedule:
+            yield from self._score_mine(schedules, np.array_split(order, world))
+            return
         shared = [0] + [chains[a].shared(chains[b]) for a, b in itertools.pairwise(order)]
         for place, index in enumerate(order):
             # Neighbours share most: a later chain starts from this one unless one between is
@@ -191,6 +239,23 @@ class Evaluator:
             self.states.planned.clear()
 
     # --- how ---
+
+    def _score_mine(
+        self, schedules: Sequence[Schedule], parts: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[int, Scores]]:
+        """(index, scores) of every schedule, where process r makes those of parts[r].
+
+        Everybody hears of each as soon as the others have one, too. Parts are runs of the order
+        that shares most states.
+        """
+        mine = parts[distributed.rank()]
+        scored = replace(self, alone=True).score_all([schedules[i] for i in mine])
+        for _ in range(max(map(len, parts))):
+            found = next(scored, None)
+            for each in distributed.gather(found and (int(mine[found[0]]), found[1])):
+                if each is not None:
+                    yield each
+        next(scored, None)  # to its end, where it tidies up
 
     def _score(
         self, schedule: Schedule, chain: _Chain, branches: set[int], keep: int
@@ -211,19 +276,28 @@ class Evaluator:
             if indices[0] < keep:
                 first.append((int(indices[0]), images[: keep - int(indices[0])].cpu()))
         clock.join()
-        seconds = clock.seconds()
-        if distributed.world() > 1:
+        seconds = clock.seconds("sampling"), clock.seconds("decoding")
+        together = distributed.world() > 1 and not self.alone
+        if together:
             moments, inception, first, seconds = _together(moments, inception, first, seconds)
             classified = inception.count > 0
+        distance = math.nan
+        if distributed.is_main() or not together:
+            distance = score.frechet_distance(moments.mean, moments.covariance, *self.reference)
+        if together:
+            # One process computes it: machines may round differently, and all have to agree.
+            distance = distributed.gather(distance)[0]
+        passes = self.num_images * (self.classes.passes if self.classes else 1)
         scores = Scores(
             label=self.encoder.label,
             encoder=self.encoder.name,
-            distance=score.frechet_distance(moments.mean, moments.covariance, *self.reference),
+            distance=distance,
             inception_score=inception.result() if classified else None,
             images=self.num_images,
-            passes=self.num_images * (len(chain.steps) - start),
-            passes_saved=self.num_images * start,
-            sampling_seconds=seconds,
+            passes=passes * chain.calls(start),
+            passes_saved=passes * (chain.calls(0) - chain.calls(start)),
+            sampling_seconds=seconds[0],
+            decoding_seconds=seconds[1],
         )
         kept = [images for _, images in sorted(first, key=lambda pair: pair[0])]
         return scores, torch.cat(kept) if kept else torch.empty(0, *self.image_shape).byte()
@@ -231,7 +305,7 @@ class Evaluator:
     def sample(self, schedule: Schedule, count: int) -> Tensor:
         """The first `count` images of `schedule`, uint8 (count, C, H, W), in every process."""
         some = replace(self, num_images=count, states=None)
-        chain = _Chain.of(schedule, self.timesteps())
+        chain = self._chain(schedule)
         parts = some._sample(schedule, chain, 0, set(), _Clock(self.device))
         mine = [(int(indices[0]), images.cpu()) for indices, images in parts]
         everyone = [part for parts in distributed.gather(mine) for part in parts]
@@ -240,13 +314,14 @@ class Evaluator:
     def _mine(self) -> list[tuple[int, int]]:
         """This process's batches of images, as (first, one past the last)."""
         starts = range(0, self.num_images, self.batch_size)
-        mine = list(starts)[distributed.rank() :: distributed.world()]
+        rank, world = (0, 1) if self.alone else (distributed.rank(), distributed.world())
+        mine = list(starts)[rank::world]
         return [(i, min(i + self.batch_size, self.num_images)) for i in mine]
 
     def _plan(self, chain: _Chain, branches: set[int]) -> tuple[int, set[int]]:
         """The position where the chain starts, and those whose states it keeps."""
         mine = self._mine()
-        if self.states is None or not mine:
+        if self.states is None or not mine or not self.sampler.restartable:
             return 0, set()
         start = self.states.deepest(chain)
         images = sum(end - first for first, end in mine)
@@ -259,26 +334,30 @@ class Evaluator:
         """Run the chain from position `start`, keeping the states at the `wanted` positions."""
         T = self.noise_schedule.T
         denoise = StepAwareDenoiser(self.networks, schedule, T, self.device)
-        steps = chain.steps[start:]
         keys = {chain.steps[p]: chain.key(p) for p in wanted}
         mine = self._mine()
-        with self._bar(len(mine) * len(steps)) as bar:
+        compiled = self.compiled and self.device.type == "cuda"
+        with self._bar(len(mine) * (len(chain.steps) - start)) as bar:
             for first, end in mine:
                 indices = torch.arange(first, end, device=self.device)
-                noise = rng.ImageNoise(self.seed, self.stream, indices, self.image_shape)
+                noise = rng.ImageNoise(self.seed, self.stream, indices, self.image_shape, compiled)
+                denoise.condition = self.classes.condition(indices) if self.classes else None
 
                 def observe(t: int, x: Tensor, batch: int = first) -> None:
                     bar.update()
                     if t in keys:
                         self.states.put(keys[t], batch, x)
 
-                with clock.running(), torch.inference_mode():
+                with clock.running("sampling"), torch.inference_mode():
                     if start:
                         x = self.states.get(chain.key(start), first, self.device)
                     else:
                         x = noise.initial()
-                    x_0 = self.sampler(denoise, x, self.noise_schedule, noise, steps, observe)
-                    images = data.to_uint8(x_0)
+                    x_0 = self.sampler(
+                        denoise, x, self.noise_schedule, noise, chain.steps, observe, start
+                    )
+                with clock.running("decoding"), torch.inference_mode():
+                    images = self.to_images(x_0)
                 yield indices.cpu(), images
 
     def _bar(self, steps: int) -> tqdm:
@@ -301,7 +380,8 @@ def latency(
     seconds: float = 1.0,
 ) -> float:
     """Seconds an image of one call network(x, t): the median of calls over about `seconds`."""
-    x = torch.randn(batch_size, *image_shape, device=device)
+    draw = torch.Generator(device).manual_seed(0)  # the run's own random numbers are left alone
+    x = torch.randn(batch_size, *image_shape, device=device, generator=draw)
     t = torch.zeros(batch_size, dtype=torch.long, device=device)
 
     def call() -> float:
@@ -324,13 +404,13 @@ class _Clock:
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
         self._side = torch.cuda.Stream(device) if self.cuda else None
-        self._spans: list[tuple] = []
+        self._spans: dict[str, list[tuple]] = defaultdict(list)
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, what: str) -> Iterator[None]:
         start = self._now()
         yield
-        self._spans.append((start, self._now()))
+        self._spans[what].append((start, self._now()))
 
     def _now(self) -> object:
         if not self.cuda:
@@ -354,19 +434,19 @@ class _Clock:
         if self.cuda:
             self._side.synchronize()
 
-    def seconds(self) -> float:
+    def seconds(self, what: str) -> float:
         if not self.cuda:
-            return sum(end - start for start, end in self._spans)
+            return sum(end - start for start, end in self._spans[what])
         torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) / 1000 for start, end in self._spans)
+        return sum(start.elapsed_time(end) / 1000 for start, end in self._spans[what])
 
 
 def _together(
     moments: score.Moments,
     inception: score.InceptionScore,
     first: list[tuple[int, Tensor]],
-    seconds: float,
-) -> tuple[score.Moments, score.InceptionScore, list[tuple[int, Tensor]], float]:
+    seconds: tuple[float, float],
+) -> tuple[score.Moments, score.InceptionScore, list[tuple[int, Tensor]], tuple[float, ...]]:
     """The same for all processes' images; merged in the order of ranks, so all get the same."""
     state = {name: value.cpu() for name, value in moments.state().items()}
     everyone = distributed.gather((state, inception, first, seconds))
@@ -376,4 +456,4 @@ def _together(
         moments.merge(score.Moments.from_state(theirs))
         inception.merge(scores)
     images = [pair for _, _, pairs, _ in everyone for pair in pairs]
-    return moments, inception, images, sum(s for *_, s in everyone)
+    return moments, inception, images, tuple(map(sum, zip(*(s for *_, s in everyone), strict=True)))

@@ -1,12 +1,14 @@
 """DDSM: train a slimmable diffusion model, search the width of each step, evaluate the result.
 
     python main.py --train|--search|--eval|--eval_stepaware|--eval_ensemble|--profile [flags]
+    python main.py --export_diffusers DIR [flags]
 
 The only file that knows flags: it turns them into settings and calls what does the work.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -19,21 +21,35 @@ import torch
 from absl import app, flags
 from torch import nn
 
+import arithmetic
+import classes
 import data
 import diffusion
 import distributed
 import estimate
 import rng
 import score
+from classes import Classes
 from errors import UserError
-from evaluate import Evaluator, Schedule, SharedStates, latency
+from evaluate import Evaluator, Schedule, Scores, SharedStates, latency
 from files import read_json, save_grid, writable_folder, write_json, write_text
-from model import SlimmableUNet, UNetSettings, WidthSchedule, average, candidates, checkpoint
+from model import (
+    SlimmableUNet,
+    UNetSettings,
+    WidthSchedule,
+    asked,
+    average,
+    candidates,
+    check_compiler,
+    checkpoint,
+)
 from report import SearchProgress, SearchResult, read_front, table
 from search import Genome, Rung, Search, SearchSettings, warm_start
 from train import Interrupted, Trainer, TrainSettings
 
-MODES = ("train", "search", "eval", "eval_stepaware", "eval_ensemble", "profile")
+MODES = (
+    "train", "search", "eval", "eval_stepaware", "eval_ensemble", "profile", "export_diffusers",
+)  # fmt: skip
 FLAGS = flags.FLAGS
 CIFAR10_STATISTICS = "./stats/cifar10.train.npz"
 
@@ -49,6 +65,8 @@ def define_flags() -> None:
     boolean("eval_stepaware", False, "score the schedule in LOGDIR/search.txt (or --schedule)")
     boolean("eval_ensemble", False, "score a large and a small network that take turns")
     boolean("profile", False, "print parameters, GFLOPs and latency of every width")
+    text("export_diffusers", "", "write the step-aware model of LOGDIR/search.txt (or --schedule) "
+         "to this new folder, for diffusers' pipelines")  # fmt: skip
     # Network
     integer("ch", 128, "channels of the first level")
     flags.DEFINE_multi_integer("ch_mult", [1, 2, 2, 2], "channels of each level over --ch")
@@ -61,23 +79,51 @@ def define_flags() -> None:
     choice("skip_slicing", "leading", ["leading", "segments"],
            "columns that serve the skip at a narrow width: the leading ones of [h, skip] "
            "(published), or the leading ones of each segment")  # fmt: skip
+    integer("num_classes", 0, "classes of a class-conditional network; 0: not conditional")
     # Diffusion
     real("beta_1", 1e-4, "first β")
     real("beta_T", 0.02, "last β")
     integer("T", 1000, "timesteps")
-    choice("mean_type", "epsilon", ["epsilon", "xprev", "xstart"], "what the network predicts")
+    choice("beta_schedule", "linear", [*diffusion.BETA_SCHEDULES],
+           "how β gets from --beta_1 to --beta_T; the names are diffusers'")  # fmt: skip
+    choice("mean_type", "epsilon", [*diffusion.MEAN_TYPES], "what the network predicts")
     choice("var_type", "fixedlarge", ["fixedlarge", "fixedsmall"], "variance of an ancestral step")
+    choice("precond", "none", [*diffusion.PRECONDITIONINGS],
+           "edm: EDM's preconditioning, noise levels and loss in place of β and --mean_type; "
+           "--T is then the number of noise levels")  # fmt: skip
+    real("P_mean", -1.2, "--precond=edm: mean of ln σ in training")
+    real("P_std", 1.2, "--precond=edm: deviation of ln σ in training")
+    real("sigma_data", 0.5, "--precond=edm: deviation of the data, in [-1, 1]")
     # Sampling
-    choice("sampler", "ddpm", ["ddpm", "ddim"], "sampler")
-    integer("sample_steps", 0, "timesteps that the sampler keeps; 0: all")
-    choice("timestep_spacing", "uniform", ["uniform", "quadratic"], "which timesteps it keeps")
+    text("sampler", "ddpm", "ddpm, ddim, edm, dpm_solver, or a scheduler class of diffusers, such "
+         "as UniPCMultistepScheduler; after --precond=edm the default is edm")  # fmt: skip
+    integer("sample_steps", 0, "steps of the sampler; 0: one for every timestep")
+    choice("timestep_spacing", "uniform", [*diffusion.SPACINGS],
+           "which timesteps ddpm and ddim keep")  # fmt: skip
     real("eta", 0.0, "DDIM: 0 is deterministic, 1 as noisy as DDPM")
     boolean("clip_denoised", False, "clip the predicted x_0 to [-1, 1] within each step")
+    real("rho", 7.0, "edm: the larger, the more steps at small noise")
+    boolean("heun", True, "edm: second-order steps of two network passes; else Euler steps of one")
+    real("S_churn", 0.0, "edm: noise that the whole chain adds; 0 is deterministic")
+    real("S_tmin", 0.0, "edm: smallest noise level at which it is added")
+    real("S_tmax", math.inf, "edm: largest noise level at which it is added")
+    real("S_noise", 1.0, "edm: deviation of the noise that is added")
+    text("scheduler_options", "", "entries for the config of a scheduler of diffusers, as JSON: "
+         "'{\"use_karras_sigmas\": true}'")  # fmt: skip
+    real("guidance_scale", 1.0,
+         "class-conditional: the answer is without + scale·(with − without) the "
+         "class; 1 is plainly conditional, at one network pass a step instead of two")  # fmt: skip
+    text("classes", "", "class-conditional: classes of the images, as in 3,5; default: drawn like "
+         "the training set's")  # fmt: skip
     # Data
-    text("dataset", "cifar10", "cifar10, fashion_mnist, image_folder or digits")
+    text("dataset", "cifar10", "one of " + ", ".join(data.NAMES) + "; see docs/datasets.md")
     text("data_root", "./data", "folder of the data set; downloaded to where that is possible")
     integer("img_size", 32, "pixels a side")
     integer("num_workers", 4, "processes that decode images, for data sets of image files")
+    text("latent_vae", "", "diffuse in the latents of the AutoencoderKL or VQModel in this folder, "
+         "which diffusers wrote")  # fmt: skip
+    text("latent_cache", "", "file of the data set's latents, made where it is missing; default "
+         "DATA_ROOT/latents/NAME.npy")  # fmt: skip
     # Training
     real("lr", 2e-4, "learning rate")
     real("grad_clip", 1.0, "largest norm of the gradient")
@@ -86,6 +132,10 @@ def define_flags() -> None:
     integer("batch_size", 128, "images a training step, or a sampling batch")
     real("ema_decay", 0.9999, "decay of the averaged weights")
     boolean("sandwich", False, "train with the sandwich rule")
+    boolean("distill", False, "narrower widths of a sandwich step learn the full width's answer")
+    real("label_dropout", 0.1, "class-conditional: share of training images whose class is not "
+         "told, which --guidance_scale needs")  # fmt: skip
+    text("init_diffusers", "", "start from the UNet in this folder that diffusers wrote")
     real("min_width", 0.25, "smallest width")
     integer("num_sandwich_sampling", 3, "widths a sandwich step: 1, --min_width, and some between")
     flags.DEFINE_multi_float("candidate_width", [0.75, 0.5], "widths between; repeat the flag")
@@ -141,7 +191,9 @@ def define_flags() -> None:
     integer("seed", 0, "seed of everything random", lower_bound=0, upper_bound=2**63 - 1)
     text("device", "auto", "cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
     boolean("parallel", False, "DataParallel over the visible GPUs")
-    choice("amp", "none", ["none", "bf16", "fp16"], "arithmetic of the network")
+    choice("amp", "none", ["none", "bf16", "fp16"], "arithmetic of the network; on a CPU, bf16 "
+           "takes the fastest of it and float32, by measurement")  # fmt: skip
+    boolean("compile", False, "torch.compile, with CUDA graphs where a GPU samples")
     boolean("dry_run", False, "say what the command would cost, from a short measured burst")
 
 
@@ -149,13 +201,19 @@ def define_flags() -> None:
 
 NOT_IN_FLAGFILE = {*MODES, "flagfile", "undefok"}
 # What a checkpoint says of its network; a flag that is given must agree with it.
-NETWORK_FLAGS = ("T", "ch", "ch_mult", "attn", "num_res_blocks", "num_groups", "skip_slicing")
-MODEL_FLAGS = (*NETWORK_FLAGS, "beta_1", "beta_T", "mean_type", "img_size")
+NETWORK_FLAGS = ("T", "ch", "ch_mult", "attn", "num_res_blocks", "num_groups", "skip_slicing",
+                 "num_classes")  # fmt: skip
+MODEL_FLAGS = (
+    *NETWORK_FLAGS, "beta_1", "beta_T", "beta_schedule", "mean_type", "img_size", "precond",
+    "P_mean", "P_std", "sigma_data",
+)  # fmt: skip
 # What is taken from the checkpoint where the flag is not given, and may differ.
-DEFAULT_FLAGS = ("slimmable_unet", "min_width", "candidate_width", "dataset", "dropout")
+DEFAULT_FLAGS = (
+    "slimmable_unet", "min_width", "candidate_width", "dataset", "dropout", "latent_vae",
+)  # fmt: skip
 TRAINING_FLAGS = (
     *MODEL_FLAGS, *DEFAULT_FLAGS, "lr", "grad_clip", "warmup", "batch_size", "ema_decay", "seed",
-    "sandwich", "num_sandwich_sampling", "amp",
+    "sandwich", "num_sandwich_sampling", "distill", "amp", "label_dropout",
 )  # fmt: skip
 
 
@@ -168,18 +226,20 @@ def from_flags(settings: type, **given: object):
 
 def choose_mode(argv: Sequence[str]) -> str:
     """The one mode that is on; the command line wins over flagfiles."""
-    named, refused = [], set()
+    said: dict[str, bool] = {}  # the last word on a mode counts
     for argument in argv:
-        match = re.fullmatch(r"--?(no)?(\w+?)(?:=(\w+))?", argument)
+        match = re.fullmatch(r"--?(no)?(\w+?)(?:=(.*))?", argument)
         if match and match[2] in MODES:
             on = match[1] is None and (match[3] or "true").lower() in ("true", "t", "1", "yes", "y")
-            (named.append if on else refused.add)(match[2])
-    modes = list(dict.fromkeys(named)) or [
-        mode for mode in MODES if FLAGS[mode].value and mode not in refused
+            if match[2] == "export_diffusers":  # the one mode that is not a boolean
+                on = bool(FLAGS.export_diffusers)
+            said[match[2]] = on
+    modes = [mode for mode, on in said.items() if on] or [
+        mode for mode in MODES if FLAGS[mode].value and said.get(mode, True)
     ]
     if len(modes) != 1:
-        said = f"{len(modes)} modes at once ({', '.join(modes)})" if modes else "no mode"
-        raise UserError(f"{said}: give exactly one of {', '.join('--' + m for m in MODES)}")
+        what = f"{len(modes)} modes at once ({', '.join(modes)})" if modes else "no mode"
+        raise UserError(f"{what}: give exactly one of {', '.join('--' + m for m in MODES)}")
     return modes[0]
 
 
@@ -226,7 +286,7 @@ def choose_device() -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device={FLAGS.device}: not usable here ({reason})") from error
@@ -254,19 +314,143 @@ def say(text: str) -> None:
 # --- what the modes are made of -------------------------------------------------------------------
 
 
-def build_network(in_ch: int, ch: int | None = None) -> SlimmableUNet:
-    """A network as the flags describe it; every width that it is to run at is checked."""
-    groups = 16 if FLAGS.slimmable_g16 and not FLAGS["num_groups"].present else FLAGS.num_groups
-    settings = from_flags(UNetSettings, in_ch=in_ch, num_groups=groups, ch=ch or FLAGS.ch)
-    settings.check_image_size(FLAGS.img_size)
-    torch.manual_seed(FLAGS.seed)
-    net = SlimmableUNet(**asdict(settings))
+@functools.lru_cache(maxsize=1)
+def _autoencoder(folder: str, device: torch.device):
+    from latents import Autoencoder
+
+    return Autoencoder(folder, device)
+
+
+def autoencoder():
+    """The autoencoder of --latent_vae; None where diffusion is in pixels."""
+    return _autoencoder(FLAGS.latent_vae, choose_device()) if FLAGS.latent_vae else None
+
+
+def check_autoencoder(known: Mapping[str, object], path: Path) -> None:
+    """Refuse to use a network in other latents than those that it was trained in."""
+    vae, theirs = autoencoder(), known.get("autoencoder")
+    if vae and not theirs:
+        raise UserError(f"{path} was trained in pixels: leave --latent_vae out")
+    if theirs and not vae:
+        raise UserError(f"{path} was trained in latents: name its --latent_vae")
+    if vae and vae.fingerprint != theirs:
+        raise UserError(
+            f"{path} was trained in the latents of another VAE ({theirs}) than {FLAGS.latent_vae} "
+            f"({vae.fingerprint}): name that one with --latent_vae"
+        )
+
+
+def network_shape(channels: int) -> tuple[int, int, int]:
+    """What a network of so many channels is shown: images of --img_size, or their latents."""
+    vae = autoencoder()
+    side = vae.shape(FLAGS.img_size)[1] if vae else FLAGS.img_size
+    if vae and channels != vae.channels:
+        raise UserError(
+            f"--latent_vae: latents of {FLAGS.latent_vae} have {vae.channels} channels and the "
+            f"network {channels}"
+        )
+    return channels, side, side
+
+
+def picture_shape(net: nn.Module) -> tuple[int, int, int]:
+    """What is scored and shown."""
+    vae = autoencoder()
+    channels = vae.image_channels if vae else net.settings.in_ch
+    return channels, FLAGS.img_size, FLAGS.img_size
+
+
+def chosen_classes(net: nn.Module) -> Classes | None:
+    """Which classes images are asked to show; None where the network has none."""
+    if not getattr(net.settings, "num_classes", 0):
+        for name in ("guidance_scale", "classes"):
+            if FLAGS[name].value != FLAGS[name].default:
+                raise UserError(
+                    f"--{name}={FLAGS[name].value}: the network has no classes; train one with "
+                    "--num_classes"
+                )
+        return None
+    if not 0 <= FLAGS.guidance_scale < math.inf:
+        raise UserError(f"--guidance_scale={FLAGS.guidance_scale}: must not be negative")
+    shares = net.class_embedding.frequencies.tolist()
+    fixed = classes.parse(FLAGS.classes)
+    return Classes(tuple(shares), FLAGS.guidance_scale, fixed, FLAGS.seed)
+
+
+def passes_a_call(net: nn.Module) -> int:
+    """Network passes that an image's step, or half of a second-order step, takes."""
+    asked_for = chosen_classes(net)
+    return asked_for.passes if asked_for else 1
+
+
+def check_network(net: nn.Module) -> nn.Module:
+    """`net`, if it can run at --img_size and at every width that it is to run at."""
+    side = network_shape(net.settings.in_ch)[1]
+    try:
+        net.settings.check_image_size(side)
+    except UserError as error:
+        if not FLAGS.latent_vae:
+            raise
+        raise UserError(
+            f"--img_size={FLAGS.img_size} makes latents of {side} a side: {error}"
+        ) from error
     for width in all_widths():
         net.check_width(width)
     return net
 
 
-def load_network(logdir: str, ch: int | None = None) -> tuple[SlimmableUNet, int]:
+def network_from_diffusers() -> nn.Module:
+    """The UNet in --init_diffusers as a supernet; flags take what its scheduler says of it."""
+    from model import diffusers_unet  # diffusers takes seconds to import
+
+    folder = Path(FLAGS.init_diffusers)
+    agree_with(diffusers_unet.trained_diffusion(folder), folder)
+    if FLAGS.num_classes:
+        raise UserError("--init_diffusers: such a model has no classes; leave --num_classes out")
+    if FLAGS.precond != "none":
+        raise UserError("--init_diffusers: such a model was trained with --precond=none")
+    net = diffusers_unet.SlimmableDiffusersUNet.from_pretrained(folder, FLAGS.T)
+    config = net.settings.config
+    if net.conditioning():
+        raise UserError(f"{folder}: the model needs {net.conditioning()[0]}; images have none here")
+    if config["out_channels"] != config["in_channels"]:
+        raise UserError(
+            f"{folder}: the model makes {config['out_channels']} channels of "
+            f"{config['in_channels']}; one that also predicts a variance cannot be used"
+        )
+    if not FLAGS["img_size"].present and isinstance(config["sample_size"], int):
+        FLAGS.img_size = config["sample_size"] * (autoencoder().factor if FLAGS.latent_vae else 1)
+    if not FLAGS["slimmable_unet"].present:
+        FLAGS.slimmable_unet = True
+    diffusers_unet.order_by_importance(net)
+    return check_network(net)
+
+
+def network_from_settings(known: Mapping[str, object]) -> nn.Module:
+    """A diffusers network with fresh weights, as a checkpoint's settings describe it."""
+    from model.diffusers_unet import SlimmableDiffusersUNet
+
+    return check_network(SlimmableDiffusersUNet.from_settings(known))
+
+
+def given_network() -> nn.Module | None:
+    """The diffusers network that LOGDIR or --init_diffusers has; None where there is neither."""
+    path = Path(FLAGS.logdir) / f"{FLAGS.ckpt_name}.pt"
+    known = checkpoint.load(path).get("settings", {}) if path.exists() else {}
+    if known.get("kind") == "diffusers":
+        agree_with(known, path)
+        return network_from_settings(known)
+    return network_from_diffusers() if FLAGS.init_diffusers else None
+
+
+def build_network(in_ch: int, ch: int | None = None) -> SlimmableUNet:
+    """A network of this project as the flags describe it."""
+    groups = 16 if FLAGS.slimmable_g16 and not FLAGS["num_groups"].present else FLAGS.num_groups
+    settings = from_flags(UNetSettings, in_ch=in_ch, num_groups=groups, ch=ch or FLAGS.ch)
+    torch.manual_seed(FLAGS.seed)
+    return check_network(SlimmableUNet(**asdict(settings)))
+
+
+def load_network(logdir: str, ch: int | None = None) -> tuple[nn.Module, int]:
     """The EMA network of LOGDIR/CKPT_NAME.pt, and the step it was saved at."""
     path = Path(logdir) / f"{FLAGS.ckpt_name}.pt"
     state = checkpoint.load(path)
@@ -274,34 +458,79 @@ def load_network(logdir: str, ch: int | None = None) -> tuple[SlimmableUNet, int
     if ch is not None:
         known.pop("ch", None)
     agree_with(known, path)
-    head = checkpoint.entries(state["ema_model"], path).get("head.weight")
-    net = build_network(3 if head is None or head.ndim != 4 else head.shape[1], ch)
+    check_autoencoder(known, path)
+    if known.get("kind") == "diffusers":
+        net = network_from_settings(known)
+    else:
+        head = checkpoint.entries(state["ema_model"], path).get("head.weight")
+        net = build_network(3 if head is None or head.ndim != 4 else head.shape[1], ch)
     checkpoint.fill(net, state["ema_model"], path)
     return net.to(choose_device()).eval(), int(state.get("step", 0))
 
 
-def some_network() -> tuple[SlimmableUNet, str]:
+def some_network() -> tuple[nn.Module, str]:
     """The trained network, or an untrained one for questions that weights do not matter to."""
     path = Path(FLAGS.logdir) / f"{FLAGS.ckpt_name}.pt"
     if path.exists():
         net, step = load_network(FLAGS.logdir)
         return net, f"{path}, step {step}"
-    net = build_network(data.channels(FLAGS.dataset)).to(choose_device()).eval()
+    if FLAGS.init_diffusers:
+        return network_from_diffusers().to(choose_device()).eval(), FLAGS.init_diffusers
+    vae = autoencoder()
+    channels = vae.channels if vae else data.channels(FLAGS.dataset)
+    net = build_network(channels).to(choose_device()).eval()
     return net, f"there is no {path}; this is the network that the flags describe, untrained"
 
 
-def noise_schedule() -> diffusion.NoiseSchedule:
-    return diffusion.NoiseSchedule(FLAGS.beta_1, FLAGS.beta_T, FLAGS.T)
+def noise_schedule() -> diffusion.Schedule:
+    """The noise levels that the network was or will be trained at."""
+    if FLAGS.precond == "none":
+        return from_flags(diffusion.NoiseSchedule)
+    if FLAGS.mean_type != "epsilon":
+        raise UserError(
+            f"--mean_type={FLAGS.mean_type}: with --precond=edm the network's answer is EDM's"
+        )
+    return from_flags(diffusion.EDMSchedule)
 
 
-def image_shape(net: SlimmableUNet) -> tuple[int, int, int]:
-    return (net.settings.in_ch, FLAGS.img_size, FLAGS.img_size)
+def chosen_sampler() -> diffusion.Sampler:
+    """The sampler that the flags describe, checked against the noise schedule."""
+    if FLAGS.precond == "edm" and not FLAGS["sampler"].present:
+        FLAGS.sampler = "edm"
+    sampler = from_flags(diffusion.Sampler, limit=math.inf if FLAGS.latent_vae else 1.0)
+    sampler.timesteps(noise_schedule())
+    if FLAGS.allow_skip and not sampler.skips:
+        raise UserError(
+            f"--allow_skip: --sampler={FLAGS.sampler} leaves no step out; use ddpm or ddim"
+        )
+    return sampler
 
 
-def candidate_networks(net: SlimmableUNet, widths: Sequence[float]) -> dict[float, nn.Module]:
-    """Dense networks ready to sample with, on every GPU where --parallel says so."""
-    dtype = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[FLAGS.amp]
-    networks = candidates(net, widths, dtype)
+def image_shape(net: nn.Module) -> tuple[int, int, int]:
+    """What the network is shown."""
+    return network_shape(net.settings.in_ch)
+
+
+def to_images():
+    """What makes images of what a chain made."""
+    return autoencoder().to_images if FLAGS.latent_vae else data.to_uint8
+
+
+def candidate_networks(
+    net: nn.Module, widths: Sequence[float], folder: Path | None = None
+) -> dict[float, nn.Module]:
+    """Dense networks ready to sample with, on every GPU where --parallel says so.
+
+    folder: of a search, which keeps the arithmetic that it was started with.
+    """
+    device = choose_device()
+    if FLAGS.compile:
+        check_compiler(device)
+    path = folder / "arithmetic.json" if folder else None
+    chosen = arithmetic.chosen(net, widths, FLAGS.amp, image_shape(net), device, path)
+    if FLAGS.amp == "bf16" and device.type == "cpu":
+        say(f"fastest arithmetic on this processor, by width: {arithmetic.describe(chosen)}")
+    networks = candidates(net, widths, chosen, FLAGS.compile)
     if use_parallel():
         return {width: nn.DataParallel(network) for width, network in networks.items()}
     return networks
@@ -339,20 +568,19 @@ def build_encoder() -> score.Encoder:
     return score.encoder(FLAGS.fid_encoder, choose_device(), FLAGS.fid_weights or None)
 
 
-def build_evaluator(
-    networks: Mapping, shape: tuple[int, int, int], stream: int = rng.SAMPLING
-) -> Evaluator:
-    """An evaluator of these networks, with encoder and statistics loaded."""
+def build_evaluator(networks: Mapping, net: nn.Module, stream: int = rng.SAMPLING) -> Evaluator:
+    """An evaluator of these networks, which are `net`'s, with encoder and statistics loaded."""
     for name in ("num_images", "batch_size"):
         if FLAGS[name].value < 1:
             raise UserError(f"--{name}={FLAGS[name].value}: must be at least 1")
     if FLAGS.num_images < 2:
         raise UserError(f"--num_images={FLAGS.num_images}: a covariance needs at least 2 images")
     device = choose_device()
-    sampler = from_flags(diffusion.Sampler)
-    sampler.timesteps(noise_schedule())  # a mistake here should not wait for the statistics
+    # A mistake here should not wait for the statistics.
+    sampler, asked_for = chosen_sampler(), chosen_classes(net)
+    writable_folder(FLAGS.logdir)
     encoder = build_encoder()
-    reference = statistics(encoder, shape)
+    reference = statistics(encoder, picture_shape(net))
     if FLAGS.num_images <= len(reference[0]):
         say(
             f"warning: {FLAGS.num_images} images cannot fill a covariance of "
@@ -365,25 +593,30 @@ def build_evaluator(
         sampler=sampler,
         encoder=encoder,
         reference=reference,
-        image_shape=shape,
+        image_shape=image_shape(net),
         device=device,
         num_images=FLAGS.num_images,
         batch_size=FLAGS.batch_size,
         seed=FLAGS.seed,
         stream=stream,
+        compiled=FLAGS.compile,
+        classes=asked_for,
+        to_images=to_images(),
     )
 
 
 def load_schedule(widths: Sequence[float]) -> WidthSchedule:
     """The schedule of --schedule or LOGDIR/search.txt, for the sampler that the flags name."""
     path = FLAGS.schedule or Path(FLAGS.logdir) / "search.txt"
-    steps = noise_schedule().timesteps(FLAGS.sample_steps or FLAGS.T, FLAGS.timestep_spacing)
+    steps = chosen_sampler().entries(noise_schedule())
     return WidthSchedule.load(path, FLAGS.T, [0.0, *widths] if FLAGS.allow_skip else widths, steps)
 
 
-def flops_table(net: SlimmableUNet, widths: Sequence[float]) -> dict[float, int]:
-    """FLOPs of one image's pass at each width; leaving a step out costs nothing."""
-    return {0.0: 0} | {width: score.flops(net, width, image_shape(net)) for width in widths}
+def flops_table(net: nn.Module, widths: Sequence[float]) -> dict[float, int]:
+    """FLOPs of one image's step at each width, or of half of a second-order step; leaving a step
+    out costs nothing."""
+    shape, passes = image_shape(net), passes_a_call(net)
+    return {0.0: 0} | {width: passes * score.flops(net, width, shape) for width in widths}
 
 
 # --- modes ----------------------------------------------------------------------------------------
@@ -392,25 +625,50 @@ def flops_table(net: SlimmableUNet, widths: Sequence[float]) -> dict[float, int]
 def train() -> None:
     """Train into LOGDIR, or go on with what is there."""
     logdir = writable_folder(FLAGS.logdir)
+    net = given_network()  # it may say what some flags are
+    own = net is None
     settings = from_flags(TrainSettings)
     if settings.sandwich and not slimmable():
         raise UserError("--sandwich trains several widths: add --slimmable_unet")
-    dataset = data.load(FLAGS.dataset, FLAGS.data_root, FLAGS.img_size)
-    net = build_network(dataset.channels)
-    identity = {name: plain(FLAGS[name].value) for name in TRAINING_FLAGS}
-    identity |= net.settings_dict()
+    dataset = training_set()
+    net = build_network(dataset.channels) if own else net
+    if FLAGS.num_classes:
+        net.class_embedding.frequencies.copy_(classes.shares(dataset.labels, FLAGS.num_classes))
+    if net.settings.in_ch != dataset.channels:
+        raise UserError(
+            f"--dataset={FLAGS.dataset} has {dataset.channels} channels and the model "
+            f"{net.settings.in_ch}"
+        )
+    names = [n for n in TRAINING_FLAGS if own or n not in (*NETWORK_FLAGS, "dropout")]
+    identity = {name: plain(FLAGS[name].value) for name in names} | net.settings_dict()
+    if FLAGS.latent_vae:
+        identity["autoencoder"] = autoencoder().fingerprint
+    device = choose_device()
+    if FLAGS.compile:
+        check_compiler(device)
+
+    def choose_arithmetic() -> str:
+        chosen = arithmetic.chosen_for_training(net, FLAGS.amp, image_shape(net), device)
+        if FLAGS.amp == "bf16" and device.type == "cpu":
+            say(f"fastest arithmetic on this processor: {chosen}")
+        return chosen
+
     trainer = Trainer(
         settings=settings,
         net=net,
         dataset=dataset,
         noise_schedule=noise_schedule(),
-        sampler=from_flags(diffusion.Sampler),
+        sampler=chosen_sampler(),
         image_shape=image_shape(net),
         logdir=logdir,
-        device=choose_device(),
+        device=device,
         identity=identity,
         parallel=use_parallel(),
-        evaluate=training_scores(image_shape(net)) if FLAGS.eval_step else None,
+        evaluate=training_scores(net) if FLAGS.eval_step else None,
+        compiled=FLAGS.compile,
+        choose_arithmetic=choose_arithmetic,
+        classes=chosen_classes(net),
+        to_images=to_images(),
     )
     if FLAGS.dry_run:
         say(estimate.training_plan(trainer, flops_table(net, all_widths())))
@@ -421,9 +679,29 @@ def train() -> None:
     trainer.run()
 
 
-def training_scores(shape: tuple[int, int, int]):
+def training_set() -> data.AnySet:
+    """The data set, in latents where --latent_vae says so; with as many classes as the network."""
+    dataset = data.load(FLAGS.dataset, FLAGS.data_root, FLAGS.img_size)
+    classes.check(FLAGS.num_classes, FLAGS.dataset, dataset.labels, dataset.classes)
+    if not FLAGS.latent_vae:
+        return dataset
+    import latents
+
+    vae, usual = autoencoder(), Path("latents") / f"{FLAGS.dataset}{FLAGS.img_size}.npy"
+    path = Path(FLAGS.latent_cache or Path(FLAGS.data_root).expanduser() / usual)
+    if FLAGS.dry_run and not path.exists():
+        say(f"before training, {len(dataset)} images are encoded into {path}")
+        return latents.sample(dataset, vae, FLAGS.batch_size)
+    common = (dataset, vae, FLAGS.img_size, path, FLAGS.batch_size, FLAGS.num_workers)
+    if distributed.is_main():
+        latents.encoded(*common)
+    distributed.gather(None)  # the others wait for the file
+    return latents.encoded(*common, make=False)
+
+
+def training_scores(net: nn.Module):
     """What --eval_step calls: scores of one width of a network; encoder and statistics once."""
-    evaluator = build_evaluator({}, shape)
+    evaluator = build_evaluator({}, net)
 
     def scores(net: nn.Module, width: float) -> dict:
         evaluator.networks = candidates(net, [width])
@@ -436,7 +714,7 @@ def training_scores(shape: tuple[int, int, int]):
 def evaluate_width() -> None:
     """Score the supernet at --assigned_width, or a plain network."""
     if FLAGS.dry_run:
-        plan_scoring([FLAGS.assigned_width])
+        plan_scoring(WidthSchedule([FLAGS.assigned_width] * FLAGS.T))
         return
     net, step = load_network(FLAGS.logdir)
     width = FLAGS.assigned_width
@@ -445,7 +723,7 @@ def evaluate_width() -> None:
     net.check_width(width)
     schedule = WidthSchedule([width] * FLAGS.T)
     costs = flops_table(net, [1.0, width])
-    evaluator = build_evaluator(candidate_networks(net, [width]), image_shape(net))
+    evaluator = build_evaluator(candidate_networks(net, [width]), net)
     name = "eval" if width == 1 else f"eval_width_{width:g}"
     report_scores(name, evaluator, schedule, costs, {"width": width, "step": step})
 
@@ -453,31 +731,35 @@ def evaluate_width() -> None:
 def evaluate_schedule() -> None:
     """Score the width schedule of LOGDIR/search.txt."""
     if FLAGS.dry_run:
-        plan_scoring(load_schedule(all_widths()).widths)
+        plan_scoring(load_schedule(all_widths()))
         return
     net, step = load_network(FLAGS.logdir)
     schedule = load_schedule(all_widths())
     used = sorted(set(schedule.widths) - {0.0})
     costs = flops_table(net, [1.0, *used])
-    evaluator = build_evaluator(candidate_networks(net, used), image_shape(net))
+    evaluator = build_evaluator(candidate_networks(net, used), net)
     about = {"step": step, "schedule": list(schedule.widths)}
     report_scores("eval_stepaware", evaluator, schedule, costs, about)
 
 
 def evaluate_ensemble() -> None:
     """Score a large network that a small one relieves where --end < t < --start."""
+    shared = ("T", "beta_1", "beta_T", "mean_type", "img_size", "num_classes")
     small, _ = load_network(FLAGS.small_logdir, FLAGS.small_ch)
+    theirs = {"channels": small.settings.in_ch} | {name: FLAGS[name].value for name in shared}
     large, step = load_network(FLAGS.large_logdir)
-    if small.settings.in_ch != large.settings.in_ch:
-        raise UserError("eval_ensemble: the two networks are for different image channels")
-    shape = image_shape(large)
+    ours = {"channels": large.settings.in_ch} | {name: FLAGS[name].value for name in shared}
+    differing = [f"{n}: {theirs[n]} small, {ours[n]} large" for n in ours if theirs[n] != ours[n]]
+    if differing:
+        raise UserError(f"the two networks cannot take turns ({'; '.join(differing)})")
+    shape, passes = image_shape(large), passes_a_call(large)
     # Two networks are candidates like any others; the keys are but names.
     names = {"large": large, "small": small}
     networks = {name: candidate_networks(net, [1.0])[1.0] for name, net in names.items()}
     schedule = ["small" if FLAGS.end < t < FLAGS.start else "large" for t in range(FLAGS.T)]
-    costs = {name: score.flops(net, 1.0, shape) for name, net in names.items()}
+    costs = {name: passes * score.flops(net, 1.0, shape) for name, net in names.items()}
     about = {"step": step, "start": FLAGS.start, "end": FLAGS.end}
-    evaluator = build_evaluator(networks, shape)
+    evaluator = build_evaluator(networks, large)
     report_scores("eval_ensemble", evaluator, schedule, costs | {1.0: costs["large"]}, about)
 
 
@@ -487,7 +769,9 @@ def report_scores(
     """Score, print, and save LOGDIR/NAME.json and LOGDIR/NAME.png."""
     logdir = writable_folder(FLAGS.logdir)
     found, images = evaluator.score(schedule, keep=min(256, FLAGS.num_images))
-    flops, full = average(schedule, evaluator.timesteps(), costs), costs[1.0]
+    calls, steps = evaluator.evaluations(), len(evaluator.timesteps())
+    unit = "step" if len(calls) == steps else "pass"
+    flops, full = average(schedule, asked(schedule, calls), costs), costs[1.0]
     rate = found.images / found.sampling_seconds
     score_text = "{:.3f} ± {:.3f}".format(*found.inception_score) if found.inception_score else "-"
     result = {
@@ -499,21 +783,64 @@ def report_scores(
         "full_width_gflops": full / 1e9,
         "saving": 1 - flops / full,
         "images_per_second": rate,
-        "sampler": asdict(evaluator.sampler),
+        "sampler": evaluator.sampler.settings(),
         "seed": FLAGS.seed,
         "device": str(evaluator.device),
+        **conditions(evaluator, found),
+        "arithmetic": {
+            str(key): getattr(network, "module", network).arithmetic
+            for key, network in evaluator.networks.items()
+        },
     }
     say(f"{found.label}: {found.distance:.6g}")
     say(f"Inception Score ({found.encoder}): {score_text}")
     say(
-        f"average {flops / 1e9:.4f} GFLOPs a step, full width {full / 1e9:.4f} "
+        f"average {flops / 1e9:.4f} GFLOPs a {unit}, full width {full / 1e9:.4f} "
         f"({100 * (1 - flops / full):.1f} % saved)"
     )
-    say(f"{rate:.3g} images/s sampled over {len(evaluator.timesteps())} steps")
+    passes = "" if len(calls) == steps else f" of {len(calls)} network passes"
+    say(f"{rate:.3g} images/s sampled over {steps} steps{passes}")
+    if "decoder" in result:
+        say("the decoder, once an image and apart from all that: {gflops:.4g} GFLOPs, "
+            "{ms_per_image:.4g} ms".format(**result["decoder"]))  # fmt: skip
     if distributed.is_main():
         write_json(logdir / f"{name}.json", result)
         save_grid(logdir / f"{name}.png", images)
         say(f"saved {logdir / name}.json and {name}.png")
+
+
+def conditions(evaluator: Evaluator, found: Scores | None = None) -> dict[str, object]:
+    """What images and their cost depend on where there are classes, or latents to decode."""
+    about: dict[str, object] = {}
+    if evaluator.classes:
+        about["classes"] = list(evaluator.classes.fixed) or "as in the training set"
+        about["guidance_scale"] = evaluator.classes.guidance
+    if FLAGS.latent_vae:
+        about["autoencoder"] = autoencoder().fingerprint
+    if FLAGS.latent_vae and found:
+        about["decoder"] = {
+            "gflops": autoencoder().decoder_flops(FLAGS.img_size) / 1e9,
+            "ms_per_image": 1000 * found.decoding_seconds / found.images,
+        }
+    return about
+
+
+def search_identity(evaluator: Evaluator, step: int) -> dict[str, object]:
+    """What a searched distance depends on."""
+    return {
+        "checkpoint": FLAGS.ckpt_name,
+        "step": step,
+        "num_images": FLAGS.num_images,
+        "seed": FLAGS.seed,
+        "amp": FLAGS.amp,
+        "encoder": FLAGS.fid_encoder,
+        "dataset": FLAGS.dataset,
+        "fid_cache": FLAGS.fid_cache,
+        "sampler": evaluator.sampler.settings(),
+        "widths": all_widths(),
+        "ladder": FLAGS.search_ladder,
+        **conditions(evaluator),
+    }
 
 
 def search() -> None:
@@ -529,9 +856,10 @@ def search() -> None:
     net, step = load_network(FLAGS.logdir)
     if not slimmable():
         raise UserError("--search chooses among widths: add --slimmable_unet")
-    networks = candidate_networks(net, all_widths())
+    writable_folder(folder)
+    networks = candidate_networks(net, all_widths(), writable_folder(folder))
     flops = flops_table(net, all_widths())
-    evaluator = build_evaluator(networks, image_shape(net), rng.SEARCH)
+    evaluator = build_evaluator(networks, net, rng.SEARCH)
     evaluator.progress = False
     rungs = ladder(evaluator)
     times = latency_table(writable_folder(folder), evaluator)
@@ -540,10 +868,12 @@ def search() -> None:
         tuple(evaluator.timesteps()),
         FLAGS.T,
         settings.num_segments,
+        tuple(evaluator.evaluations()),
     )
     start = []
     if FLAGS.search_warm_start:
         start = warm_start(FLAGS.search_warm_start, genome, settings.pop_size // 2)
+    times = {width: passes_a_call(net) * seconds for width, seconds in times.items()}
     # Times are put on FLOPs' scale, so that weights and budgets mean the same for both.
     scaled = {width: times[width] / times[1.0] * flops[1.0] for width in flops}
     progress = SearchProgress(folder)
@@ -556,16 +886,7 @@ def search() -> None:
             settings.fid_weight * distance + settings.macs_weight * cost / 2e6
         ),
         folder=folder,
-        identity={
-            "checkpoint": FLAGS.ckpt_name,
-            "step": step,
-            "num_images": FLAGS.num_images,
-            "seed": FLAGS.seed,
-            "encoder": FLAGS.fid_encoder,
-            "sampler": asdict(evaluator.sampler),
-            "widths": all_widths(),
-            "ladder": FLAGS.search_ladder,
-        },
+        identity=search_identity(evaluator, step),
         start=start,
         ladder=rungs,
         on_generation=progress.note,
@@ -580,21 +901,22 @@ def search() -> None:
         say(f"saved {search_txt(folder)}, {folder / 'front.json'}, pictures and {grid}")
 
 
-def plan_scoring(widths: Sequence[float]) -> None:
-    """Say what scoring a schedule with these widths would cost."""
-    steps = len(from_flags(diffusion.Sampler).timesteps(noise_schedule()))
-    plan([estimate.Scoring("evaluation", 1, FLAGS.num_images, steps)], widths, "no other load")
+def plan_scoring(schedule: WidthSchedule) -> None:
+    """Say what scoring this schedule would cost."""
+    calls = chosen_sampler().evaluations(noise_schedule())
+    scoring = estimate.Scoring("evaluation", 1, FLAGS.num_images, len(calls))
+    plan([scoring], [schedule[t] for t in asked(schedule, calls)], "no other load")
 
 
 def plan_search(settings: SearchSettings) -> None:
     """Say what the search would cost, rung by rung."""
-    sampler, count = from_flags(diffusion.Sampler), settings.num_generation * settings.pop_size
+    sampler, count = chosen_sampler(), settings.num_generation * settings.pop_size
     scorings = []
     for name, images, rung in parse_ladder(sampler):
-        steps = len(rung.timesteps(noise_schedule()))
+        steps = len(rung.evaluations(noise_schedule()))
         scorings.append(estimate.Scoring(f"rung {name}", count, images, steps))
         count = math.ceil(settings.ladder_keep * count)
-    steps = len(sampler.timesteps(noise_schedule()))
+    steps = len(sampler.evaluations(noise_schedule()))
     scorings.append(estimate.Scoring("full setting", count, FLAGS.num_images, steps))
     note = "at the widths' mean cost, before shared states save any"
     plan(scorings, all_widths(), note)
@@ -607,12 +929,22 @@ def plan(scorings: Sequence[estimate.Scoring], widths: Sequence[float], note: st
     device, shape = choose_device(), image_shape(net)
     batch = FLAGS.batch_size if device.type == "cuda" else min(FLAGS.batch_size, 16)
     used = sorted(set(widths) - {0.0})
-    flops = flops_table(net, used)
+    passes = passes_a_call(net)
+    scorings = [replace(s, steps=s.steps * passes) for s in scorings]
+    flops = {width: cost / passes for width, cost in flops_table(net, used).items()}
     times = estimate.measure(candidate_networks(net, used), shape, batch, device)
     times[0.0] = 0.0
-    encoder = estimate.encoder_seconds(build_encoder, shape, batch)
+    encoder = estimate.encoder_seconds(build_encoder, picture_shape(net), batch)
+    if FLAGS.latent_vae:
+        note += f"; without the decoder's {1000 * decoder_seconds(shape, batch):.3g} ms an image"
     mean = [sum(table[w] for w in widths) / len(widths) for table in (flops, times)]
     say(estimate.scoring_plan(scorings, *mean, encoder, note))
+
+
+def decoder_seconds(shape: tuple[int, int, int], batch: int) -> float:
+    """Seconds an image of decoding latents of this shape."""
+    decode = autoencoder().to_images
+    return latency(lambda latents, t: decode(latents), shape, batch, choose_device())
 
 
 def search_txt(folder: Path) -> Path:
@@ -662,6 +994,9 @@ def ladder(evaluator: Evaluator) -> list[Rung]:
 def shared_scores(evaluator: Evaluator):
     """What the search calls to score schedules: `evaluator`, with shared states."""
     budget = int(FLAGS.state_memory * 2**30)
+    if budget > 0 and not evaluator.sampler.restartable:
+        say(f"--sampler={evaluator.sampler.sampler} cannot go on from a step: no states are shared")
+        budget = 0
 
     def scores(schedules: Sequence[WidthSchedule]):
         if budget > 0 and evaluator.states is None:
@@ -719,7 +1054,7 @@ def profile() -> None:
     batch = FLAGS.batch_size if device.type == "cuda" else min(FLAGS.batch_size, 16)
     flops, rows, times = flops_table(net, widths), [], {0.0: 0.0}
     for width, network in candidate_networks(net, widths).items():
-        times[width] = latency(network, shape, batch, device)
+        times[width] = passes_a_call(net) * latency(network, shape, batch, device)
         rows.append(
             [
                 f"{width:g}",
@@ -732,16 +1067,48 @@ def profile() -> None:
         )
     header = ["width", "parameters", "GFLOPs", "of full", "ms / image", "of full"]
     say(table(header, rows))
-    say(f"one pass, images {shape}, batch {batch}, {device}, {FLAGS.amp} amp")
+    passes = "one pass" if passes_a_call(net) == 1 else "two passes (--guidance_scale)"
+    say(f"{passes}, images {shape}, batch {batch}, {device}, {FLAGS.amp} amp")
+    if FLAGS.latent_vae:
+        gflops = autoencoder().decoder_flops(FLAGS.img_size) / 1e9
+        say(
+            f"the decoder, once an image: {autoencoder().decoder_parameters() / 1e6:.2f} M "
+            f"parameters, {gflops:.4f} GFLOPs, {1000 * decoder_seconds(shape, batch):.3f} ms"
+        )
     if FLAGS.schedule or (Path(FLAGS.logdir) / "search.txt").exists():
-        schedule, steps = load_schedule(widths), from_flags(diffusion.Sampler)
-        kept = steps.timesteps(noise_schedule())
+        schedule = load_schedule(widths)
+        kept = asked(schedule, chosen_sampler().evaluations(noise_schedule()))
         mean, time = average(schedule, kept, flops), average(schedule, kept, times)
         say(
             f"the schedule averages {mean / 1e9:.4f} GFLOPs a step of {flops[1.0] / 1e9:.4f} "
             f"({100 * mean / flops[1.0]:.1f} %) and {1000 * time:.3f} ms of "
             f"{1000 * times[1.0]:.3f} ({100 * time / times[1.0]:.1f} %)"
         )
+
+
+def export() -> None:
+    """Write the EMA network and its width schedule as a folder for diffusers."""
+    from model.export import export_diffusers
+
+    net, step = load_network(FLAGS.logdir)
+    if FLAGS.latent_vae or getattr(net.settings, "num_classes", 0):
+        raise UserError("--export_diffusers: only for networks of images without classes")
+    if FLAGS.precond != "none":
+        raise UserError("--export_diffusers: diffusers' DDPM and DDIM have no --precond=edm")
+    schedule = load_schedule(all_widths())
+    export_diffusers(
+        FLAGS.export_diffusers,
+        {width: net.subnet(width) for width in sorted(set(schedule.widths) - {0.0})},
+        schedule,
+        image_shape(net),
+        (FLAGS.beta_1, FLAGS.beta_T, FLAGS.T),
+        beta_schedule=FLAGS.beta_schedule,
+        timesteps=schedule.timesteps,
+        mean_type=FLAGS.mean_type,
+        var_type=FLAGS.var_type,
+        clip_denoised=FLAGS.clip_denoised,
+    )
+    say(f"saved {FLAGS.export_diffusers}: the EMA network of step {step}, for diffusers' pipelines")
 
 
 # --- entry ----------------------------------------------------------------------------------------
@@ -753,6 +1120,7 @@ COMMANDS = {
     "eval_stepaware": evaluate_schedule,
     "eval_ensemble": evaluate_ensemble,
     "profile": profile,
+    "export_diffusers": export,
 }
 _others = set(FLAGS)
 define_flags()
@@ -769,8 +1137,9 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 def complain(error: UserError) -> None:
-    """One line, exit status 2."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    """One line, once for all processes; exit status 2."""
+    if distributed.first_to_speak():
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -780,6 +1149,8 @@ def run(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             raise UserError(f"stray argument {argv[1]!r}: flags start with --")
         command = COMMANDS[choose_mode(sys.argv[1:])]
+        _autoencoder.cache_clear()
+        diffusion.Sampler(FLAGS.sampler)  # an unknown name should not wait for a checkpoint
         with distributed.group(choose_device()):
             command()
     except UserError as error:

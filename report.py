@@ -146,6 +146,7 @@ class SearchProgress:
 class SearchResult:
     """What a search found, and what its folder shows of it.
 
+    calls: of the network, for one image.
     flops, times: FLOPs and seconds an image of one pass at each width.
     """
 
@@ -160,20 +161,21 @@ class SearchResult:
         self.front = pareto_front(self.candidates)
         self.chosen = self.search.best(self.candidates)
         self.timesteps = self.evaluator.timesteps()
+        self.calls = len(self.evaluator.evaluations())
         self.label = self.evaluator.encoder.label
 
     def point(self, candidate: Candidate) -> dict:
-        """A candidate as front.json has it; its schedule has an entry for every timestep."""
-        gflops = average(candidate.schedule, self.timesteps, self.flops) / 1e9
+        """A candidate as front.json has it; its schedule is what search.txt would hold."""
+        genome = self.search.genome
+        asked = genome.asked(candidate.schedule)
+        gflops = average(candidate.schedule, asked, self.flops) / 1e9
         return {
             "distance": candidate.distance,
             "average_gflops": gflops,
             "saving": 1 - gflops * 1e9 / self.flops[1.0],
-            "latency_ms": 1000
-            * len(self.timesteps)
-            * average(candidate.schedule, self.timesteps, self.times),
+            "latency_ms": 1000 * self.calls * average(candidate.schedule, asked, self.times),
             "generation": candidate.generation,
-            "schedule": list(candidate.schedule.expanded(self.search.genome.T).widths),
+            "schedule": list(genome.stored(candidate.schedule).widths),
         }
 
     def uniform(self) -> list[Candidate]:
@@ -219,7 +221,7 @@ class SearchResult:
 
     def save(self, folder: Path, search_txt: Path) -> None:
         """search.txt, front.json and the pictures."""
-        self.chosen.schedule.expanded(self.search.genome.T).save(search_txt)
+        self.search.genome.stored(self.chosen.schedule).save(search_txt)
         run, saved = self.passes()
         places = [(c.distance, c.cost) for c in self.front]
         where = (self.chosen.distance, self.chosen.cost)

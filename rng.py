@@ -6,8 +6,9 @@ al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) and the Box–Mulle
 in tensor operations so that it runs where the images are.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -61,18 +62,27 @@ def normal(seed: int, stream: int, images: Tensor, step: int, shape: Sequence[in
     return torch.stack(parts, -1).flatten(1)[:, :size].unflatten(1, tuple(shape))
 
 
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(normal)
+
+
 class ImageNoise:
     """The noise of a batch of images, as samplers ask for it: `noise(t)` leaves timestep t.
 
-    images: int64 indices (B,) on the device where the noise is wanted. shape: (C, H, W).
+    images: int64 indices (B,) on the device where the noise is wanted. shape: (C, H, W). compiled:
+    by torch.compile, which makes one kernel of some sixty; the last digit may differ.
     """
 
-    def __init__(self, seed: int, stream: int, images: Tensor, shape: Sequence[int]) -> None:
+    def __init__(
+        self, seed: int, stream: int, images: Tensor, shape: Sequence[int], compiled: bool = False
+    ) -> None:
         self.seed, self.stream, self.images, self.shape = seed, stream, images, shape
+        self._normal = _compiled() if compiled else normal
 
     def __call__(self, t: int) -> Tensor:
         """Noise (B, C, H, W) of the step that leaves timestep t."""
-        return normal(self.seed, self.stream, self.images, t, self.shape)
+        return self._normal(self.seed, self.stream, self.images, t, self.shape)
 
     def initial(self) -> Tensor:
         """x_T (B, C, H, W), unit Gaussian whatever T is."""

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import distributed
 from errors import UserError
 from files import append_jsonl, read_jsonl, write_jsonl
-from model import WidthSchedule, average
+from model import WidthSchedule, asked, average
 
 OBJECTIVES = ("weighted", "pareto")
 
@@ -84,12 +84,14 @@ class Genome:
     widths: rising; 0 stands for leaving the step out. timesteps: the sampler's, rising. segments:
     number of genes, each for a run of neighbouring timesteps; 0 for a gene per timestep. T: for
     schedules that cover every timestep of the diffusion rather than the sampler's alone.
+    evaluations: (step, timestep shown) of each call of the network, by default one a step.
     """
 
     widths: tuple[float, ...]
     timesteps: tuple[int, ...]
     T: int
     segments: int = 0
+    evaluations: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.segments > len(self.timesteps):
@@ -108,6 +110,17 @@ class Genome:
         steps, total = len(self.timesteps), self.genes
         widths = [self.widths[genes[i * total // steps]] for i in range(steps)]
         return WidthSchedule(widths, None if steps == self.T else self.timesteps)
+
+    def asked(self, schedule: WidthSchedule) -> list[int]:
+        """The timestep whose entry counts for each call of the network."""
+        return asked(schedule, self.evaluations or [(t, t) for t in self.timesteps])
+
+    def stored(self, schedule: WidthSchedule) -> WidthSchedule:
+        """What a file should hold: an entry a timestep, unless a step's entry also counts for calls
+        at other timesteps, which those would get wrong."""
+        if all(step == t for step, t in self.evaluations):
+            return schedule.expanded(self.T)
+        return schedule
 
     def encode(self, schedule: WidthSchedule) -> np.ndarray:
         """The genes whose schedule is nearest to `schedule`: a segment takes its first entry."""
@@ -384,7 +397,7 @@ class Search:
             yield Candidate(schedule, record["distance"], self._cost(schedule), generation, record)
 
     def _cost(self, schedule: WidthSchedule) -> float:
-        return average(schedule, self.genome.timesteps, self.costs)
+        return average(schedule, self.genome.asked(schedule), self.costs)
 
     def _read_log(self) -> None:
         """Take over what the log of an earlier, killed or finished run of this search knows."""

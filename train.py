@@ -8,6 +8,8 @@ run that was stopped and resumed makes the very steps that it would have made.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import os
 import shutil
 import signal
@@ -27,9 +29,10 @@ import data
 import diffusion
 import distributed
 import rng
+from classes import Classes
 from errors import UserError
 from files import append_jsonl, read_jsonl, save_grid, write_jsonl
-from model import EMA, StepAwareDenoiser, candidates, checkpoint
+from model import EMA, StepAwareDenoiser, candidates, checkpoint, compile_network
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class TrainSettings:
     sandwich: bool = False
     min_width: float = 0.25
     num_sandwich_sampling: int = 3
+    distill: bool = False
+    label_dropout: float = 0.1
     candidate_width: tuple[float, ...] = (0.75, 0.5)
     amp: str = "none"
     total_steps: int = 800000
@@ -63,12 +68,16 @@ class TrainSettings:
         for name in ("warmup", "sample_step", "eval_step", "num_workers"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name}={getattr(self, name)}: must not be negative")
-        if self.lr <= 0 or self.grad_clip <= 0:
+        if not (0 < self.lr < math.inf and self.grad_clip > 0):
             raise UserError(f"--lr={self.lr} --grad_clip={self.grad_clip}: must be positive")
+        if not 0 <= self.label_dropout <= 1:
+            raise UserError(f"--label_dropout={self.label_dropout}: must be in [0, 1]")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"--ema_decay={self.ema_decay}: must be in [0, 1)")
         if self.amp == "fp16":
             raise UserError("--amp=fp16 is for sampling; train with --amp=bf16 or --amp=none")
+        if self.distill and not self.sandwich:
+            raise UserError("--distill teaches narrower widths, so it needs --sandwich")
         if self.sandwich and self.num_sandwich_sampling < 2:
             raise UserError(
                 f"--num_sandwich_sampling={self.num_sandwich_sampling}: a sandwich step has at "
@@ -104,23 +113,29 @@ class Trainer:
 
     identity: every setting that the result depends on, kept in the checkpoint; a resumed run must
     agree with it. evaluate(net, width) -> scores, called every eval_step steps on the EMA network.
+    classes: of a class-conditional network. to_images: what a chain makes -> uint8 images.
     """
 
     settings: TrainSettings
     net: nn.Module
     dataset: Dataset
-    noise_schedule: diffusion.NoiseSchedule
+    noise_schedule: diffusion.Schedule
     sampler: diffusion.Sampler
     image_shape: tuple[int, int, int]
     logdir: Path
     device: torch.device
     identity: Mapping[str, object]
     parallel: bool = False
+    compiled: bool = False
+    choose_arithmetic: Callable[[], str] | None = None
     evaluate: Callable[[nn.Module, float], Mapping[str, object]] | None = None
+    classes: Classes | None = None
+    to_images: Callable[[Tensor], Tensor] = data.to_uint8
     step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         s = self.settings
+        self.sampler.timesteps(self.noise_schedule)  # raises where it is no sampler for this T
         self.net = self.net.to(self.device, memory_format=torch.channels_last).train()
         self.ema = EMA(self.net, s.ema_decay)
         # The frozen time table is among the parameters, as in released optimizer states.
@@ -133,6 +148,8 @@ class Trainer:
         ).initial()
         self.path = self.logdir / f"{s.ckpt_name}.pt"
         self.signum = 0
+        self.norm = torch.zeros(())  # of the last step's gradient
+        self.arithmetic = ""  # of the steps: chosen once in a run's life
         self._sums: dict[float, list[Tensor]] = defaultdict(list)
 
     # --- state ---
@@ -146,7 +163,8 @@ class Trainer:
         differing = [
             f"{name}: {known[name]} there, {value} here"
             for name, value in self.identity.items()
-            if name in known and known[name] != value
+            # The autoencoder's folder may move; its fingerprint is another setting.
+            if name in known and known[name] != value and name != "latent_vae"
         ]
         if differing:
             raise UserError(
@@ -159,7 +177,8 @@ class Trainer:
             self.optim.load_state_dict(state["optim"])
             self.sched.load_state_dict(state["sched"])
             self.step = int(state["step"])
-        except (KeyError, TypeError, ValueError) as error:
+            self.arithmetic = str(state.get("arithmetic", ""))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self.path} cannot be continued: its optim, sched or step does not fit ({error})"
             ) from error
@@ -169,6 +188,7 @@ class Trainer:
 
     def save(self, numbered: bool = False) -> None:
         """Write CKPT_NAME.pt and, where `numbered`, keep it as CKPT_NAME_STEP.pt too."""
+        self._check_finite()
         if not distributed.is_main():
             return
         checkpoint.save(
@@ -180,6 +200,7 @@ class Trainer:
                 "optim": self.optim.state_dict(),
                 "step": self.step,
                 "x_T": self.x_T,
+                "arithmetic": self.arithmetic,
                 "settings": dict(self.identity),
             },
         )
@@ -191,41 +212,72 @@ class Trainer:
             except OSError:
                 shutil.copy2(self.path, kept)
 
+    def _check_finite(self) -> None:
+        """Refuse to go on from, or to save, weights that a bad step has spoilt.
+
+        A loss that is not finite makes such a gradient, in this and in every later step.
+        """
+        if not bool(self.norm.isfinite()):
+            raise UserError(
+                f"the loss or its gradient is not finite at step {self.step}; lower --lr or raise "
+                f"--warmup, and start again from the last checkpoint in {self.logdir}"
+            )
+
     # --- one step ---
 
-    def train_step(self, network: nn.Module, x_0: Tensor) -> Tensor:
-        """One update on a batch; returns the gradient's norm. `network` wraps self.net."""
+    def train_step(self, network: nn.Module, x_0: Tensor, labels: Tensor | None = None) -> None:
+        """One update on a batch; labels (B,) where there are classes. `network` wraps self.net."""
         s, rank, world = self.settings, distributed.rank(), distributed.world()
         torch.manual_seed(_mix(s.seed, self.step, rank))  # dropout's
         mine = slice(rank * len(x_0), (rank + 1) * len(x_0))
         places = torch.arange(mine.start, mine.stop, device=self.device)
         draw = torch.Generator().manual_seed(_mix(s.seed, self.step, -1))
         widths = s.widths(self.step)
+        half = self.arithmetic == "bfloat16"
+        told = () if labels is None else (self._dropped(labels, mine, len(x_0) * world),)
         for i, width in enumerate(widths):
-            t = torch.randint(self.noise_schedule.T, (len(x_0) * world,), generator=draw)[mine]
-            noise = rng.normal(s.seed, rng.TRAINING + i, places, self.step, self.image_shape)
+            # A distilled width sees what the full width saw, and learns what that answered.
+            if i == 0 or not s.distill:
+                t = self.noise_schedule.draw(len(x_0) * world, draw)[mine]
+                t = t.to(self.device, non_blocking=True)
+                noise = rng.normal(s.seed, rng.TRAINING + i, places, self.step, self.image_shape)
+                x_t, target = self.noise_schedule.pair(x_0, t, noise, self.sampler.mean_type)
             last = i == len(widths) - 1
             # Gradients of all passes add up; several processes exchange them once.
             quiet = getattr(network, "no_sync", contextlib.nullcontext)
             with contextlib.nullcontext() if last else quiet():
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=s.amp == "bf16"):
-                    loss = diffusion.loss(
-                        lambda x, t, width=width: network(x, t, width),
-                        x_0,
-                        t.to(self.device, non_blocking=True),
-                        noise,
-                        self.noise_schedule,
-                        self.sampler.mean_type,
-                    )
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+                    prediction = network(x_t, t, width, *told).to(target)
+                    loss = nn.functional.mse_loss(prediction, target)
                 loss.backward()
+            if s.distill and i == 0:
+                target = prediction.detach()
             self._sums[width].append(loss.detach())
-        norm = nn.utils.clip_grad_norm_(self.net.parameters(), s.grad_clip)
+        self.norm = nn.utils.clip_grad_norm_(self.net.parameters(), s.grad_clip)
         self.optim.step()
         self.optim.zero_grad(set_to_none=True)
         self.sched.step()
         self.ema.update(self.net)
         self.step += 1
-        return norm
+
+    def _dropped(self, labels: Tensor, mine: slice, count: int) -> Tensor:
+        """Labels (B,) on the device, some replaced by the null class: for guidance the network
+        has to know what an image is like whatever its class."""
+        draw = torch.Generator().manual_seed(_mix(self.settings.seed, self.step, -2))
+        dropped = torch.rand(count, generator=draw)[mine] < self.settings.label_dropout
+        return labels.where(~dropped, self.classes.count).to(self.device, non_blocking=True)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """This process's share of the images of each step from here on, and their labels."""
+        s, part = self.settings, (distributed.rank(), distributed.world())
+        common = {"seed": s.seed, "start_step": self.step, "part": part}
+        images = data.batches(
+            self.dataset, s.batch_size, device=self.device, num_workers=s.num_workers, **common
+        )
+        if self.classes is None:
+            return zip(images, itertools.repeat(None), strict=False)
+        labels = data.batch_labels(self.dataset, s.batch_size, **common)
+        return zip(images, labels, strict=True)
 
     # --- the run ---
 
@@ -234,27 +286,21 @@ class Trainer:
         s = self.settings
         resumed = self.resume()
         if self.step >= s.total_steps:
-            print(f"{self.path} is already at step {self.step} of {s.total_steps}; nothing to do")
+            if distributed.is_main():
+                at = f"{self.path} is already at step {self.step} of {s.total_steps}"
+                print(f"{at}; nothing to do", flush=True)
             return
-        network = self._wrapped()
-        images = data.batches(
-            self.dataset,
-            s.batch_size,
-            seed=s.seed,
-            start_step=self.step,
-            device=self.device,
-            num_workers=s.num_workers,
-            part=(distributed.rank(), distributed.world()),
-        )
+        network = self.wrapped()
+        batches = self.batches()
         with self._signals(), self._logging(resumed) as writer, self._bar() as bar:
             since = time.perf_counter()
             steps_since = self.step
-            for x_0 in images:
-                norm = self.train_step(network, x_0)
+            for x_0, labels in batches:
+                self.train_step(network, x_0, labels)
                 bar.update()
                 if self.step % s.log_step == 0 or self.step == s.total_steps:
                     rate = (self.step - steps_since) * s.batch_size / (time.perf_counter() - since)
-                    self._log(writer, bar, norm, rate)
+                    self._log(writer, bar, rate)
                     since, steps_since = time.perf_counter(), self.step
                 self._stop_if_asked()
                 done = self.step == s.total_steps
@@ -267,11 +313,17 @@ class Trainer:
                 if done:
                     return
 
-    def _wrapped(self) -> nn.Module:
+    def wrapped(self) -> nn.Module:
+        """The network as `train_step` wants it: chosen arithmetic, compiled, in parallel."""
+        if not self.arithmetic:
+            default = "bfloat16" if self.settings.amp == "bf16" else "float32"
+            self.arithmetic = self.choose_arithmetic() if self.choose_arithmetic else default
+        # Not as CUDA graphs: gradients add up over the passes, and a graph's would be overwritten.
+        net = compile_network(self.net) if self.compiled else self.net
         if distributed.world() > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            return nn.parallel.DistributedDataParallel(self.net, device_ids=ids)
-        return nn.DataParallel(self.net) if self.parallel else self.net
+            return nn.parallel.DistributedDataParallel(net, device_ids=ids)
+        return nn.DataParallel(net) if self.parallel else net
 
     def _bar(self) -> tqdm:
         return tqdm(
@@ -321,35 +373,34 @@ class Trainer:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        log = self.logdir / "train.jsonl"
-        # What a killed run logged after its last checkpoint happens again.
-        write_jsonl(log, [r for r in read_jsonl(log) if resumed and r["step"] <= self.step])
+        for name in ("train.jsonl", "train_eval.jsonl"):
+            log = self.logdir / name
+            # What a killed run logged after its last checkpoint happens again.
+            kept = [r for r in read_jsonl(log) if resumed and r["step"] <= self.step]
+            if log.exists() or name == "train.jsonl":
+                write_jsonl(log, kept)
         writer = SummaryWriter(str(self.logdir), purge_step=self.step + 1 if resumed else None)
         try:
             yield writer
         finally:
             writer.close()
 
-    def _log(self, writer: object, bar: tqdm, norm: Tensor, rate: float) -> None:
-        """Write the mean loss of each width since the last time; stop if it is not finite."""
+    def _log(self, writer: object, bar: tqdm, rate: float) -> None:
+        """Write the mean loss of each width since the last time."""
+        self._check_finite()
         losses = {f"{w:g}": float(torch.stack(v).mean()) for w, v in sorted(self._sums.items())}
         self._sums.clear()
         if distributed.world() > 1:
             everyone = distributed.gather(losses)
             losses = {w: sum(each[w] for each in everyone) / len(everyone) for w in losses}
-        if not all(np.isfinite(list(losses.values()))):
-            raise UserError(
-                f"the loss is not finite at step {self.step} ({losses}); lower --lr or raise "
-                f"--warmup and start again from the last checkpoint in {self.logdir}"
-            )
         if writer is None:
             return
         lr = self.sched.get_last_lr()[0]
-        record = {"step": self.step, "loss": losses, "grad_norm": float(norm), "lr": lr}
+        record = {"step": self.step, "loss": losses, "grad_norm": float(self.norm), "lr": lr}
         append_jsonl(self.logdir / "train.jsonl", record | {"images_per_second": round(rate, 2)})
         for width, value in losses.items():
             writer.add_scalar(f"loss/width_{width}", value, self.step)
-        writer.add_scalar("grad_norm", float(norm), self.step)
+        writer.add_scalar("grad_norm", float(self.norm), self.step)
         writer.add_scalar("lr", lr, self.step)
         writer.add_scalar("images_per_second", rate, self.step)
         bar.set_postfix({w: f"{value:.4f}" for w, value in losses.items()})
@@ -361,15 +412,18 @@ class Trainer:
         for width, network in candidates(self.ema.model, self.settings.shown_widths()).items():
             T = self.noise_schedule.T
             denoise = StepAwareDenoiser({width: network}, [width] * T, T, self.device)
-            x = self.x_T.to(self.device)
+            x, columns = self.x_T.to(self.device), 0
+            if self.classes:
+                denoise.condition, columns = self.classes.rows(len(x), self.device)
             places = torch.arange(len(x), device=self.device)
             noise = rng.ImageNoise(self.settings.seed, rng.SAMPLING, places, self.image_shape)
             with torch.inference_mode():
                 x_0 = self.sampler(
                     denoise, x, self.noise_schedule, noise, observe=lambda t, x: self._give_way()
                 )
+                images = self.to_images(x_0)
             name = f"{self.step}_width_{width:g}.png"
-            grid = save_grid(self.logdir / "sample" / name, data.to_uint8(x_0))
+            grid = save_grid(self.logdir / "sample" / name, images, columns)
             writer.add_image(f"sample/width_{width:g}", grid, self.step)
 
     def _give_way(self) -> None:

@@ -29,7 +29,7 @@ def load(path: str | Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        beside = sorted(p.stem for p in path.parent.glob("*.pt"))
+        beside = sorted(p.stem for p in path.parent.glob("[!.]*.pt"))
         found = f"; there are {', '.join(beside)}" if beside else ""
         raise UserError(
             f"no checkpoint at {path}{found}; see --logdir and --ckpt_name, or run --train first"

@@ -35,6 +35,7 @@ from model.step_aware_unet import Leading, fit, set_heads
 
 CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 WEIGHTS = "diffusion_pytorch_model"
+MEAN_TYPES = {"epsilon": "epsilon", "sample": "xstart", "v_prediction": "v"}  # theirs -> ours
 TOKENS = 77  # of a text prompt, for counting FLOPs where none is given
 
 # Modules that see image, text or time inputs alone, under these names, are never narrowed.
@@ -408,6 +409,11 @@ class SlimmableDiffusersUNet(nn.Module):
                     "which it adds; change the widths"
                 )
 
+    def parameter_count(self, width: float) -> int:
+        """How many parameters `width` uses."""
+        narrow = _narrow(self.model, self.plan, width, lambda weight: weight)
+        return sum(weight.numel() for weight in narrow.parameters())
+
     @torch.no_grad()
     def subnet(self, width: float) -> DenseDiffusersUNet:
         """A dense network of its own, in eval mode: `net.subnet(w)(x, t) == net(x, t, w)`.
@@ -484,13 +490,17 @@ class SlimmableDiffusersUNet(nn.Module):
             )
         return cls(model.float(), int(T))
 
-    def _check_conditioning(self, conditioning: Mapping[str, object]) -> None:
+    def conditioning(self) -> list[str]:
+        """What the model needs beside x and t."""
         needed = []
         if getattr(self.model, "class_embedding", None) is not None:
             needed.append("class_labels")
         if self.settings.class_name == "UNet2DConditionModel":
             needed.append("encoder_hidden_states")
-        for name in needed:
+        return needed
+
+    def _check_conditioning(self, conditioning: Mapping[str, object]) -> None:
+        for name in self.conditioning():
             if conditioning.get(name) is None:
                 raise UserError(f"this {self.settings.class_name} needs {name} beside x and t")
 
@@ -644,6 +654,41 @@ def _order_time_embedding(model: ModelMixin) -> None:
             readers.append(_Place(module.time_emb_proj, 1))
     if readers:
         _order([_Place(model.time_embedding.linear_2)], readers)
+
+
+def trained_diffusion(directory: str | Path) -> dict[str, object]:
+    """What the scheduler beside a model says that the model was trained for: T, beta_1, beta_T,
+    beta_schedule and mean_type; nothing where there is no scheduler.
+
+    Raises UserError where that is no noise schedule of this project's.
+    """
+    root = Path(directory)
+    root = root.parent if root.name == "unet" else root
+    path = root / "scheduler" / "scheduler_config.json"
+    if not path.exists():
+        return {}
+    config = _read_json(path)
+    missing = [n for n in ("num_train_timesteps", "beta_start", "beta_end") if n not in config]
+    if missing:
+        raise UserError(f"{path} has no {missing[0]}: only models trained with β can be used")
+    beta_schedule = config.get("beta_schedule", "linear")
+    prediction = config.get("prediction_type", "epsilon")
+    for name, value, known in (
+        ("beta_schedule", beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2")),
+        ("prediction_type", prediction, tuple(MEAN_TYPES)),
+        ("trained_betas", config.get("trained_betas"), (None,)),
+        ("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr", False), (False,)),
+    ):
+        if value not in known:
+            names = " or ".join(map(str, known))
+            raise UserError(f"{path}: {name} is {str(value)[:40]}; only {names} can be used")
+    return {
+        "T": config["num_train_timesteps"],
+        "beta_1": config["beta_start"],
+        "beta_T": config["beta_end"],
+        "beta_schedule": beta_schedule,
+        "mean_type": MEAN_TYPES[prediction],
+    }
 
 
 def _read_json(path: Path) -> dict:

@@ -25,7 +25,8 @@ from model.step_aware_unet import StepAwareUNet, key
 from model.stepaware import WidthSchedule
 from model.unet import SlimmableUNet
 
-PREDICTION = {"epsilon": "epsilon", "xstart": "sample"}  # our names -> diffusers'
+# Our names -> diffusers'
+PREDICTION = {"epsilon": "epsilon", "xstart": "sample", "v": "v_prediction"}
 VARIANCE = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}
 
 
@@ -87,18 +88,22 @@ def step_aware(
 
 
 def _scheduler(
-    betas: tuple[float, float, int], mean_type: str, var_type: str, clip_denoised: bool
+    betas: tuple[float, float, int],
+    beta_schedule: str,
+    mean_type: str,
+    var_type: str,
+    clip_denoised: bool,
 ) -> DDPMScheduler:
-    """diffusers' scheduler for a linear β from betas[0] to betas[1] over betas[2] timesteps."""
+    """diffusers' scheduler for β from betas[0] to betas[1] over betas[2] timesteps."""
     if mean_type not in PREDICTION:
-        raise UserError(f"--mean_type={mean_type}: diffusers has {' and '.join(PREDICTION)} alone")
+        raise UserError(f"--mean_type={mean_type}: diffusers has {', '.join(PREDICTION)} alone")
     if var_type not in VARIANCE:
         raise UserError(f"--var_type={var_type}: one of {', '.join(VARIANCE)}")
     return DDPMScheduler(
         num_train_timesteps=betas[2],
         beta_start=betas[0],
         beta_end=betas[1],
-        beta_schedule="linear",
+        beta_schedule=beta_schedule,
         prediction_type=PREDICTION[mean_type],
         variance_type=VARIANCE[var_type],
         clip_sample=clip_denoised,
@@ -112,6 +117,7 @@ def export_diffusers(
     image_shape: tuple[int, int, int],
     betas: tuple[float, float, int],
     *,
+    beta_schedule: str = "linear",
     timesteps: Sequence[int] | None = None,
     mean_type: str = "epsilon",
     var_type: str = "fixedlarge",
@@ -120,14 +126,15 @@ def export_diffusers(
     """Write a pipeline folder that DDPMPipeline and DDIMPipeline load with `trust_remote_code`.
 
     networks: width -> what `subnet(width)` returned. schedule: the width of each timestep, or of
-    each of `timesteps`. image_shape: (C, H, W). betas: (beta_1, beta_T, T) of the linear noise
-    schedule. The rest are as the samplers take them. The folder holds model_index.json,
-    scheduler/, and unet/ with config.json, safetensors and step_aware_unet.py.
+    each of `timesteps`. image_shape: (C, H, W). betas: (beta_1, beta_T, T) of the noise schedule,
+    beta_schedule its kind as diffusers names it. The rest are as the samplers take them. The folder
+    holds model_index.json, scheduler/, and unet/ with config.json, safetensors and
+    step_aware_unet.py.
 
     Raises UserError where the directory is not empty or diffusers cannot express a setting.
     """
     directory = Path(directory)
-    scheduler = _scheduler(betas, mean_type, var_type, clip_denoised)
+    scheduler = _scheduler(betas, beta_schedule, mean_type, var_type, clip_denoised)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(
             f"--export_diffusers={directory} exists and is not empty; name a new folder"

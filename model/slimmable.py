@@ -105,9 +105,10 @@ class SlimmableConv2d(Slimmable, nn.Conv2d):
 
     def cut(self, width: float) -> SlimmableConv2d:
         """A dense layer of its own that holds a contiguous copy of what `width` uses."""
-        layer = SlimmableConv2d(
-            self.inputs.at(width), self.outputs.at(width), self.kernel_size[0], self.stride[0]
-        )
+        with torch.device("meta"):  # parameters that are replaced anyway
+            layer = SlimmableConv2d(
+                self.inputs.at(width), self.outputs.at(width), self.kernel_size[0], self.stride[0]
+            )
         return _filled(layer, *self.slice(width))
 
 
@@ -143,7 +144,8 @@ class SlimmableGroupNorm(Slimmable, nn.GroupNorm):
 
     def cut(self, width: float) -> SlimmableGroupNorm:
         """A dense layer of its own that holds a copy of what `width` uses."""
-        layer = SlimmableGroupNorm(self.num_groups, self.inputs.at(width))
+        with torch.device("meta"):
+            layer = SlimmableGroupNorm(self.num_groups, self.inputs.at(width))
         return _filled(layer, *self.slice(width))
 
 

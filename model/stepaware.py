@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from files import write_text
+from model.compiling import compile_network
 
 
 class WidthSchedule:
@@ -26,12 +28,14 @@ class WidthSchedule:
 
     `widths` has one entry a timestep, entry 0 for t = 0 (the last, least noisy step). With
     `timesteps`, it has one entry for each of those instead, entry 0 for the smallest; any other
-    t, also a fractional one, has the width of the nearest.
+    t, also a fractional one, has the width of the nearest. Such an entry is for a sampler's step:
+    where the step calls the network twice, as Heun's does, it is for both calls (see `asked`).
     """
 
     def __init__(self, widths: Iterable[float], timesteps: Sequence[int] | None = None) -> None:
         self.widths = tuple(widths)
-        keys = range(len(self.widths)) if timesteps is None else sorted(timesteps)
+        self.timesteps = None if timesteps is None else tuple(sorted(timesteps))
+        keys = range(len(self.widths)) if timesteps is None else self.timesteps
         self._at = dict(zip(keys, self.widths, strict=True))
 
     def __getitem__(self, t: float) -> float:
@@ -83,7 +87,8 @@ class WidthSchedule:
             isinstance(w, (int, float)) and not isinstance(w, bool) for w in widths
         ):
             raise UserError(f"{path} is not a list of numbers; a width schedule is [1, 0.75, …]")
-        lengths = {T} if timesteps is None else {T, len(timesteps)}
+        # Steps that a sampler was asked for can meet: the file may name them all, or each once.
+        lengths = {T} if timesteps is None else {T, len(timesteps), len(set(timesteps))}
         if len(widths) not in lengths:
             raise UserError(
                 f"{path} has {len(widths)} entries; expected "
@@ -97,7 +102,10 @@ class WidthSchedule:
                     f"{path}: entry {i} is width {width}, which is no candidate ({names}); "
                     "see --candidate_width and --min_width"
                 )
-        return cls(map(float, widths), None if len(widths) == T else timesteps)
+        if len(widths) == T:
+            return cls(map(float, widths))
+        keys = timesteps if len(widths) == len(timesteps) else set(timesteps)
+        return cls(map(float, widths), keys)
 
     def save(self, path: str | Path) -> None:
         """Write the schedule as one JSON line, whole or not at all."""
@@ -110,29 +118,87 @@ class Supernet(Protocol):
     def subnet(self, width: float) -> nn.Module: ...
 
 
+# What a candidate computes in.
+ARITHMETIC = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
 class Candidate(nn.Module):
-    """A dense network ready for sampling: channels last, in `dtype`, float32 in and out."""
+    """A dense network ready for sampling: channels last, float32 in and out.
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    arithmetic: a key of ARITHMETIC; weights are cast once, here. compiled: by torch.compile, with
+    CUDA graphs on a GPU.
+    """
+
+    def __init__(
+        self, network: nn.Module, arithmetic: str = "float32", compiled: bool = False
+    ) -> None:
         super().__init__()
-        self.network = network.to(dtype=dtype, memory_format=torch.channels_last)
-        self.dtype = dtype
+        self.arithmetic, self.dtype = arithmetic, ARITHMETIC[arithmetic]
+        network = network.to(dtype=self.dtype, memory_format=torch.channels_last)
+        self.compiled, self._batch = compiled, 0
+        self.network = compile_network(network, graphs=True) if compiled else network
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x (B, C, H, W) float32, t (B,) long -> like x."""
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W) float32, t and labels (B,) long -> like x."""
+        count, inputs = len(x), [x, t] if labels is None else [x, t, labels]
+        if self.compiled:
+            # Another size would be compiled anew, so a run's last, smaller batch is filled up.
+            self._batch = max(self._batch, count)
+            more = self._batch - count
+            inputs = [torch.cat([v, v[:1].expand(more, *v.shape[1:])]) for v in inputs]
+        x, t, *labels = inputs
         x = x.to(self.dtype, memory_format=torch.channels_last)
-        return self.network(x, t).to(torch.float32, memory_format=torch.contiguous_format)
+        out = self.network(x, t, **({"labels": labels[0]} if labels else {}))[:count]
+        # A CUDA graph writes its next result over this one, hence a copy.
+        return out.to(torch.float32, memory_format=torch.contiguous_format, copy=self.compiled)
 
 
 def candidates(
-    net: Supernet, widths: Iterable[float], dtype: torch.dtype = torch.float32
+    net: Supernet,
+    widths: Iterable[float],
+    arithmetic: str | Mapping[float, str] = "float32",
+    compiled: bool = False,
 ) -> dict[float, Candidate]:
-    """A dense candidate network for each width."""
-    return {width: Candidate(net.subnet(width), dtype) for width in widths}
+    """A dense candidate network for each width; `arithmetic` is for all or by width."""
+    named = {w: arithmetic if isinstance(arithmetic, str) else arithmetic[w] for w in widths}
+    return {w: Candidate(net.subnet(w), named[w], compiled) for w in named}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The class of each image of a batch, labels (B,) long, and how strongly it is asked for.
+
+    The answer is without + guidance·(with − without), of the network with the class and with the
+    `null` class (Ho and Salimans 2022, with guidance = 1 + w): 1 is the network with the class, 0
+    the one without; any other number takes both, in one batch of 2·B.
+    """
+
+    labels: Tensor
+    null: int
+    guidance: float = 1.0
+
+    def ask(self, network: Callable[..., Tensor], x: Tensor, t: Tensor) -> Tensor:
+        """x (B, C, H, W), t (B,) -> like x."""
+        if self.guidance == 1:
+            return network(x, t, self.labels)
+        nothing = torch.full_like(self.labels, self.null)
+        if self.guidance == 0:
+            return network(x, t, nothing)
+        labels = torch.cat([self.labels, nothing])
+        with_class, without = network(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
+        return without + self.guidance * (with_class - without)
 
 
 class StepAwareDenoiser:
-    """`denoise(x, t)`: the network that the schedule names for t, at x (B, C, H, W)."""
+    """`denoise(x, t)`: the network that the schedule names for t, at x (B, C, H, W).
+
+    A sampler that calls it more than once a step says so by `begin`, for schedules that have one
+    entry a step. `condition`: the classes of the batch that is denoised, where there are classes.
+    """
 
     def __init__(
         self,
@@ -144,9 +210,29 @@ class StepAwareDenoiser:
         self.networks, self.schedule = networks, schedule
         # Every timestep lies on the device already, so a step copies nothing from the host.
         self._timesteps = torch.arange(T, device=device)
+        self._step: int | None = None
+        self.condition: Condition | None = None
+
+    def begin(self, step: int) -> None:
+        """A sampler's step begins at timestep `step`."""
+        self._step = step
 
     def __call__(self, x: Tensor, t: int) -> Tensor:
-        return self.networks[self.schedule[t]](x, self._timesteps[t].expand(len(x)))
+        asked = t if self._step is None else asked_at(self.schedule, self._step, t)
+        network, time = self.networks[self.schedule[asked]], self._timesteps[t].expand(len(x))
+        return self.condition.ask(network, x, time) if self.condition else network(x, time)
+
+
+def asked_at(schedule: WidthSchedule | Sequence[Hashable], step: int, t: int) -> int:
+    """The timestep whose entry is for a call at t in the step that begins at `step`."""
+    return step if getattr(schedule, "timesteps", None) is not None else t
+
+
+def asked(
+    schedule: WidthSchedule | Sequence[Hashable], evaluations: Iterable[tuple[int, int]]
+) -> list[int]:
+    """The same for each of a sampler's `evaluations`, pairs of (step, t)."""
+    return [asked_at(schedule, step, t) for step, t in evaluations]
 
 
 def average(

@@ -37,7 +37,7 @@ class UNetSettings:
     attn: levels with attention. num_res_blocks: blocks a level. num_groups: of every group norm.
     in_ch: image channels. skip_slicing: which columns serve the skip of [h, skip] at a narrow
     width, "leading" (published: the leading ones of the whole) or "segments" (the leading ones of
-    the skip's own segment).
+    the skip's own segment). num_classes: of a class-conditional network; 0 for one without classes.
     """
 
     T: int = 1000
@@ -49,6 +49,7 @@ class UNetSettings:
     num_groups: int = 32
     in_ch: int = 3
     skip_slicing: str = "leading"
+    num_classes: int = 0
 
     def __post_init__(self) -> None:
         for name in ("T", "ch", "num_res_blocks", "num_groups", "in_ch"):
@@ -67,6 +68,8 @@ class UNetSettings:
                     f"a level of {channels} channels does not fall into "
                     f"--num_groups={self.num_groups} groups; change --num_groups, --ch or --ch_mult"
                 )
+        if self.num_classes < 0:
+            raise UserError(f"--num_classes={self.num_classes}: must not be negative")
         if self.skip_slicing not in SKIP_SLICING:
             raise UserError(f"--skip_slicing={self.skip_slicing}: one of {SKIP_SLICING}")
 
@@ -110,6 +113,60 @@ class TimeEmbedding(Slimmable):
 
     def forward(self, t: Tensor, width: float) -> Tensor:
         return self.timembedding(t, width)
+
+
+class ClassEmbedding(Slimmable, nn.Embedding):
+    """Adds what a class means to the time embedding: (B, C), labels (B,) -> (B, C).
+
+    Label `classes` is the null class, which says nothing of the image; None is that for all.
+    Narrow versions are the leading columns, as those of the time embedding's outputs.
+    """
+
+    def __init__(self, classes: int, ch: int) -> None:
+        nn.Embedding.__init__(self, classes + 1, 4 * ch)
+        self.outputs = Channels((4 * ch,), divisor=16)
+        # Share of each class in the training set: which classes a score's images should have.
+        self.register_buffer("frequencies", torch.full((classes,), 1 / classes))
+        nn.init.xavier_uniform_(self.weight)
+
+    def slice(self, width: float) -> tuple[Tensor]:
+        """The table (classes + 1, C) at `width`."""
+        return (self.outputs.take(self.weight, width, dim=1),)
+
+    def forward(self, temb: Tensor, labels: Tensor | None, width: float) -> Tensor:
+        (table,) = self.slice(width)
+        return temb + (table[-1] if labels is None else table[labels])
+
+
+class _AllBlocks(nn.Module):
+    """Stands for the class embedding in a subnet: t (B,), labels (B,) -> what every block adds,
+    side by side, (B, ΣC).
+
+    A table of that for each t and class would be too large, so the embeddings are kept as tables
+    and the blocks' layers as one: time (T, D), classes (N + 1, D), weight (ΣC, D), bias (ΣC,).
+    """
+
+    def __init__(self, time: Tensor, classes: Tensor, layers: Sequence[tuple]) -> None:
+        super().__init__()
+        self.register_buffer("time", time)
+        self.register_buffer("classes", classes)
+        self.register_buffer("weight", torch.cat([weight for weight, _ in layers]))
+        self.register_buffer("bias", torch.cat([bias for _, bias in layers]))
+
+    def forward(self, t: Tensor, labels: Tensor | None, width: float) -> Tensor:
+        added = self.classes[-1] if labels is None else self.classes[labels]
+        return F.linear(F.silu(self.time[t] + added), self.weight, self.bias)
+
+
+class _Part(nn.Module):
+    """One block's columns of what _AllBlocks makes."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        super().__init__()
+        self.columns = slice(start, stop)
+
+    def forward(self, added: Tensor, width: float) -> Tensor:
+        return added[:, self.columns]
 
 
 class _AsGiven(nn.Module):
@@ -222,7 +279,8 @@ class SlimmableUNet(nn.Module):
     """The supernet: `net(x, t, width)` predicts with the leading `width` of every layer.
 
     x (B, in_ch, H, W) float, t (B,) long in [0, T) -> (B, in_ch, H, W), H and W multiples of
-    2^(levels − 1). See UNetSettings for the arguments.
+    2^(levels − 1). labels (B,) long in [0, num_classes], the last of which is the null class, where
+    the network has classes; None is the null class for all. See UNetSettings for the arguments.
     """
 
     def __init__(
@@ -236,11 +294,12 @@ class SlimmableUNet(nn.Module):
         num_groups: int = 32,
         in_ch: int = 3,
         skip_slicing: str = "leading",
+        num_classes: int = 0,
     ) -> None:
         super().__init__()
         self.settings = s = UNetSettings(
             T, ch, tuple(ch_mult), tuple(attn), num_res_blocks, dropout, num_groups, in_ch,
-            skip_slicing,
+            skip_slicing, num_classes,
         )  # fmt: skip
         image = Channels((in_ch,), divisor=None)
 
@@ -279,9 +338,16 @@ class SlimmableUNet(nn.Module):
             SlimmableConv2d(Channels((now,)), image, 3),
         )
         _initialise(self.tail[2], gain=1e-5)
+        # Last, so that the other weights are drawn as they are without classes.
+        if num_classes:
+            self.class_embedding = ClassEmbedding(num_classes, ch)
 
-    def forward(self, x: Tensor, t: Tensor, width: float = 1.0) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, width: float = 1.0, labels: Tensor | None = None
+    ) -> Tensor:
         temb = self.time_embedding(t, width)
+        if self.settings.num_classes:
+            temb = self.class_embedding(temb, labels, width)
         h = self.head(x, width)
         skips = [h]
         for layer in self.downblocks:
@@ -320,19 +386,35 @@ class SlimmableUNet(nn.Module):
         """A dense network of its own, in eval mode: `net.subnet(w)(x, t) == net(x, t, w)`.
 
         Holds contiguous copies of what `width` uses; what each block adds for the timestep is
-        computed here once, for all T.
+        computed here once, for all T, where there are no classes.
         """
         self.check_width(width)
         everywhen = torch.arange(self.settings.T, device=self.head.weight.device)
         temb = self.time_embedding(everywhen, width)
         # What deepcopy finds in this table it takes from there instead of copying.
         copies: dict[int, nn.Module] = {id(self.time_embedding): _AsGiven()}
+        if self.settings.num_classes:
+            copies |= self._embeddings(temb, width)
         for module in self.modules():
-            if isinstance(module, ResBlock):
+            if isinstance(module, ResBlock) and not self.settings.num_classes:
                 copies[id(module.temb_proj)] = _TimeTable(module.temb_proj(temb, width))
             elif isinstance(module, (SlimmableConv2d, SlimmableGroupNorm)):
                 copies[id(module)] = module.cut(width)
         return copy.deepcopy(self, copies).eval().requires_grad_(False)
+
+    def _embeddings(self, temb: Tensor, width: float) -> dict[int, nn.Module]:
+        """What stands in a subnet for the class embedding and for each block's time projection."""
+        blocks = [m for m in self.modules() if isinstance(m, ResBlock)]
+        layers = [block.temb_proj[1].slice(width) for block in blocks]
+        (classes,) = self.class_embedding.slice(width)
+        found: dict[int, nn.Module] = {
+            id(self.class_embedding): _AllBlocks(temb, classes.clone(), layers)
+        }
+        start = 0
+        for block, (weight, _) in zip(blocks, layers, strict=True):
+            found[id(block.temb_proj)] = _Part(start, start + len(weight))
+            start += len(weight)
+        return found
 
     def settings_dict(self) -> dict:
         """The settings as plain JSON-friendly values."""

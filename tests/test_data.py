@@ -48,7 +48,8 @@ def photos(tmp_path):
 
 
 def test_names_are_the_table():
-    assert data.NAMES == ("cifar10", "fashion_mnist", "image_folder", "digits")
+    small = ("cifar10", "fashion_mnist", "image_folder", "digits")
+    assert (*small, "celeba", "celeba_hq", "afhq", "lsun_bedroom", "imagenet") == data.NAMES
     with pytest.raises(UserError, match=r"unknown data set 'mnist': choose one of cifar10, "):
         data.load("mnist", ".", 8)
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN, golden_network
 from diffusers import DDIMScheduler, DDPMScheduler
-from test_model import GOLDEN, golden_network
 from torch import Tensor
 
 import diffusion
@@ -32,8 +32,11 @@ def exact(
         x_0 = m + s**2 * abar**0.5 / (abar * s**2 + 1 - abar) * (x - abar**0.5 * m)
         if mean_type == "xstart":
             return x_0
+        epsilon = (x - abar**0.5 * x_0) / (1 - abar) ** 0.5
         if mean_type == "epsilon":
-            return (x - abar**0.5 * x_0) / (1 - abar) ** 0.5
+            return epsilon
+        if mean_type == "v":
+            return abar**0.5 * epsilon - (1 - abar) ** 0.5 * x_0
         beta, before = float(schedule.betas[t]), schedule.abar(t - 1)
         mean = before**0.5 * beta * x_0 + (1 - beta) ** 0.5 * (1 - before) * x
         return mean / (1 - abar)
@@ -152,6 +155,9 @@ def test_loss_target(mean_type: str) -> None:
             return noise
         if mean_type == "xstart":
             return x_0
+        if mean_type == "v":  # the turn of (x_0, noise) that x_t is, a quarter turn further
+            angle = torch.from_numpy(np.arccos(SHORT.alpha_bars[t] ** 0.5)).view(-1, 1, 1, 1)
+            return angle.cos() * noise - angle.sin() * x_0
         # q(x_{t−1} | x_t, x_0) as the product of two Gaussians: precisions add up.
         rows = []
         for i, step in enumerate(t.tolist()):
@@ -390,7 +396,7 @@ def test_ddim_with_eta_one_is_ancestral_fixedsmall() -> None:
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("mean_type", ["epsilon", "xstart"])
+@pytest.mark.parametrize("mean_type", ["epsilon", "xstart", "v"])
 def test_ddim_agrees_with_diffusers(mean_type: str, eta: float) -> None:
     x = unit(2, 3, 4, 4).float()
     noise, denoise = fixed_noise(x.shape), exact(STANDARD, mean_type)
@@ -402,7 +408,7 @@ def test_ddim_agrees_with_diffusers(mean_type: str, eta: float) -> None:
         beta_end=0.02,
         clip_sample=False,
         set_alpha_to_one=True,
-        prediction_type={"epsilon": "epsilon", "xstart": "sample"}[mean_type],
+        prediction_type={"epsilon": "epsilon", "xstart": "sample", "v": "v_prediction"}[mean_type],
     )
     theirs.set_timesteps(20)
     assert theirs.timesteps.tolist() == STANDARD.timesteps(20)[::-1]

@@ -1,12 +1,11 @@
 """The network against the published one's numbers, names and counts, and the slicing itself."""
 
-import zlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN, SMALL, golden_network, tiny_network
 from torch import nn
 
 from errors import UserError
@@ -20,40 +19,8 @@ from model.slimmable import (
 )
 from model.unet import ResBlock, sinusoids
 
-GOLDEN = Path(__file__).parent / "golden"
-SMALL = dict(T=50, ch=64, ch_mult=[1, 2], attn=[1], num_res_blocks=1, dropout=0.1, num_groups=16)
 CIFAR = dict(T=1000, ch=128, ch_mult=[1, 2, 2, 2], attn=[1], num_res_blocks=2, dropout=0.1)
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
-
-
-def fill_by_recipe(net: nn.Module) -> nn.Module:
-    """Weights that depend on an entry's name and shape alone: those behind the golden numbers."""
-    state = net.state_dict()
-    for name, value in state.items():
-        if name == "time_embedding.timembedding.0.weight":
-            continue
-        random = np.random.default_rng(zlib.crc32(name.encode()))
-        a = random.standard_normal(tuple(value.shape)).astype(np.float32)
-        if name.endswith("bias"):
-            a = 0.1 * a
-        elif a.ndim == 1:
-            a = 1 + 0.1 * a
-        else:
-            a = a / np.sqrt(np.prod(a.shape[1:]))
-        state[name] = torch.from_numpy(np.asarray(a, dtype=np.float32))
-    net.load_state_dict(state)
-    return net.eval()
-
-
-def golden_network() -> SlimmableUNet:
-    return fill_by_recipe(SlimmableUNet(**SMALL))
-
-
-def tiny(**changes: object) -> SlimmableUNet:
-    settings = dict(
-        T=10, ch=16, ch_mult=(1, 2), attn=(1,), num_res_blocks=1, dropout=0.1, num_groups=4
-    )
-    return fill_by_recipe(SlimmableUNet(**{**settings, **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +140,7 @@ def test_time_table_is_the_closed_form() -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 @torch.no_grad()
 def test_one_channel_images(width: float) -> None:
-    net = tiny(in_ch=1)
+    net = tiny_network(in_ch=1)
     x, t = torch.randn(3, 1, 8, 8), torch.tensor([0, 5, 9])
     out = net(x, t, width)
     assert out.shape == x.shape
@@ -185,14 +152,14 @@ def test_one_channel_images(width: float) -> None:
 @torch.no_grad()
 def test_narrow_network_whose_roundings_part(width: float, batch: tuple) -> None:
     # 24·w and 48·w are no multiples of 16 at most of these widths.
-    net = tiny(ch=24, num_groups=8)
+    net = tiny_network(ch=24, num_groups=8)
     net.check_width(width)
     out = net(*batch, width)
     torch.testing.assert_close(net.subnet(width)(*batch), out, rtol=1e-4, atol=1e-5)
 
 
 def test_width_that_groups_do_not_divide_is_one_clear_error() -> None:
-    net = tiny(ch=32, num_groups=16)
+    net = tiny_network(ch=32, num_groups=16)
     net.check_width(0.5)
     for call in (net.check_width, net.subnet):
         with pytest.raises(UserError, match=r"width 0\.25 leaves 8 channels .* 16 groups") as error:
@@ -217,7 +184,7 @@ def _kept_columns(blocks: tuple[int, ...], width: float) -> torch.Tensor:
 @pytest.mark.parametrize("width", [0.75, 0.5, 0.25])
 @torch.no_grad()
 def test_segments_are_sliced_apart(width: float, batch: tuple) -> None:
-    apart, leading = tiny(ch=32, skip_slicing="segments"), tiny(ch=32)
+    apart, leading = tiny_network(ch=32, skip_slicing="segments"), tiny_network(ch=32)
     assert torch.equal(apart(*batch, 1.0), leading(*batch, 1.0))
     narrow = apart(*batch, width)
     assert (narrow - leading(*batch, width)).std() > 0.01 * narrow.std()
@@ -244,7 +211,7 @@ def test_segments_of_one_layer() -> None:
 
 @pytest.mark.parametrize("width", [1.0, 0.5])
 def test_subnet_is_a_network_of_its_own(width: float, batch: tuple) -> None:
-    net = tiny(ch=32, skip_slicing="segments").train()
+    net = tiny_network(ch=32, skip_slicing="segments").train()
     dense = net.subnet(width)
     assert net.training
     assert not any(module.training for module in dense.modules())
@@ -263,7 +230,7 @@ def test_subnet_is_a_network_of_its_own(width: float, batch: tuple) -> None:
 
 
 def test_narrow_gradients_touch_the_leading_block_alone(batch: tuple) -> None:
-    net, width = tiny(ch=32), 0.5
+    net, width = tiny_network(ch=32), 0.5
     net(*batch, width).square().mean().backward()
     for name, layer in net.named_modules():
         if isinstance(layer, (SlimmableConv2d, SlimmableLinear)):
@@ -285,7 +252,7 @@ def test_narrow_gradients_touch_the_leading_block_alone(batch: tuple) -> None:
 
 @torch.no_grad()
 def test_threads_run_different_widths_at_once(batch: tuple) -> None:
-    net = tiny()
+    net = tiny_network()
     alone = {width: net(*batch, width) for width in WIDTHS}
 
     def repeat(width: float) -> list[torch.Tensor]:
@@ -306,7 +273,7 @@ def test_a_call_leaves_nothing_behind(batch: tuple) -> None:
             {k: v for k, v in module.__dict__.items() if k not in keep} for module in net.modules()
         ]
 
-    net = tiny()
+    net = tiny_network()
     before, entries = held(net), {k: v.clone() for k, v in net.state_dict().items()}
     net(*batch, 0.5)
     net.subnet(0.25)
@@ -317,12 +284,12 @@ def test_a_call_leaves_nothing_behind(batch: tuple) -> None:
 
 @torch.no_grad()
 def test_candidates_equal_the_supernet(batch: tuple) -> None:
-    net = tiny(ch=32)
+    net = tiny_network(ch=32)
     for width, candidate in candidates(net, WIDTHS).items():
         assert isinstance(candidate, Candidate)
         expected = net(*batch, width)
         torch.testing.assert_close(candidate(*batch), expected, rtol=1e-4, atol=1e-5)
-    half = candidates(net, [1.0], torch.bfloat16)[1.0](*batch)
+    half = candidates(net, [1.0], "bfloat16")[1.0](*batch)
     expected = net(*batch)
     assert half.dtype == torch.float32
     assert half.is_contiguous()
@@ -330,7 +297,7 @@ def test_candidates_equal_the_supernet(batch: tuple) -> None:
 
 
 def test_dropout_acts_in_training_alone(batch: tuple) -> None:
-    net = tiny(dropout=0.5)
+    net = tiny_network(dropout=0.5)
     assert torch.equal(net(*batch, 0.5), net(*batch, 0.5))
     net.train()
     assert not torch.equal(net(*batch, 0.5), net(*batch, 0.5))
@@ -361,7 +328,7 @@ def test_settings_errors(change: dict, message: str) -> None:
 
 
 def test_settings_rebuild_the_network() -> None:
-    net = tiny(skip_slicing="segments")
+    net = tiny_network(skip_slicing="segments")
     again = SlimmableUNet(**net.settings_dict())
     assert again.settings == net.settings
     assert [v.shape for v in again.state_dict().values()] == [

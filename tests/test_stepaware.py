@@ -40,8 +40,8 @@ def test_one_entry_a_sampler_step(path: Path) -> None:
     timesteps = [0, 33, 66]
     schedule = WidthSchedule.load(path, 100, WIDTHS, timesteps)
     assert [schedule[t] for t in timesteps] == [1, 0.5, 0.25]
-    with pytest.raises(KeyError):
-        schedule[1]
+    # Any other timestep, whole or not, takes the nearest one's.
+    assert [schedule[t] for t in (1, 16.4, 16.6, 50, 99)] == [1, 1, 0.5, 0.25, 0.25]
     # Entry 0 is the smallest timestep, in whichever order they come.
     assert WidthSchedule.load(path, 100, WIDTHS, timesteps[::-1]) == schedule
     assert schedule != WidthSchedule([1, 0.5, 0.25])

@@ -1,0 +1,272 @@
+"""Latent diffusion: a frozen autoencoder of diffusers, and a data set encoded by it once.
+
+This file knows AutoencoderKL and VQModel folders and the file of latents. It does not know the
+network that is trained in latents, nor flags.
+
+The file is a .npy of float16 (N, c, h, w), scaled as the network sees it, that is memory-mapped
+when it is used; NAME.npy.json beside it says which autoencoder made it from which images.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import data
+from errors import UserError
+from files import read_json, write_json
+
+KINDS = ("AutoencoderKL", "VQModel")
+DECODED = 2**22  # pixels that are decoded at once: a decoder's activations are large
+
+
+class Autoencoder:
+    """The autoencoder in a folder that diffusers wrote, in float32.
+
+    channels: of the latents. image_channels. factor: pixels a side that one latent stands for.
+    fingerprint: of its weights and config.
+    """
+
+    def __init__(self, folder: str | Path, device: torch.device | str) -> None:
+        self.folder, self.device = Path(folder), torch.device(device)
+        config = _config(self.folder)
+        self.fingerprint = _fingerprint(self.folder, config)
+        self.network = _network(self.folder, config["_class_name"]).to(device)
+        config = self.network.config
+        self.quantised = "num_vq_embeddings" in config
+        self.channels = int((self.quantised and config.vq_embed_dim) or config.latent_channels)
+        self.image_channels = int(config.in_channels)
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.scale = float(config.scaling_factor or 1.0)
+        self.shift = float(config.get("shift_factor") or 0.0)
+        if config.out_channels != self.image_channels:
+            raise UserError(f"{folder}: it makes {config.out_channels} channels of "
+                            f"{self.image_channels}")  # fmt: skip
+
+    def shape(self, img_size: int) -> tuple[int, int, int]:
+        """(c, h, w) of the latents of images of `img_size` pixels a side."""
+        if img_size < self.factor or img_size % self.factor:
+            raise UserError(
+                f"--img_size={img_size}: {self.folder} makes one latent of {self.factor} pixels a "
+                f"side; use a multiple of {self.factor}"
+            )
+        return self.channels, img_size // self.factor, img_size // self.factor
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) → float32 latents (B, c, h, w): the mean, where it makes a Gaussian,
+        scaled by the config's scaling_factor."""
+        found = self.network.encode(data.to_network(images.to(self.device)))
+        latents = found.latents if self.quantised else found.latent_dist.mode()
+        return (latents - self.shift) * self.scale
+
+    @torch.inference_mode()
+    def to_images(self, latents: Tensor) -> Tensor:
+        """Latents (B, c, h, w) → uint8 (B, C, H, W), some at a time."""
+        at_once = max(1, DECODED // (latents[0, 0].numel() * self.factor**2))
+        return torch.cat([data.to_uint8(self._decode(part)) for part in latents.split(at_once)])
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.network.decode(latents.float() / self.scale + self.shift).sample
+
+    def decoder_flops(self, img_size: int) -> int:
+        """FLOPs (2 × multiply-adds) of decoding one image, counted on a copy without data."""
+        copied = copy.copy(self)
+        copied.network = copy.deepcopy(self.network).to("meta")
+        latents = torch.zeros(1, *self.shape(img_size), device="meta")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            # Looking codes up costs next to nothing and needs their values.
+            if self.quantised:
+                copied.network.decode(latents, force_not_quantize=True)
+            else:
+                copied.network.decode(latents)
+        return int(counter.get_total_flops())
+
+    def decoder_parameters(self) -> int:
+        return sum(p.numel() for p in self.network.decoder.parameters())
+
+
+def _config(folder: Path) -> dict:
+    """config.json of an autoencoder that can be used; UserError for anything else."""
+    if not folder.is_dir():
+        raise UserError(f"--latent_vae: there is no folder {folder}")
+    if not (folder / "config.json").is_file():
+        inner = [name for name in ("vae", "vqvae", "movq") if (folder / name).is_dir()]
+        hint = f"; did you mean {folder / inner[0]}?" if inner else ""
+        raise UserError(f"--latent_vae: {folder} has no config.json of an autoencoder{hint}")
+    config = read_json(folder / "config.json")
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if kind not in KINDS:
+        raise UserError(f"--latent_vae: {folder} holds {kind}, not one of {', '.join(KINDS)}")
+    return config
+
+
+def _fingerprint(folder: Path, config: dict) -> str:
+    """16 hexadecimal digits that another config or other weights would change."""
+    known = {key: value for key, value in config.items() if key not in
+             ("_name_or_path", "_diffusers_version")}  # fmt: skip
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"--latent_vae: {folder} has no .safetensors weights, and other files can carry code"
+        )
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def _network(folder: Path, kind: str) -> torch.nn.Module:
+    import diffusers  # takes seconds
+
+    try:
+        network, info = getattr(diffusers, kind).from_pretrained(
+            str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True,
+            low_cpu_mem_usage=False, torch_dtype=torch.float32,
+        )  # fmt: skip
+    except Exception as error:  # diffusers and safetensors raise many kinds
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(f"--latent_vae: cannot load {folder} ({reason})") from error
+    if info["missing_keys"]:
+        raise UserError(f"--latent_vae: {folder} has no weights for {info['missing_keys'][0]}")
+    return network.eval().requires_grad_(False)
+
+
+# --- The file of latents --------------------------------------------------------------------------
+
+
+def identity(dataset: data.AnySet, autoencoder: Autoencoder, img_size: int) -> dict[str, object]:
+    """What a file of latents depends on."""
+    return {
+        "autoencoder": autoencoder.fingerprint,
+        "dataset": dataset.name,
+        "img_size": img_size,
+        "images": len(dataset),
+        "content": data.fingerprint(dataset),
+    }
+
+
+def encoded(
+    dataset: data.AnySet,
+    autoencoder: Autoencoder,
+    img_size: int,
+    path: Path,
+    batch_size: int,
+    num_workers: int,
+    make: bool = True,
+) -> data.Images:
+    """`dataset` in latents, out of the file `path`; where it is missing and `make` says so, it is
+    made first. Raises UserError where another autoencoder made it, or from other images."""
+    check_channels(dataset, autoencoder)
+    about = identity(dataset, autoencoder, img_size)
+    shape = (len(dataset), *autoencoder.shape(img_size))
+    if make and not path.exists():
+        _make(dataset, autoencoder, about, shape, path, batch_size, num_workers)
+    known = read_json(_beside(path))
+    known = known if isinstance(known, dict) else {}
+    differing = [f"{n}: {known.get(n)} there, {about[n]} here" for n in about
+                 if known.get(n) != about[n]]  # fmt: skip
+    if differing:
+        who = "by another VAE" if "autoencoder" in differing[0] else "from other data"
+        raise UserError(
+            f"{path} was made {who} ({'; '.join(differing)}): delete it and it is made anew, or "
+            "name another file with --latent_cache"
+        )
+    try:
+        # Copy-on-write, because torch has no tensors that can't be written.
+        latents = np.load(path, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"cannot read {path} ({error}): delete it and it is made anew") from error
+    if latents.shape != shape or latents.dtype != np.float16:
+        raise UserError(f"{path} is damaged: delete it and it is made anew")
+    # A mirrored latent is not the latent of the mirrored image.
+    return data.Images(
+        dataset.name, torch.from_numpy(latents), False, dataset.labels, dataset.classes
+    )
+
+
+def check_channels(dataset: data.AnySet, autoencoder: Autoencoder) -> None:
+    """Raise UserError where the autoencoder is for other images."""
+    if dataset.channels != autoencoder.image_channels:
+        raise UserError(
+            f"--latent_vae: {autoencoder.folder} is for images of {autoencoder.image_channels} "
+            f"channels, and --dataset={dataset.name} has {dataset.channels}"
+        )
+
+
+def sample(dataset: data.AnySet, autoencoder: Autoencoder, count: int) -> data.Images:
+    """The first `count` images in latents, without a file: for measurements."""
+    check_channels(dataset, autoencoder)
+    images = next(iter(data.everything(dataset, count)))
+    labels = None if dataset.labels is None else dataset.labels[:count]
+    return data.Images(dataset.name, autoencoder.encode(images), False, labels, dataset.classes)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _make(
+    dataset: data.AnySet,
+    autoencoder: Autoencoder,
+    about: dict,
+    shape: tuple[int, ...],
+    path: Path,
+    batch_size: int,
+    num_workers: int,
+) -> None:
+    """Write the latents to a file of another name, going on with what a stopped run left there,
+    and rename it when it is whole."""
+    partial = path.with_name(f".{path.stem}.partial.npy")
+    image_bytes = 2 * math.prod(shape[1:])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        going_on = partial.exists() and _beside(path).exists() and read_json(_beside(path)) == about
+        with open(partial, "rb+" if going_on else "wb+") as file:
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": "<f2", "fortran_order": False, "shape": shape}
+            )
+            header = file.tell()
+            done = max(0, os.fstat(file.fileno()).st_size - header) // image_bytes
+            file.truncate(header + done * image_bytes)
+            file.seek(0, os.SEEK_END)
+            write_json(_beside(path), about)
+            for latents in _latents(dataset, autoencoder, done, batch_size, num_workers):
+                file.write(latents.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; see --latent_cache"
+        ) from error
+
+
+def _latents(
+    dataset: data.AnySet, autoencoder: Autoencoder, start: int, batch_size: int, num_workers: int
+) -> Iterator[np.ndarray]:
+    """Latents of the images from `start` on, in batches, float16, with a progress bar."""
+    with tqdm(
+        total=len(dataset), initial=start, desc="encode", unit="image", dynamic_ncols=True
+    ) as bar:
+        for images in data.everything(dataset, batch_size, num_workers, start):
+            latents = autoencoder.encode(images).half()
+            if not bool(latents.isfinite().all()):
+                raise UserError(
+                    f"--latent_vae: {autoencoder.folder} makes latents that are not finite numbers "
+                    "of 16 bits; it is damaged, or its scaling_factor is wrong"
+                )
+            bar.update(len(images))
+            yield latents.cpu().numpy()

@@ -1,0 +1,211 @@
+"""Where the files of the large public image sets lie: a folder → paths, labels, class names.
+
+This file knows each set's layout as its archives unpack it, and how many images it has, so that an
+archive that is half unpacked is noticed before hours of training. It does not decode an image.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from errors import UserError
+
+# Images of each split. AFHQ's second version is slightly smaller than its first: that one counts.
+COUNTS = {
+    ("celeba", True): 162_770,
+    ("celeba", False): 19_962,
+    ("celeba_hq", True): 30_000,
+    ("afhq", True): 14_336,
+    ("afhq", False): 1_467,
+    ("imagenet", True): 1_281_167,
+    ("imagenet", False): 50_000,
+    ("lsun_bedroom", True): 303_125,  # the smallest export in use, a tenth of the set
+    ("lsun_bedroom", False): 300,
+}
+CLASSES = {"afhq": 3, "imagenet": 1000}
+# Below this share of its images, a set is taken to be half unpacked.
+ENOUGH = 0.99
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a set, sorted by path. labels: (N,) int64, or None where there are no classes;
+    classes: their names."""
+
+    paths: list[str]
+    labels: torch.Tensor | None = None
+    classes: tuple[str, ...] = ()
+
+
+def celeba(root: Path, train: bool) -> Listing:
+    """img_align_celeba/*.jpg; with list_eval_partition.txt beside it, the split's images alone."""
+    folder = _folder("celeba", root, ["celeba/img_align_celeba", "img_align_celeba"])
+    paths = _images(folder)
+    partition = folder.parent / "list_eval_partition.txt"
+    if partition.is_file():
+        try:
+            pairs = (line.split() for line in partition.read_text().splitlines() if line.strip())
+            wanted = {name for name, part in pairs if part == ("0" if train else "2")}
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"celeba: {partition} is not the set's list of splits: fetch it again"
+            ) from error
+        paths = [path for path in paths if os.path.basename(path) in wanted]
+    elif not train:
+        raise UserError(f"celeba: the test images are those that {partition} names: put it there")
+    _complete("celeba", folder, len(paths), train)
+    return Listing(paths)
+
+
+def celeba_hq(root: Path, train: bool) -> Listing:
+    """CelebAMask-HQ/CelebA-HQ-img/*.jpg, 1024×1024, or a copy of them at 256×256."""
+    if not train:
+        raise UserError("celeba_hq has no test split: use its 30,000 training images")
+    places = ["CelebAMask-HQ/CelebA-HQ-img", "CelebA-HQ-img", "celeba_hq_256"]
+    folder = _folder("celeba_hq", root, places)
+    paths = _images(folder)
+    _complete("celeba_hq", folder, len(paths), train)
+    return Listing(paths)
+
+
+def afhq(root: Path, train: bool) -> Listing:
+    """afhq/train/{cat,dog,wild}/*, first or second version; its test folder is test or val."""
+    splits = ["train"] if train else ["test", "val"]
+    places = [f"{top}{split}" for top in ("afhq/", "afhq_v2/", "") for split in splits]
+    return _classified("afhq", _folder("afhq", root, places), train)
+
+
+def imagenet(root: Path, train: bool) -> Listing:
+    """train/n01440764/*.JPEG, …: a folder for each of the 1000 classes, also in val."""
+    split = "train" if train else "val"
+    tops = ("", "imagenet/", "ILSVRC/Data/CLS-LOC/", "ILSVRC2012/")
+    return _classified("imagenet", _folder("imagenet", root, [top + split for top in tops]), train)
+
+
+def lsun_bedroom(root: Path, train: bool) -> Listing:
+    """Images exported from the archive, in bedroom_train or bedroom, at any depth."""
+    split = "train" if train else "val"
+    places = [f"{top}bedroom_{split}" for top in ("", "lsun/")]
+    places += ["bedroom", "lsun/bedroom", "data0/lsun/bedroom"] if train else []
+    folder = _folder("lsun_bedroom", root, places)
+    paths = list(_below(folder))
+    paths.sort()
+    _complete("lsun_bedroom", folder, len(paths), train)
+    return Listing(paths)
+
+
+def lsun_database(root: Path, train: bool) -> Path | None:
+    """The folder of LSUN's own database, bedroom_train_lmdb; None where it is not there."""
+    name = f"bedroom_{'train' if train else 'val'}_lmdb"
+    places = [root / name, root / "lsun" / name]
+    found = next((place for place in places if place.is_dir()), None)
+    if found and not (found / "data.mdb").is_file():
+        raise UserError(f"lsun_bedroom: {found} has no data.mdb: unpack {name}.zip again")
+    return found
+
+
+def image_folder(root: Path) -> Listing:
+    """Every image below `root`. Its first level of folders are classes where all images lie in
+    one and there are at least two."""
+    if not root.is_dir():
+        raise UserError(f"image_folder: there is no folder {root}")
+    paths = sorted(_below(root), key=Path)
+    if not paths:
+        raise UserError(
+            f"image_folder: no image in {root} or below it (looked for {' '.join(_suffixes())})"
+        )
+    parts = [Path(path).relative_to(root).parts for path in paths]
+    names = tuple(sorted({p[0] for p in parts}))
+    if min(map(len, parts)) < 2 or len(names) < 2:
+        return Listing(paths)
+    number = {name: i for i, name in enumerate(names)}
+    return Listing(paths, torch.tensor([number[p[0]] for p in parts]), names)
+
+
+# --- how ------------------------------------------------------------------------------------------
+
+
+def _suffixes() -> tuple[str, ...]:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    return IMG_EXTENSIONS
+
+
+def _images(folder: Path) -> list[str]:
+    """The images right in `folder`, sorted. Hidden files are other programs' leftovers
+    (._photo.jpg, half-written temporaries)."""
+    endings = _suffixes()
+    with os.scandir(folder) as entries:
+        found = [e.path for e in entries if _is_image(e.name, endings)]
+    return sorted(found)
+
+
+def _below(folder: Path) -> Iterable[str]:
+    """The images at any depth below `folder`."""
+    endings = _suffixes()
+    for where, folders, names in os.walk(folder):
+        folders.sort()
+        yield from (os.path.join(where, name) for name in names if _is_image(name, endings))
+
+
+def _is_image(name: str, endings: tuple[str, ...]) -> bool:
+    return not name.startswith(".") and name.lower().endswith(endings)
+
+
+def _folder(name: str, root: Path, places: Sequence[str]) -> Path:
+    """The first of `places` below `root` that is there; UserError where none is."""
+    for place in places:
+        if (root / place).is_dir():
+            return root / place
+    archives = _archives(root)
+    found = f"; {archives[0]} is there, but not unpacked" if archives else ""
+    where = root if root.is_dir() else f"{root}, which is no folder"
+    raise UserError(
+        f"{name}: no {places[0]} in {where} (see --data_root and docs/datasets.md){found}"
+    )
+
+
+def _archives(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in ARCHIVES)
+
+
+def _complete(name: str, folder: Path, found: int, train: bool) -> None:
+    """Raise UserError where `folder` has far fewer images than the set."""
+    expected = COUNTS[name, train]
+    if found < ENOUGH * expected:
+        archives = _archives(folder) or _archives(folder.parent)
+        again = f"unpack {archives[0]} again" if archives else "unpack its archive again"
+        raise UserError(
+            f"{name}: {folder} has {found} of the set's {expected} images, as if half unpacked: "
+            f"{again}, or take a part on purpose with --dataset=image_folder"
+        )
+
+
+def _classified(name: str, folder: Path, train: bool) -> Listing:
+    """The images of a folder that has one folder for each class."""
+    with os.scandir(folder) as entries:
+        classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    archives = _archives(folder)
+    if len(classes) != CLASSES[name]:
+        still = f"; {archives[0]} is not unpacked" if archives else ""
+        raise UserError(
+            f"{name}: {folder} has {len(classes)} folders, and the set {CLASSES[name]} classes"
+            + still
+        )
+    paths, labels = [], []
+    for label, class_name in enumerate(classes):
+        found = _images(folder / class_name)
+        if not found:
+            raise UserError(f"{name}: {folder / class_name} has no image: unpack the set again")
+        paths += found
+        labels += [label] * len(found)
+    _complete(name, folder, len(paths), train)
+    return Listing(paths, torch.tensor(labels), tuple(classes))

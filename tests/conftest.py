@@ -1,0 +1,186 @@
+"""What several tests share: the published network's numbers, and ways to run the program."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from absl.testing import flagsaver
+from torch import nn
+
+from model import SlimmableUNet
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+GOLDEN = TESTS / "golden"
+UPSTREAM = TESTS / "upstream"
+SMALL = dict(T=50, ch=64, ch_mult=[1, 2], attn=[1], num_res_blocks=1, dropout=0.1, num_groups=16)
+
+# A network that trains in milliseconds a step.
+TINY = """
+    --ch=16 --ch_mult=1 --ch_mult=2 --attn=1 --num_res_blocks=1 --num_groups=4 --T=10
+    --beta_1=0.001 --beta_T=0.3 --img_size=8 --dataset=digits --slimmable_unet --device=cpu
+    --num_workers=0 --fid_encoder=pixels
+"""
+TRAIN = f"""{TINY} --train --sandwich --batch_size=8 --total_steps=6 --save_step=3
+    --sample_step=6 --sample_size=4 --log_step=1 --warmup=2 --ema_decay=0.9 --lr=0.001
+"""
+TINY, TRAIN = TINY.split(), TRAIN.split()
+
+
+# --- the published network ------------------------------------------------------------------------
+
+
+def fill_by_recipe(net: nn.Module) -> nn.Module:
+    """Weights that depend on an entry's name and shape alone: those behind the golden numbers."""
+    state = net.state_dict()
+    for name, value in state.items():
+        if name == "time_embedding.timembedding.0.weight":
+            continue
+        random = np.random.default_rng(zlib.crc32(name.encode()))
+        a = random.standard_normal(tuple(value.shape)).astype(np.float32)
+        if name.endswith("bias"):
+            a = 0.1 * a
+        elif a.ndim == 1:
+            a = 1 + 0.1 * a
+        else:
+            a = a / np.sqrt(np.prod(a.shape[1:]))
+        state[name] = torch.from_numpy(np.asarray(a, dtype=np.float32))
+    net.load_state_dict(state)
+    return net.eval()
+
+
+def golden_network() -> SlimmableUNet:
+    return fill_by_recipe(SlimmableUNet(**SMALL))
+
+
+def tiny_network(**changes: object) -> SlimmableUNet:
+    settings = dict(
+        T=10, ch=16, ch_mult=(1, 2), attn=(1,), num_res_blocks=1, dropout=0.1, num_groups=4
+    )
+    return fill_by_recipe(SlimmableUNet(**{**settings, **changes}))
+
+
+# --- the program ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Result:
+    """How a run ended and what it said."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that a refused run says."""
+        assert self.status in (1, 2), self
+        assert "Traceback" not in self.err
+        lines = [line for line in re.split(r"[\r\n]+", self.err) if line.startswith("error: ")]
+        assert len(lines) == 1, self.err
+        assert self.err.endswith(lines[0] + "\n")
+        return lines[0]
+
+
+def run_main(*arguments: object) -> Result:
+    """`python main.py ARGUMENTS` without a process of its own; flags are as before afterwards."""
+    from absl import app
+
+    import main
+
+    app.define_help_flags()  # released flagfiles name them
+    argv = ["main.py", *map(str, arguments)]
+    out, err = io.StringIO(), io.StringIO()
+    status = 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        flagsaver.flagsaver(),
+    ):
+        patch.setattr(sys, "argv", argv)
+        try:
+            main.run(main.parse(argv))
+        except SystemExit as stopped:
+            status = stopped.code or 0
+    return Result(status, out.getvalue(), err.getvalue())
+
+
+def start_main(folder: Path, *arguments: object) -> subprocess.Popen:
+    """`python main.py ARGUMENTS` as a process of its own, in `folder`."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def process_main(folder: Path, *arguments: object) -> Result:
+    """The same, waited for."""
+    process = start_main(folder, *arguments)
+    out, err = process.communicate(timeout=120)
+    return Result(process.returncode, out, err)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder`."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, in which we are."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def refused(here: Path) -> Callable[..., str]:
+    """Run the program; it must say one line that matches `match` and leave every file alone."""
+
+    def call(match: str, *arguments: object) -> str:
+        before = contents(here)
+        line = run_main(*arguments).error
+        assert re.search(match, line), line
+        assert contents(here) == before
+        return line
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny supernet, trained for six steps. Only to be read: see `run_folder`."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = run_main(*TRAIN, f"--logdir={folder}")
+    assert result.status == 0, result.err
+    return folder
+
+
+@pytest.fixture
+def run_folder(trained: Path, here: Path) -> Path:
+    """./run in the working folder: a trained supernet to work with."""
+    folder = here / "run"
+    folder.mkdir()
+    for name in ("ckpt.pt", "flagfile.txt"):
+        (folder / name).write_bytes((trained / name).read_bytes())
+    return folder

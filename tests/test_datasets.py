@@ -1,0 +1,243 @@
+"""sets.py and data.py: each large set in its real layout, and archives that are half unpacked."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TRAIN, run_main
+from PIL import Image
+
+import data
+import main
+import sets
+from errors import UserError
+
+
+def picture(path: Path, value: int = 128, size: tuple[int, int] = (12, 10)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, 255 - value, 7)).save(path, format=FORMATS[path.suffix])
+
+
+FORMATS = {".jpg": "JPEG", ".JPEG": "JPEG", ".png": "PNG", ".webp": "WEBP"}
+SYNSETS = ("n01440764", "n01443537", "n01484850")
+LAYOUTS = {
+    "celeba": [f"celeba/img_align_celeba/{i:06d}.jpg" for i in range(1, 7)],
+    "celeba_hq": [f"CelebAMask-HQ/CelebA-HQ-img/{i}.jpg" for i in range(6)],
+    "afhq": [f"afhq/train/{c}/{i}.png" for c in ("cat", "dog", "wild") for i in range(2)],
+    "lsun_bedroom": [f"bedroom_train/{i}/f/{i}a.webp" for i in range(6)],
+    "imagenet": [f"train/{c}/{c}_{i}.JPEG" for c in SYNSETS for i in range(2)],
+}
+
+
+@pytest.fixture(autouse=True)
+def six_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sets have six images here, and ImageNet three classes."""
+    monkeypatch.setattr(sets, "COUNTS", dict.fromkeys(sets.COUNTS, 6))
+    monkeypatch.setitem(sets.CLASSES, "imagenet", 3)
+
+
+@pytest.fixture(params=LAYOUTS)
+def unpacked(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
+    """A set's name, and the folder that holds it."""
+    for i, path in enumerate(LAYOUTS[request.param]):
+        picture(tmp_path / path, 40 * i)
+    return request.param, tmp_path
+
+
+def test_real_layouts(unpacked: tuple[str, Path]) -> None:
+    name, root = unpacked
+    found = data.load(name, root, 8)
+    assert (found.name, len(found), found.channels, found.flip) == (name, 6, 3, True)
+    assert found[0].shape == (3, 8, 8)
+    # In the order of their paths, as they were made.
+    assert [round(int(found[i][0].float().mean()) / 40) for i in range(6)] == [*range(6)]
+    if name in ("afhq", "imagenet"):
+        assert found.labels.tolist() == [0, 0, 1, 1, 2, 2]
+        assert found.labels.dtype == torch.int64
+        assert found.classes == (SYNSETS if name == "imagenet" else ("cat", "dog", "wild"))
+    else:
+        assert (found.labels, found.classes) == (None, ())
+
+
+def test_nothing_there(unpacked: tuple[str, Path], tmp_path: Path) -> None:
+    name, _ = unpacked
+    with pytest.raises(UserError, match=rf"{name}: no .* in .*nowhere, which is no folder"):
+        data.load(name, tmp_path / "nowhere", 8)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match=r"--data_root"):
+        data.load(name, empty, 8)
+    (empty / "all.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"empty/all\.zip is there, but not unpacked"):
+        data.load(name, empty, 8)
+
+
+def test_half_unpacked(unpacked: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    name, root = unpacked
+    monkeypatch.setattr(sets, "COUNTS", dict.fromkeys(sets.COUNTS, 100))
+    with pytest.raises(UserError, match=rf"{name}: .* has 6 of the set's 100 images") as error:
+        data.load(name, root, 8)
+    assert "\n" not in str(error.value)
+    folder = re.search(r": (\S+) has 6", str(error.value))[1]
+    (Path(folder).parent / "images.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"unpack \S+images\.zip again"):
+        data.load(name, root, 8)
+
+
+def test_torn_image(unpacked: tuple[str, Path]) -> None:
+    """The last file is what an unpacking that broke off leaves torn."""
+    name, root = unpacked
+    last = root / LAYOUTS[name][-1]
+    Image.effect_noise((64, 64), 90).convert("RGB").save(last, format=FORMATS[last.suffix])
+    last.write_bytes(last.read_bytes()[:-900])
+    with pytest.raises(UserError, match=rf"cannot read the image .*{last.name}"):
+        data.load(name, root, 8)
+
+
+def test_classes_that_are_not_there(tmp_path: Path) -> None:
+    for path in LAYOUTS["afhq"][:4]:
+        picture(tmp_path / path)
+    with pytest.raises(UserError, match="has 2 folders, and the set 3 classes"):
+        data.load("afhq", tmp_path, 8)
+    (tmp_path / "afhq" / "train" / "wild").mkdir()
+    with pytest.raises(UserError, match="train/wild has no image"):
+        data.load("afhq", tmp_path, 8)
+    for name in SYNSETS[:2]:
+        picture(tmp_path / "train" / name / "a.JPEG")
+    (tmp_path / "train" / "n01484850.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"2 folders.*n01484850\.tar is not unpacked"):
+        data.load("imagenet", tmp_path, 8)
+
+
+def test_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sets, "COUNTS", dict.fromkeys(sets.COUNTS, 1))
+    for path in LAYOUTS["celeba"]:
+        picture(tmp_path / path)
+    with pytest.raises(UserError, match="list_eval_partition"):
+        data.load("celeba", tmp_path, 8, train=False)
+    lines = [f"{i:06d}.jpg {part}" for i, part in enumerate((0, 0, 0, 1, 2, 2), 1)]
+    partition = tmp_path / "celeba" / "list_eval_partition.txt"
+    partition.write_text("\n".join(lines) + "\n")
+    assert len(data.load("celeba", tmp_path, 8)) == 3
+    assert len(data.load("celeba", tmp_path, 8, train=False)) == 2
+    partition.write_text("no list of pairs here\n")
+    with pytest.raises(UserError, match="fetch it again"):
+        data.load("celeba", tmp_path, 8)
+    for folder in ("cat", "dog", "wild"):
+        picture(tmp_path / "afhq" / "val" / folder / "a.jpg")
+    assert len(data.load("afhq", tmp_path, 8, train=False)) == 3
+    with pytest.raises(UserError, match="no test split"):
+        data.load("celeba_hq", tmp_path, 8, train=False)
+
+
+def test_lsun_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "bedroom_train_lmdb"
+    folder.mkdir()
+    with pytest.raises(UserError, match=r"no data\.mdb: unpack bedroom_train_lmdb\.zip again"):
+        data.load("lsun_bedroom", tmp_path, 8)
+    (folder / "data.mdb").write_bytes(b"torn")
+    with monkeypatch.context() as patch:
+        patch.setattr(data.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(UserError, match="pip install lmdb"):
+            data.load("lsun_bedroom", tmp_path, 8)
+    lmdb = pytest.importorskip("lmdb")
+    with pytest.raises(UserError, match=r"lsun_bedroom: cannot read .*lmdb \("):
+        data.load("lsun_bedroom", tmp_path, 8)
+    (folder / "data.mdb").unlink()
+    with lmdb.open(str(folder)) as database, database.begin(write=True) as transaction:
+        for i in range(3):
+            picture(tmp_path / "a.webp", 90 * i)
+            transaction.put(f"{i}".encode(), (tmp_path / "a.webp").read_bytes())
+    found = data.load("lsun_bedroom", tmp_path, 8)
+    assert (len(found), found[2].shape, found.labels) == (3, (3, 8, 8), None)
+    many = torch.cat(list(data.everything(found, 2, num_workers=1)))
+    assert [round(int(image[0].float().mean()) / 90) for image in many] == [0, 1, 2]
+
+
+# --- labels ---------------------------------------------------------------------------------------
+
+
+def test_labels_of_small_sets(tmp_path: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    digits = data.load("digits", ".", 8)
+    assert digits.labels.tolist() == load_digits().target.tolist()
+    assert digits.classes == tuple("0123456789")
+
+
+def test_folders_are_classes_where_all_images_lie_in_one(tmp_path: Path) -> None:
+    for i, path in enumerate(("b/1.png", "a/x/2.png", "a/3.png", "b/0.png")):
+        picture(tmp_path / path, 50 * i)
+    found = data.load("image_folder", tmp_path, 8)
+    assert found.classes == ("a", "b")
+    assert [Path(p).name for p in found.paths] == ["3.png", "2.png", "0.png", "1.png"]
+    assert found.labels.tolist() == [0, 0, 1, 1]
+    picture(tmp_path / "loose.png")
+    assert data.load("image_folder", tmp_path, 8).labels is None
+
+
+@pytest.mark.parametrize("part", [(0, 1), (0, 2), (1, 2)])
+def test_labels_go_with_their_images(part: tuple[int, int]) -> None:
+    values = torch.arange(10, dtype=torch.uint8)
+    images = values[:, None, None, None].repeat(1, 1, 2, 2)
+    numbered = data.Images("numbered", images, False, values.long(), [*"0123456789"])
+    common = {"seed": 3, "start_step": 4, "part": part}
+    batches = data.batches(numbered, 6, **common)
+    labels = data.batch_labels(numbered, 6, **common)
+    for _ in range(5):
+        pixels = ((next(batches)[:, 0, 0, 0] + 1) * 127.5).round().long()
+        assert torch.equal(pixels, next(labels))
+
+
+# --- recipes --------------------------------------------------------------------------------------
+
+GFLOPS = {
+    "celeba": 53.79, "celeba_hq": 53.79, "afhq": 53.79, "imagenet": 79.43, "imagenet_latent": 79.69,
+    "lsun_bedroom": 53.79, "slimmable_CIFAR10": 12.44,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GFLOPS)
+def test_recipes_cost_what_they_say(name: str) -> None:
+    import score
+    from model import SlimmableUNet
+
+    flags: dict[str, list[str]] = {}
+    text = (ROOT / "config" / f"{name}.txt").read_text(encoding="utf-8")
+    for line in text.splitlines():
+        if line.startswith("--"):
+            flag, _, value = line.removeprefix("--").partition("=")
+            flags.setdefault(flag, []).append(value)
+    latent = {"imagenet_latent": (4, 8), "lsun_bedroom": (3, 4)}
+    channels, factor = latent.get(name, (3, 1))
+    side = int(flags["img_size"][0]) // factor
+    with torch.device("meta"):
+        net = SlimmableUNet(
+            1000, int(flags["ch"][0]), [*map(int, flags["ch_mult"])], [*map(int, flags["attn"])],
+            int(flags["num_res_blocks"][0]), 0.0, in_ch=channels,
+        )  # fmt: skip
+    for width in (1.0, 0.75, 0.5, 0.25):
+        net.check_width(width)
+    gflops = score.flops(net, 1.0, (channels, side, side)) / 1e9
+    assert gflops == pytest.approx(GFLOPS[name], abs=0.006)
+    assert f"{GFLOPS[name]:.2f}" in text
+    assert f"{GFLOPS[name]:.2f}" in (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8")
+
+
+def test_training_from_a_real_layout(unpacked: tuple[str, Path], here: Path) -> None:
+    name, _ = unpacked
+    result = run_main(*TRAIN, f"--dataset={name}", "--data_root=.", "--logdir=run",
+                      "--total_steps=1", "--sample_step=0")  # fmt: skip
+    assert result.status == 0, result.err
+    assert (here / "run" / "ckpt.pt").exists()
+
+
+def test_every_data_set_is_on_its_page() -> None:
+    text = (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8")
+    assert [name for name in data.NAMES if f"| `{name}` |" not in text] == []
+    recipes = [path.stem for path in (ROOT / "config").glob("*.txt")]
+    assert [name for name in recipes if f"| `{name}` |" not in text] == []
+    assert all(name in main.FLAGS["dataset"].help for name in data.NAMES)

@@ -1,0 +1,267 @@
+"""From a diffusers folder to a step-aware diffusers folder, by the program's flags alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from conftest import run_main
+from torch import nn
+
+import data
+import rng
+from diffusion import NoiseSchedule, Sampler
+from model import checkpoint
+from model.diffusers_unet import SlimmableDiffusersUNet, order_by_importance
+from train import Trainer, TrainSettings
+
+UNET = dict(
+    sample_size=8, in_channels=1, out_channels=1, block_out_channels=(32, 64), layers_per_block=1,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"), norm_num_groups=8, attention_head_dim=8,
+)  # fmt: skip
+BETAS = dict(num_train_timesteps=20, beta_start=0.001, beta_end=0.3)
+TRAIN = [
+    "--train", "--init_diffusers=model", "--sandwich", "--distill", "--dataset=digits",
+    "--batch_size=8", "--total_steps=4", "--save_step=2", "--sample_step=4", "--sample_size=2",
+    "--log_step=1", "--warmup=0", "--min_width=0.5", "--candidate_width=0.75", "--device=cpu",
+    "--logdir=run", "--fid_encoder=pixels",
+]  # fmt: skip
+FLAGS = ["--flagfile=run/flagfile.txt", "--num_images=8", "--batch_size=8"]
+
+
+def save_model(folder: Path, scheduler: dict | None = None, **changes: object) -> None:
+    """A pipeline folder, as save_pretrained writes it, of a small network with random weights."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(**{**UNET, **changes})
+    betas = diffusers.DDPMScheduler(**{**BETAS, **(scheduler or {})})
+    diffusers.DDPMPipeline(unet, betas).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("diffusers") / "model"
+    save_model(folder)
+    return folder
+
+
+@pytest.fixture
+def beside(here: Path, model: Path) -> Path:
+    """An empty working folder, with ./model in it."""
+    (here / "model").symlink_to(model, target_is_directory=True)
+    return here
+
+
+def succeeds(*arguments: str) -> str:
+    result = run_main(*arguments)
+    assert result.status == 0, result.err
+    return result.out
+
+
+FRESH = """
+import json, sys, torch
+from diffusers import DDIMPipeline, DDPMPipeline
+torch.set_grad_enabled(False)
+images = {}
+for pipeline in (DDPMPipeline, DDIMPipeline):
+    pipe = pipeline.from_pretrained("out", trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images[pipeline.__name__] = pipe(
+        batch_size=2, generator=generator, num_inference_steps=5, output_type="np"
+    ).images.tolist()
+assert not any(name.split(".")[0] in ("main", "train", "diffusion") for name in sys.modules)
+print(json.dumps({"images": images, "schedule": pipe.unet.config.schedule}))
+"""
+
+
+def test_from_a_folder_to_a_folder(beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("main.latency", lambda *arguments: 0.001)  # measuring takes a second each
+    succeeds(*TRAIN)
+    settings = torch.load("run/ckpt.pt", weights_only=True)["settings"]
+    assert settings["kind"] == "diffusers"
+    assert [settings[n] for n in ("T", "beta_T", "img_size", "distill")] == [20, 0.3, 8, True]
+    assert "of full" in succeeds(*FLAGS, "--profile")
+    steps = ["--sampler=ddim", "--sample_steps=5"]
+    succeeds(*FLAGS, *steps, "--eval", "--assigned_width=0.5")
+    succeeds(*FLAGS, *steps, "--search", "--num_generation=2", "--pop_size=4")
+    schedule = json.loads(Path("run/search.txt").read_text())
+    assert set(schedule) <= {0.5, 0.75, 1}
+    mixed = [1] * 8 + [0.75] * 4 + [0.5] * 8  # whatever the search found, use all widths
+    Path("run/search.txt").write_text(json.dumps(mixed))
+    succeeds(*FLAGS, *steps, "--eval_stepaware")
+    succeeds(*FLAGS, "--export_diffusers", "out")
+    assert not [path for path in Path("out").rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+    fresh = subprocess.run(
+        [sys.executable, "-c", FRESH], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert fresh.returncode == 0, fresh.stderr
+    found = json.loads(fresh.stdout.splitlines()[-1])
+    assert found["schedule"] == mixed
+    theirs = torch.tensor(found["images"]["DDIMPipeline"])[..., 0]
+    # Ours on the same noise, which their pipelines draw first.
+    x_T = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    state = checkpoint.load("run/ckpt.pt")
+    net = SlimmableDiffusersUNet.from_settings(state["settings"])
+    checkpoint.fill(net, state["ema_model"], "run/ckpt.pt")
+    net.eval()
+
+    @torch.no_grad()
+    def denoise(x: torch.Tensor, t: int) -> torch.Tensor:
+        return net(x, torch.full((len(x),), t), float(mixed[t]))
+
+    x_0 = Sampler("ddim", sample_steps=5)(denoise, x_T, NoiseSchedule(0.001, 0.3, 20), None)
+    torch.testing.assert_close(theirs, (x_0[:, 0] + 1) / 2, rtol=1e-3, atol=1e-3)
+
+
+def test_a_run_goes_on_without_its_folder(beside: Path) -> None:
+    succeeds(*TRAIN, "--total_steps=2", "--sample_step=0")
+    Path("model").unlink()
+    succeeds(*TRAIN, "--sample_step=0")  # the same command
+    whole = torch.load("run/ckpt.pt", weights_only=True)
+    assert whole["step"] == 4
+    result = run_main(*TRAIN, "--distill=false", "--total_steps=6")
+    assert "distill: True there, False here" in result.error
+
+
+def test_full_width_starts_as_the_model(beside: Path) -> None:
+    """One step at a rate of almost nothing: the folder's network, but for the channels' order."""
+    succeeds(*TRAIN, "--total_steps=1", "--lr=1e-12", "--sample_step=0")
+    state = checkpoint.load("run/ckpt.pt")
+    net = SlimmableDiffusersUNet.from_settings(state["settings"])
+    checkpoint.fill(net, state["net_model"], "run/ckpt.pt")
+    original = SlimmableDiffusersUNet.from_pretrained("model")
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 11])
+    with torch.no_grad():
+        torch.testing.assert_close(net.eval()(x, t), original.eval()(x, t), rtol=1e-4, atol=1e-4)
+    order_by_importance(original)
+    for name, value in original.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[name], value)
+
+
+def one_step(net: nn.Module, folder: Path, distill: bool) -> tuple[Trainer, torch.Tensor]:
+    trainer = Trainer(
+        settings=TrainSettings(
+            batch_size=8, total_steps=1, sandwich=True, min_width=0.5, candidate_width=(0.75,),
+            num_workers=0, warmup=0, distill=distill,
+        ),
+        net=net, dataset=data.load("digits", "", 8), noise_schedule=NoiseSchedule(1e-3, 0.3, 20),
+        sampler=Sampler(), image_shape=(1, 8, 8), logdir=folder, device=torch.device("cpu"),
+        identity={},
+    )  # fmt: skip
+    return trainer, next(data.batches(trainer.dataset, 8, seed=0))
+
+
+class Watched(nn.Module):
+    """A network that notes what it was shown and what it answered."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.calls = net, []
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, width: float) -> torch.Tensor:
+        out = self.net(x, t, width)
+        self.calls.append((x, t, width, out.detach()))
+        return out
+
+
+def test_distillation_teaches_what_full_width_answered(model: Path, tmp_path: Path) -> None:
+    net = SlimmableDiffusersUNet.from_pretrained(model)
+    trainer, x_0 = one_step(net, tmp_path, distill=True)
+    watched = Watched(trainer.net)
+    trainer.train_step(watched, x_0)
+    (x, t, _, teacher), *narrow = watched.calls
+    assert [width for *_, width, _ in watched.calls] == [1.0, 0.5, 0.75]
+    for x_t, at, width, answer in narrow:
+        assert torch.equal(x_t, x)
+        assert torch.equal(at, t)
+        loss = float(trainer._sums[width][0])
+        assert loss == pytest.approx(float((answer - teacher).square().mean()), rel=1e-5)
+    # Full width learns the noise, as it does without distillation.
+    noise = rng.normal(0, rng.TRAINING, torch.arange(8), 0, (1, 8, 8))
+    assert float(trainer._sums[1.0][0]) == pytest.approx(
+        float((teacher - noise).square().mean()), rel=1e-5
+    )
+
+
+def test_other_noise_schedules_travel(here: Path) -> None:
+    save_model(
+        Path("model"), dict(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    )
+    succeeds(*TRAIN, "--total_steps=1")
+    settings = torch.load("run/ckpt.pt", weights_only=True)["settings"]
+    assert (settings["beta_schedule"], settings["mean_type"]) == ("squaredcos_cap_v2", "v")
+    Path("run/search.txt").write_text("[1, 0.5, 0.5, 0.5]")
+    steps = ["--sampler=dpm_solver", "--sample_steps=4"]
+    succeeds(*FLAGS, *steps, "--eval_stepaware")
+    succeeds(*FLAGS, *steps, "--export_diffusers=out")
+    scheduler = diffusers.DDPMScheduler.from_pretrained("out/scheduler")
+    assert scheduler.config.beta_schedule == "squaredcos_cap_v2"
+    assert scheduler.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_betas_are_diffusers_own(kind: str) -> None:
+    theirs = diffusers.DDPMScheduler(1000, 0.001, 0.02, kind).betas.double()
+    ours = torch.from_numpy(NoiseSchedule(0.001, 0.02, 1000, kind).betas)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--init_diffusers=nowhere"], "nowhere is no diffusers model"),
+        (["--init_diffusers=model/scheduler"], "is no diffusers model"),
+        (["--T=1000"], "--T: 20 there, 1000 here"),
+        (["--beta_schedule=scaled_linear"], "--beta_schedule: linear there"),
+        (["--precond=edm"], "--init_diffusers"),
+        (["--candidate_width=0.99"], "width 0.99 cannot narrow"),
+        (["--img_size=9"], "--img_size=9"),
+        (["--nosandwich"], "--distill"),
+        (["--slimmable_unet=false"], "--sandwich trains several widths"),
+    ],
+)
+def test_mistakes_are_one_line(
+    beside: Path, refused: Callable, flags: list[str], message: str
+) -> None:
+    Path("run").mkdir()
+    refused(message, *TRAIN, *flags)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "changes", "message"),
+    [
+        ({}, dict(in_channels=3, out_channels=3), "has 1 channels and the model 3"),
+        ({}, dict(out_channels=2), "2 channels of 1"),
+        ({}, dict(class_embed_type="timestep"), "needs class_labels"),
+        (dict(beta_schedule="sigmoid"), {}, "beta_schedule is sigmoid"),
+        (dict(trained_betas=[0.1] * 20), {}, "trained_betas"),
+        (dict(rescale_betas_zero_snr=True), {}, "rescale_betas_zero_snr"),
+    ],
+)
+def test_models_that_cannot_be_used(
+    here: Path, refused: Callable, scheduler: dict, changes: dict, message: str
+) -> None:
+    save_model(Path("model"), scheduler, **changes)
+    Path("run").mkdir()
+    refused(message, *TRAIN)
+
+
+def test_export_is_a_mode(run_folder: Path, refused: Callable) -> None:
+    refused("2 modes at once", "--export_diffusers=out", "--eval", "--logdir=run")
+    refused("no width schedule", "--flagfile=run/flagfile.txt", "--export_diffusers=out",
+            "--logdir=run")  # fmt: skip
+    Path("out").mkdir()
+    Path("out/mine").touch()
+    (run_folder / "search.txt").write_text("[1, 1, 1, 1, 1, 1, 1, 1, 1, 1]")
+    refused("out exists and is not empty", "--flagfile=run/flagfile.txt", "--export_diffusers=out",
+            "--logdir=run")  # fmt: skip

@@ -1,0 +1,437 @@
+"""latents.py: small autoencoders in diffusers' format, the file of latents, a whole run in it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TRAIN, run_main
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import diffusion
+import latents
+import main
+from errors import UserError
+from latents import Autoencoder
+from model import checkpoint
+
+Refused = Callable[..., str]
+BLOCKS = dict(
+    down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+    block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4,
+)  # fmt: skip
+LATENT = [*TRAIN, "--img_size=16", "--latent_vae=vae", "--data_root=.", "--logdir=run"]
+EVAL = ["--logdir=run", "--device=cpu", "--num_images=20", "--batch_size=20", "--T=10"]
+EVAL += ["--fid_encoder=pixels", "--fid_cache=stats.npz"]
+
+
+def write_autoencoder(folder: Path, seed: int = 0, kind: str = "AutoencoderKL", **more) -> None:
+    """A small one with random weights; two pixels a side make one latent."""
+    import diffusers
+
+    torch.manual_seed(seed)
+    own = {"AutoencoderKL": {"latent_channels": 4, "scaling_factor": 0.5},
+           "VQModel": {"latent_channels": 3, "num_vq_embeddings": 16}}[kind]  # fmt: skip
+    images = {"in_channels": 1, "out_channels": 1}
+    getattr(diffusers, kind)(**{**BLOCKS, **images, **own, **more}).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def autoencoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("autoencoders")
+    write_autoencoder(folder / "vae")
+    write_autoencoder(folder / "other", seed=1)
+    write_autoencoder(folder / "vq", kind="VQModel")
+    write_autoencoder(folder / "colour", in_channels=3, out_channels=3)
+    return folder
+
+
+@pytest.fixture
+def vae(autoencoders: Path, here: Path) -> Path:
+    """./vae in the working folder."""
+    shutil.copytree(autoencoders / "vae", here / "vae")
+    return here / "vae"
+
+
+def digits(count: int = 30) -> data.Images:
+    whole = data.load("digits", ".", 16)
+    return data.Images("digits", whole.tensor[:count], False, whole.labels[:count], whole.classes)
+
+
+# --- the autoencoder ------------------------------------------------------------------------------
+
+
+def test_encoding_is_what_diffusers_does(vae: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    ours, theirs = Autoencoder(vae, "cpu"), AutoencoderKL.from_pretrained(vae).eval()
+    images = digits(5).tensor
+    assert (ours.channels, ours.factor, ours.image_channels) == (4, 2, 1)
+    assert ours.shape(16) == (4, 8, 8)
+    with torch.no_grad():
+        mean = theirs.encode(data.to_network(images)).latent_dist.mean
+        torch.testing.assert_close(ours.encode(images), 0.5 * mean)
+        decoded = data.to_uint8(theirs.decode(mean).sample)
+    assert (ours.to_images(0.5 * mean).int() - decoded.int()).abs().max() <= 1
+
+
+def test_quantised_latents(autoencoders: Path) -> None:
+    from diffusers import VQModel
+
+    folder = autoencoders / "vq"
+    ours, theirs = Autoencoder(folder, "cpu"), VQModel.from_pretrained(folder).eval()
+    images = digits(5).tensor
+    with torch.no_grad():
+        latents = theirs.encode(data.to_network(images)).latents
+        decoded = data.to_uint8(theirs.decode(latents).sample)
+    torch.testing.assert_close(ours.encode(images), latents * theirs.config.scaling_factor)
+    assert (ours.to_images(ours.encode(images)).int() - decoded.int()).abs().max() <= 1
+    assert ours.decoder_flops(16) > 0
+
+
+def test_shift_is_undone(here: Path) -> None:
+    write_autoencoder(here / "plain")
+    write_autoencoder(here / "shifted", shift_factor=0.3)
+    plain, shifted = Autoencoder("plain", "cpu"), Autoencoder("shifted", "cpu")
+    images = digits(3).tensor
+    torch.testing.assert_close(shifted.encode(images), plain.encode(images) - 0.15)
+    a, b = (v.to_images(v.encode(images)).int() for v in (plain, shifted))
+    assert (a - b).abs().max() <= 1
+
+
+def test_images_are_decoded_some_at_a_time(vae: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Autoencoder(vae, "cpu")
+    z = torch.randn(5, 4, 8, 8)
+    whole = ours.to_images(z)
+    monkeypatch.setattr(latents, "DECODED", 2 * 16 * 16)
+    assert (ours.to_images(z).int() - whole.int()).abs().max() <= 1
+    assert whole.shape == (5, 1, 16, 16)
+
+
+def test_decoder_flops_are_those_of_a_pass(vae: Path) -> None:
+    ours = Autoencoder(vae, "cpu")
+    with FlopCounterMode(display=False) as counter:
+        ours.to_images(torch.randn(1, 4, 8, 8))
+    assert ours.decoder_flops(16) == counter.get_total_flops()
+    assert 0 < ours.decoder_parameters() < sum(p.numel() for p in ours.network.parameters())
+
+
+def test_latents_are_not_clipped() -> None:
+    schedule = diffusion.NoiseSchedule(1e-3, 0.2, 10)
+    x = torch.full((1, 1, 2, 2), 3.0)
+
+    def denoise(x: torch.Tensor, t: int) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+    for name in ("ddpm", "ddim", "edm", "dpm_solver"):
+        for limit in (1.0, float("inf")):
+            sampler = diffusion.Sampler(name, sample_steps=8, limit=limit)
+            x_0 = sampler(denoise, x, schedule, lambda t: torch.zeros_like(x))
+            assert (float(x_0.max()) > 2.9) == (limit > 1)
+    with pytest.raises(UserError, match="--clip_denoised is for pixels"):
+        diffusion.Sampler(clip_denoised=True, limit=float("inf"))
+
+
+def test_fingerprints(autoencoders: Path, vae: Path) -> None:
+    first = Autoencoder(vae, "cpu").fingerprint
+    assert Autoencoder(autoencoders / "vae", "cpu").fingerprint == first
+    assert Autoencoder(autoencoders / "other", "cpu").fingerprint != first
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps({**config, "_diffusers_version": "0.1"}))
+    assert Autoencoder(vae, "cpu").fingerprint == first
+    (vae / "config.json").write_text(json.dumps({**config, "scaling_factor": 2.0}))
+    assert Autoencoder(vae, "cpu").fingerprint != first
+
+
+# --- the file -------------------------------------------------------------------------------------
+
+
+def encode(dataset: data.AnySet, folder: Path, path: Path) -> data.Images:
+    return latents.encoded(dataset, Autoencoder(folder, "cpu"), 16, path, 8, 0)
+
+
+def test_made_once_and_mapped(vae: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = here / "deep" / "digits.npy"
+    dataset = digits()
+    found = encode(dataset, vae, path)
+    assert (found.tensor.shape, found.tensor.dtype) == ((30, 4, 8, 8), torch.float16)
+    assert (found.flip, found.channels, found.classes) == (False, 4, dataset.classes)
+    assert torch.equal(found.labels, dataset.labels)
+    expected = Autoencoder(vae, "cpu").encode(dataset.tensor)
+    torch.testing.assert_close(found.tensor.float(), expected, atol=2e-3, rtol=2e-3)
+    assert np.load(path).shape == (30, 4, 8, 8)
+
+    def no_more(*args: object) -> None:
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(Autoencoder, "encode", no_more)
+    again = encode(dataset, vae, path)
+    assert torch.equal(again.tensor, found.tensor)
+    batch = next(data.batches(again, 4, seed=0))
+    assert (batch.dtype, batch.shape) == (torch.float32, (4, 4, 8, 8))
+    assert sorted(p.name for p in path.parent.iterdir()) == ["digits.npy", "digits.npy.json"]
+
+
+def test_a_stopped_encoding_goes_on(vae: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = encode(digits(), vae, here / "whole.npy").tensor
+    real, calls = Autoencoder.encode, []
+
+    def stopping(self: Autoencoder, images: torch.Tensor) -> torch.Tensor:
+        calls.append(len(images))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, images)
+
+    monkeypatch.setattr(Autoencoder, "encode", stopping)
+    path = here / "part.npy"
+    with pytest.raises(KeyboardInterrupt):
+        encode(digits(), vae, path)
+    assert not path.exists()
+    with open(here / ".part.partial.npy", "ab") as file:
+        file.write(b"half an image")
+    assert torch.equal(encode(digits(), vae, path).tensor, expected)
+    assert calls == [8, 8, 8, 8, 6]  # sixteen images were there already
+    assert not (here / ".part.partial.npy").exists()
+
+
+def test_what_another_run_left_is_not_gone_on_with(
+    vae: Path, autoencoders: Path, here: Path
+) -> None:
+    expected = encode(digits(), vae, here / "a.npy").tensor
+    shutil.copy(here / "a.npy", here / ".b.partial.npy")
+    about = json.loads((here / "a.npy.json").read_text())
+    (here / "b.npy.json").write_text(json.dumps({**about, "autoencoder": "another"}))
+    assert torch.equal(encode(digits(), vae, here / "b.npy").tensor, expected)
+
+
+def test_stale_files(vae: Path, autoencoders: Path, here: Path) -> None:
+    path = here / "latents.npy"
+    encode(digits(), vae, path)
+    changed = digits()
+    changed.tensor[3, 0, 5, 5] ^= 1
+    fewer, size = digits(29), path.stat().st_size
+    for dataset, folder, match in (
+        (digits(), autoencoders / "other", r"by another VAE \(autoencoder: \w{16} there, \w{16} "),
+        (changed, vae, r"from other data \(content: \w{16} there"),
+        (fewer, vae, r"from other data \(images: 30 there, 29 here"),
+    ):
+        with pytest.raises(UserError, match=match) as error:
+            encode(dataset, folder, path)
+        assert "delete it and it is made anew" in str(error.value)
+        assert "--latent_cache" in str(error.value)
+    assert path.stat().st_size == size
+    for torn in (path.read_bytes()[:-100], b"", b"text"):
+        path.write_bytes(torn)
+        with pytest.raises(UserError, match="delete it"):
+            encode(digits(), vae, path)
+
+
+def test_image_files_that_changed(vae: Path, here: Path) -> None:
+    for i in range(3):
+        Image.new("L", (16, 16), 60 * i).save(here / f"{i}.png")
+    before = data.fingerprint(data.load("image_folder", here, 16))
+    shutil.copytree(here, here.parent / "moved", ignore=lambda *args: ["vae"])
+    moved = data.load("image_folder", here.parent / "moved", 16)
+    assert data.fingerprint(moved) == before
+    Image.new("L", (16, 16), 61).save(here / "1.png")
+    assert data.fingerprint(data.load("image_folder", here, 16)) != before
+
+
+# --- a whole run ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, autoencoders: Path) -> Path:
+    """Real images in latents: trained with classes, searched, scored on decoded images."""
+    folder = tmp_path_factory.mktemp("latent")
+    shutil.copytree(autoencoders / "vae", folder / "vae")
+    few = ["--num_generation=2", "--pop_size=4"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(main, "latency", functools.partial(main.latency, seconds=0.05))
+        for arguments in (
+            [*LATENT, "--dry_run"],
+            [*LATENT, "--total_steps=3", "--eval_step=3", "--num_images=20", "--num_classes=10"],
+            [*LATENT, "--num_classes=10"],
+            [*EVAL, "--search", *few],
+            [*EVAL, "--eval"],
+            [*EVAL, "--eval_stepaware", "--guidance_scale=2"],
+        ):
+            result = run_main(*arguments)
+            assert result.status == 0, (arguments, result.out, result.err)
+        (folder / "profile.txt").write_text(run_main(*EVAL, "--profile").out)
+        (folder / "dry_run.txt").write_text(run_main(*EVAL, "--eval", "--dry_run").out)
+    return folder
+
+
+@pytest.fixture
+def run_latent(work: Path, here: Path) -> Path:
+    for name in ("run", "vae", "latents"):
+        shutil.copytree(work / name, here / name)
+    shutil.copy(work / "stats.npz", here)
+    return here / "run"
+
+
+@pytest.mark.parametrize("name", ["eval", "eval_stepaware"])
+def test_scores_are_of_decoded_images(work: Path, name: str) -> None:
+    found = json.loads((work / "run" / f"{name}.json").read_text())
+    vae = Autoencoder(work / "vae", "cpu")
+    assert found["distance"] > 0
+    assert found["autoencoder"] == vae.fingerprint
+    assert found["decoder"]["gflops"] == pytest.approx(vae.decoder_flops(16) / 1e9)
+    assert found["decoder"]["ms_per_image"] > 0
+    with np.load(work / "stats.npz", allow_pickle=False) as statistics:
+        assert statistics["mu"].shape == (16 * 16,)
+    with Image.open(work / "run" / f"{name}.png") as grid:
+        assert grid.size == (5 * 18 + 2, 4 * 18 + 2)
+    assert (work / "latents" / "digits16.npy").exists()
+    settings = checkpoint.load(work / "run" / "ckpt.pt")["settings"]
+    assert settings["in_ch"] == 4
+    assert settings["latent_vae"] == "vae"
+
+
+def test_the_decoder_is_told_apart(work: Path) -> None:
+    flops = Autoencoder(work / "vae", "cpu").decoder_flops(16) / 1e9
+    for name in ("profile", "dry_run"):
+        assert "the decoder" in (work / f"{name}.txt").read_text()
+    assert f"{flops:.4f} GFLOPs" in (work / "profile.txt").read_text()
+    with Image.open(work / "run" / "sample" / "6_width_1.png") as grid:
+        assert grid.height % 18 == 2
+
+
+def test_a_moved_autoencoder_is_still_the_same(run_latent: Path, here: Path) -> None:
+    (here / "vae").rename(here / "moved")
+    assert run_main(*EVAL, "--eval", "--latent_vae=moved").status == 0
+    arguments = [*LATENT, "--num_classes=10", "--latent_vae=moved", "--total_steps=7"]
+    result = run_main(*arguments, "--sample_step=0")
+    assert result.status == 0, result.err
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_evaluation_with_another_autoencoder(
+    refused: Refused, run_latent: Path, autoencoders: Path, here: Path
+) -> None:
+    refused("in the latents of another VAE", *EVAL, "--eval",
+            f"--latent_vae={autoencoders / 'other'}")  # fmt: skip
+    refused("was trained in latents: name its --latent_vae", *EVAL, "--eval", "--latent_vae=")
+    refused("there is no folder nothing", *EVAL, "--eval", "--latent_vae=nothing")
+    refused("--clip_denoised is for pixels", *EVAL, "--eval", "--clip_denoised")
+    (run_latent / "search.txt").write_text("[" + ", ".join(["1"] * 10) + "]")
+    refused("--export_diffusers", *EVAL, "--export_diffusers=out")
+
+
+def test_training_with_another_autoencoder(
+    refused: Refused, run_latent: Path, autoencoders: Path
+) -> None:
+    arguments = [*LATENT, "--num_classes=10", "--total_steps=9"]
+    other = f"--latent_vae={autoencoders / 'other'}"
+    refused("made by another VAE", *arguments, other)
+    shutil.rmtree("latents")
+    result = run_main(*arguments, other)
+    assert "autoencoder: " in result.error
+    assert "trained with other settings" in result.error
+
+
+def test_autoencoder_for_a_network_of_pixels(refused: Refused, run_folder: Path, vae: Path) -> None:
+    refused("was trained in pixels", *EVAL, "--eval", "--latent_vae=vae")
+
+
+def test_autoencoders_that_do_not_fit(refused: Refused, autoencoders: Path, here: Path) -> None:
+    for name in ("vae", "colour"):
+        shutil.copytree(autoencoders / name, here / name)
+    refused("images of 3 channels, and --dataset=digits has 1", *LATENT, "--latent_vae=colour")
+    refused("--img_size=15.*multiple of 2", *LATENT, "--img_size=15")
+    result = run_main(*LATENT, "--img_size=6", "--latent_cache=six.npy")
+    assert "--img_size=6 makes latents of 3 a side" in result.error
+    assert "--ch_mult" in result.error
+
+
+def break_folder(vae: Path, how: str) -> None:
+    weights = vae / "diffusion_pytorch_model.safetensors"
+    if how == "torn":
+        weights.write_bytes(weights.read_bytes()[:-500])
+    elif how == "no weights":
+        weights.rename(vae / "diffusion_pytorch_model.bin")
+    elif how == "no config":
+        (vae / "config.json").unlink()
+    elif how == "pipeline":
+        vae.rename("inner")
+        vae.mkdir()
+        Path("inner").rename(vae / "vae")
+    elif how == "other class":
+        (vae / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    elif how == "no JSON":
+        (vae / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("how", "match"),
+    [
+        ("torn", "--latent_vae: cannot load vae"),
+        ("no weights", r"no \.safetensors weights"),
+        ("no config", r"vae has no config\.json"),
+        ("pipeline", "did you mean vae/vae"),
+        ("other class", "holds UNet2DModel, not one of AutoencoderKL, VQModel"),
+        ("no JSON", r"cannot read vae/config\.json"),
+    ],
+)
+def test_folders_that_hold_no_autoencoder(
+    refused: Refused, vae: Path, how: str, match: str
+) -> None:
+    break_folder(vae, how)
+    refused(match, *LATENT)
+
+
+def test_places_that_cannot_be_written(refused: Refused, vae: Path, here: Path) -> None:
+    (here / "file").write_text("in the way")
+    refused("cannot write file/latents.npy.*--latent_cache", *LATENT,
+            "--latent_cache=file/latents.npy")  # fmt: skip
+
+
+# --- samplers -------------------------------------------------------------------------------------
+
+TABLE = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8").splitlines()
+    if line.startswith("| ")
+]
+
+
+@pytest.fixture(scope="module")
+def with_edm(tmp_path_factory: pytest.TempPathFactory, work: Path) -> Path:
+    """The same network, but preconditioned as EDM's; trained for one step."""
+    folder = tmp_path_factory.mktemp("edm")
+    result = run_main(
+        *LATENT, "--num_classes=10", "--precond=edm", "--total_steps=1", "--sample_step=0",
+        f"--logdir={folder}", f"--latent_vae={work / 'vae'}", f"--data_root={work}",
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    return folder
+
+
+@pytest.mark.parametrize("row", TABLE[1:], ids=lambda row: re.sub(r"\W+", "-", row[0]))
+def test_the_samplers_table(row: list[str], run_latent: Path, with_edm: Path) -> None:
+    """Latents, classes and guidance at once, with every sampler."""
+    says = dict(zip(TABLE[0], row, strict=True))
+    arguments = [*EVAL, "--eval", f"--sampler={says['sampler'].split()[0]}", "--sample_steps=4"]
+    if "precond" in says["sampler"]:
+        shutil.copy(with_edm / "ckpt.pt", run_latent)
+        arguments += ["--precond=edm", "--latent_vae=vae"]
+    result = run_main(*arguments, "--guidance_scale=2", "--num_images=4")
+    assert (result.status == 0) == (says["latent"] == "yes"), result.err
+    assert says["latent"] == says["class-conditional"]
+    if says["latent"] == "yes":
+        found = json.loads((run_latent / "eval.json").read_text())
+        assert found["passes"] % 8 == 0
+        assert found["decoder"]["gflops"] > 0

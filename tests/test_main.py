@@ -1,0 +1,561 @@
+"""What a user can get wrong, each through main.py; flags, flagfiles and released files."""
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from absl import flags
+from absl.testing import flagsaver
+from conftest import ROOT, TINY, TRAIN, UPSTREAM, contents, process_main, run_main
+
+import main
+import score
+from model import SlimmableUNet, WidthSchedule, average
+
+Refused = Callable[..., str]
+EVAL = ["--logdir=run", "--device=cpu", "--num_images=70", "--batch_size=70"]
+EVAL += ["--fid_encoder=pixels", "--fid_cache=stats.npz"]
+STEPAWARE = [*EVAL, "--eval_stepaware"]
+
+
+# --- flags ----------------------------------------------------------------------------------------
+
+DEFAULTS = {
+    **dict.fromkeys(["train", "eval", "eval_stepaware", "eval_ensemble", "search"], False),
+    **dict.fromkeys(["profile", "parallel", "fid_use_torch", "slimmable_unet"], False),
+    **dict.fromkeys(["slimmable_g16", "sandwich", "random_init"], False),
+    **{"ch": 128, "ch_mult": [1, 2, 2, 2], "attn": [1], "num_res_blocks": 2, "dropout": 0.1},
+    **{"beta_1": 1e-4, "beta_T": 0.02, "T": 1000, "mean_type": "epsilon"},
+    **{"var_type": "fixedlarge", "lr": 2e-4, "grad_clip": 1.0, "total_steps": 800000},
+    **{"img_size": 32, "warmup": 5000, "batch_size": 128, "num_workers": 4},
+    **{"ema_decay": 0.9999, "logdir": "./logs/DDPM_CIFAR10_EPS", "sample_size": 64},
+    **{"sample_step": 1000, "save_step": 5000, "eval_step": 0, "num_images": 50000},
+    **{"fid_cache": "./stats/cifar10.train.npz", "ckpt_name": "ckpt", "min_width": 0.25},
+    **{"num_sandwich_sampling": 3, "candidate_width": [0.75, 0.5], "assigned_width": 1.0},
+    **{"large_logdir": "./logs/DDPM_CIFAR10_EPS", "small_logdir": "./logs/DDPM_CIFAR10_EPS"},
+    **{"small_ch": 64, "start": 200, "end": 0, "num_generation": 1000, "pop_size": 10},
+    **{"fid_weight": 0.5, "macs_weight": 0.001, "mutation_prob": 0.001},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_published_defaults(name: str) -> None:
+    assert flags.FLAGS[name].default == DEFAULTS[name]
+    assert type(flags.FLAGS[name].default) is type(DEFAULTS[name])
+
+
+@pytest.mark.parametrize("name", ["mean_type", "var_type"])
+def test_published_choices(name: str) -> None:
+    choices = {
+        "mean_type": ["epsilon", "xprev", "xstart"],
+        "var_type": ["fixedlarge", "fixedsmall"],
+    }
+    assert set(choices[name]) <= set(flags.FLAGS[name].parser.enum_values)
+
+
+def test_a_flag_that_does_nothing_says_so() -> None:
+    assert "no longer" in flags.FLAGS["fid_use_torch"].help
+
+
+def test_help_lists_every_flag(here: Path) -> None:
+    result = process_main(here, "--help")
+    assert "Traceback" not in result.err
+    for name in main.OWN_FLAGS:
+        assert re.search(rf"--(\[no\])?{name}\b", result.out), name
+
+
+# --- modes ----------------------------------------------------------------------------------------
+
+
+def test_no_mode(refused: Refused) -> None:
+    line = refused("no mode")
+    assert all(f"--{mode}" in line for mode in main.MODES)
+
+
+def test_two_modes(refused: Refused) -> None:
+    refused("2 modes at once.*train.*eval", "--train", "--eval")
+    refused("2 modes at once", "--eval_stepaware=true", "-search")
+
+
+@pytest.fixture
+def flagfile(here: Path) -> str:
+    """A flagfile that carries a mode, as released ones do."""
+    (here / "flags.txt").write_text("--train\n--logdir=nowhere\n")
+    return "--flagfile=flags.txt"
+
+
+def test_a_mode_from_the_command_line_wins(refused: Refused, flagfile: str) -> None:
+    for mode in ("--eval_stepaware", "-eval", "--search=true", "--notrain --eval"):
+        refused(r"no checkpoint at nowhere/ckpt\.pt", flagfile, *mode.split())
+    refused(r"no checkpoint at nowhere/ckpt\.pt", "--eval", flagfile)
+
+
+def test_notrain_leaves_no_mode(refused: Refused, flagfile: str) -> None:
+    refused("no mode", flagfile, "--notrain")
+    refused("no mode", "--train=false", flagfile)
+
+
+def test_the_last_word_on_a_mode_counts(refused: Refused) -> None:
+    refused("no mode", "--train", "--notrain")
+    refused("no checkpoint", "--train", "--notrain", "--eval", "--logdir=nowhere")
+
+
+def test_two_modes_in_a_flagfile(refused: Refused, here: Path) -> None:
+    (here / "flags.txt").write_text("--train\n--eval\n")
+    refused("2 modes", "--flagfile=flags.txt")
+
+
+# --- flagfiles ------------------------------------------------------------------------------------
+
+
+def parsed(*arguments: object) -> dict:
+    with flagsaver.flagsaver():
+        main.parse(["main.py", *map(str, arguments)])
+        return {name: flags.FLAGS[name].value for name in main.OWN_FLAGS}
+
+
+@pytest.mark.parametrize("name", ["slimmable_CIFAR10.txt", "flagfile_eval.txt"])
+def test_released_flagfiles_load(name: str, here: Path) -> None:
+    assert run_main(f"--flagfile={UPSTREAM / name}", "--eval", "--logdir=x").status == 2  # no ckpt
+    values = parsed(f"--flagfile={UPSTREAM / name}")
+    given = {}
+    for line in (UPSTREAM / name).read_text().split():
+        flag, _, value = line.removeprefix("--").partition("=")
+        if flag.removeprefix("no") in values and flag not in values:
+            given[flag.removeprefix("no")] = False
+        elif flag in values:
+            new = flags.FLAGS[flag].parser.parse(value) if value else True
+            given[flag] = [*given.get(flag, []), new] if flag in MULTI else new
+    assert len(given) > 30
+    assert {name: values[name] for name in given} == given
+    untouched = {name for name in values if name not in given}
+    assert all(values[name] == flags.FLAGS[name].default for name in untouched)
+
+
+MULTI = ("ch_mult", "attn", "candidate_width")
+
+
+def test_mode_of_a_released_flagfile_gives_way(refused: Refused) -> None:
+    released = f"--flagfile={UPSTREAM / 'slimmable_CIFAR10.txt'}"
+    for mode in ("--eval_stepaware", "--search", "--eval"):
+        refused("no checkpoint at run/here", released, mode, "--logdir=run", "--ckpt_name=here")
+
+
+def test_released_schedule_and_network() -> None:
+    """design: 6.41 of 12.44 GFLOPs, 51.5 % of full width."""
+    widths = (1.0, 0.75, 0.5, 0.25)
+    schedule = WidthSchedule.load(UPSTREAM / "search.txt", 1000, widths)
+    assert [schedule.widths.count(w) for w in widths] == [274, 181, 534, 11]
+    with torch.device("meta"):
+        net = SlimmableUNet(1000, 128, [1, 2, 2, 2], [1], 2, 0.1)
+    flops = {w: score.flops(net, w, (3, 32, 32)) for w in widths}
+    mean = average(schedule, range(1000), flops)
+    assert mean / 1e9 == pytest.approx(6.41, abs=0.005)
+    assert flops[1.0] / 1e9 == pytest.approx(12.4437, abs=5e-5)
+    assert mean / flops[1.0] == pytest.approx(0.515, abs=5e-4)
+
+
+def test_flagfile_of_a_run(run_folder: Path) -> None:
+    lines = (run_folder / "flagfile.txt").read_text().splitlines()
+    names = {line.removeprefix("--").partition("=")[0] for line in lines}
+    for mode in main.MODES:
+        assert not {mode, f"no{mode}"} & names
+    assert "flagfile" not in names
+    again = parsed("--flagfile=run/flagfile.txt")
+    arguments = [a for a in TRAIN if a != "--train"]
+    first = parsed(*arguments)
+    assert again.pop("logdir") != first.pop("logdir")
+    assert again == first
+
+
+def test_flagfile_of_a_run_with_every_kind_of_value(here: Path) -> None:
+    odd = ["--data_root=a b", "--eta=1e-05", "--ch_mult=3", "--nosandwich", "--schedule=", "--lr=1"]
+    with flagsaver.flagsaver():
+        main.parse(["main.py", "--train", *odd])
+        main.write_flagfile(here / "flagfile.txt")
+    again = parsed("--flagfile=flagfile.txt")
+    assert again == parsed(*odd)
+    assert again["data_root"] == "a b"
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def test_unknown_flag(refused: Refused) -> None:
+    refused("Unknown command line flag 'trian'", "--trian")
+    line = refused("Unknown command line flag 'img_siz'", "--train", "--img_siz=32")
+    assert "img_size" in line  # it guesses what was meant
+
+
+def test_missing_flagfile(refused: Refused) -> None:
+    refused(r"missing\.txt", "--train", "--flagfile=missing.txt")
+
+
+def test_stray_argument(refused: Refused) -> None:
+    refused("stray argument 'stray'", "--train", "stray")
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("--lr=fast", "lr"), ("--T=ten", "T"), ("--mean_type=noise", "mean_type"),
+        ("--fid_encoder=vgg", "fid_encoder"),
+        ("--train=perhaps", "train"), ("--seed=-1", "seed"), ("--amp=fp8", "amp"),
+    ],
+)  # fmt: skip
+def test_value_of_another_kind(refused: Refused, argument: str, named: str) -> None:
+    assert f"--{named}=" in refused("error: ", "--eval", argument)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--batch_size=0", "--total_steps=0", "--save_step=0", "--sample_size=0", "--log_step=0",
+        "--T=0", "--ch=0", "--num_res_blocks=0", "--num_groups=0", "--ch_mult=0", "--warmup=-1",
+        "--sample_step=-1", "--eval_step=-1", "--num_workers=-1", "--lr=0", "--lr=nan",
+        "--grad_clip=0", "--ema_decay=1", "--dropout=1", "--beta_1=0", "--beta_T=1",
+        "--sample_steps=-1", "--eta=-1", "--num_sandwich_sampling=1", "--img_size=0",
+        "--attn=2", "--sample_steps=11",
+    ],
+)  # fmt: skip
+def test_numbers_that_training_cannot_use(refused: Refused, arguments: str) -> None:
+    name = arguments.partition("=")[0].removeprefix("--")
+    refused(rf"\b{name}\b", *TRAIN, "--logdir=run", *arguments.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--num_images=0", "--num_images=1", "--batch_size=0", "--batch_size=-4",
+        "--sample_steps=-1", "--sample_steps=11", "--eta=-0.5", "--sampler=magic",
+    ],
+)  # fmt: skip
+def test_numbers_that_evaluation_cannot_use(
+    refused: Refused, run_folder: Path, arguments: str
+) -> None:
+    refused(rf"{arguments.partition('=')[0]}\b", *EVAL, "--eval", arguments)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "--pop_size=0", "--pop_size=1", "--num_generation=0", "--mutation_prob=-0.1",
+        "--mutation_prob=2", "--mutation_prob=nan", "--fid_weight=-1", "--macs_weight=nan",
+    ],
+)  # fmt: skip
+def test_numbers_that_search_cannot_use(refused: Refused, run_folder: Path, argument: str) -> None:
+    refused(rf"{argument.partition('=')[0]}\b", *EVAL, "--search", argument)
+
+
+def test_small_network_without_channels(refused: Refused, run_folder: Path) -> None:
+    both = ["--large_logdir=run", "--small_logdir=run", "--eval_ensemble"]
+    for ch in (0, -16):
+        refused("--(small_)?ch", *EVAL, *both, f"--small_ch={ch}")
+    refused("another network.*--(small_)?ch", *EVAL, *both, "--small_ch=32")
+
+
+def test_networks_that_cannot_take_turns(refused: Refused, run_folder: Path, here: Path) -> None:
+    other = ["--logdir=other", "--T=20", "--total_steps=1", "--sample_step=0"]
+    assert run_main(*TRAIN, *other).status == 0
+    both = ["--large_logdir=run", "--small_logdir=other", "--small_ch=16", "--eval_ensemble"]
+    refused("cannot take turns .T: 20 small, 10 large", *EVAL, *both)
+
+
+# --- the network ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", ["0", "-0.25", "1.5", "nan"])
+@pytest.mark.parametrize("flag", ["min_width", "candidate_width"])
+def test_training_widths_outside(refused: Refused, flag: str, width: str) -> None:
+    refused(r"width .*in \(0, 1\]", *TRAIN, "--logdir=run", f"--{flag}={width}")
+
+
+@pytest.mark.parametrize("width", ["0", "-0.25", "1.5", "nan"])
+def test_assigned_width_outside(refused: Refused, run_folder: Path, width: str) -> None:
+    refused(r"width .*in \(0, 1\]", *EVAL, "--eval", f"--assigned_width={width}")
+
+
+def test_groups_that_do_not_divide(refused: Refused) -> None:
+    line = refused(
+        "24 channels.*--num_groups=16", *TRAIN, "--logdir=r", "--ch=24", "--num_groups=16"
+    )
+    assert "--ch" in line
+    # 24 fall into 12 groups; at width 0.5 it is 16 channels, and they don't.
+    line = refused("12 groups", *TRAIN, "--logdir=run", "--ch=24", "--num_groups=12")
+    assert re.search(r"width 0\.\d+ leaves \d+ channels", line)
+
+
+def test_size_that_cannot_be_halved(refused: Refused) -> None:
+    refused("--img_size=9.*multiple of 2.*--ch_mult", *TRAIN, "--logdir=run", "--img_size=9")
+
+
+def test_plain_network_has_one_width(refused: Refused, run_folder: Path) -> None:
+    refused("--slimmable_unet", *EVAL, "--eval", "--noslimmable_unet", "--assigned_width=0.5")
+    refused("--slimmable_unet", *EVAL, "--search", "--noslimmable_unet")
+    refused("--slimmable_unet", *TRAIN, "--logdir=new", "--noslimmable_unet")
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+MODES_THAT_LOAD = ("--eval", "--search", "--eval_stepaware")
+
+
+@pytest.mark.parametrize("mode", MODES_THAT_LOAD)
+def test_missing_checkpoint(refused: Refused, run_folder: Path, mode: str) -> None:
+    line = refused(r"no checkpoint at run/late\.pt", *EVAL, mode, "--ckpt_name=late")
+    assert "there are ckpt" in line
+    assert "--ckpt_name" in line
+
+
+@pytest.mark.parametrize("mode", [*MODES_THAT_LOAD, "--train"])
+def test_truncated_checkpoint(refused: Refused, run_folder: Path, mode: str) -> None:
+    path = run_folder / "ckpt.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    arguments = [*TRAIN, "--logdir=run"] if mode == "--train" else [*EVAL, mode]
+    refused(r"run/ckpt\.pt is truncated", *arguments)
+
+
+@pytest.mark.parametrize("mode", ["--eval", "--train"])
+def test_checkpoint_of_another_network(refused: Refused, run_folder: Path, mode: str) -> None:
+    state = torch.load(run_folder / "ckpt.pt", weights_only=True)
+    del state["settings"]
+    torch.save(state, run_folder / "ckpt.pt")
+    arguments = [*TRAIN, "--logdir=run"] if mode == "--train" else [*TINY, *EVAL, mode]
+    line = refused("is for another network: time_embedding", *arguments, "--ch=32")
+    assert "[10, 16] there and [10, 32] here" in line
+
+
+@pytest.mark.parametrize("content", [{"model": 1}, [1, 2], {"net_model": {}, "ema_model": 3}])
+def test_foreign_checkpoint(refused: Refused, run_folder: Path, content: object) -> None:
+    torch.save(content, run_folder / "ckpt.pt")
+    refused(r"run/ckpt\.pt", *EVAL, "--eval")
+
+
+def test_flags_that_contradict_the_checkpoint(refused: Refused, run_folder: Path) -> None:
+    line = refused("other settings", *EVAL, "--eval", "--T=20", "--mean_type=xstart")
+    assert "--T: 10 there, 20 here" in line
+    assert "--mean_type: epsilon there, xstart here" in line
+
+
+class Trap:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.mark.parametrize("mode", ["--eval", "--train", "--eval_ensemble"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_checkpoint_that_carries_code(
+    refused: Refused, run_folder: Path, here: Path, mode: str, legacy: bool
+) -> None:
+    state = torch.load(run_folder / "ckpt.pt", weights_only=True)
+    trapped = {**state, "settings": Trap(here / "ran")}
+    path = run_folder / "ckpt.pt"
+    torch.save(trapped, path, _use_new_zipfile_serialization=not legacy)
+    arguments = [*TRAIN, "--logdir=run"] if mode == "--train" else [*EVAL, mode]
+    refused("carry code", *arguments, "--large_logdir=run", "--small_logdir=run")
+    pickle.loads(pickle.dumps(Trap(here / "ran")))
+    assert (here / "ran").exists()  # it would have sprung
+
+
+# --- schedules ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (None, "no width schedule at run/search.txt.*--search"),
+        ("", "not JSON"),
+        ("1, 0.5", "not JSON"),
+        ("[1, 0.5", "not JSON"),
+        ("[1, 1,]", "not JSON"),
+        ("[1][1]", "not JSON"),
+        ("__import__('os').system('touch ran')", "not JSON"),
+        ("[__import__('os').system('touch ran')]", "not JSON"),
+        ('{"0": 1}', "not a list of numbers"),
+        ('[1, "0.5"]', "not a list of numbers"),
+        ("[true]", "not a list of numbers"),
+        ("[]", r"0 entries; expected 10\b"),
+        (json.dumps([1] * 9), r"9 entries; expected 10\b"),
+        (json.dumps([1] * 11), r"11 entries; expected 10\b"),
+        (json.dumps([1] * 9 + [0.3]), r"entry 9 is width 0\.3, .*1, .*0\.25|0\.25.*, 1\)"),
+        (json.dumps([0] + [1] * 9), r"entry 0 is width 0, .*no candidate"),
+        ("[" + "NaN," * 9 + "1]", "entry 0 is width nan"),
+        ("[" + "1e999," * 9 + "1]", "entry 0 is width inf"),
+        ("[" * 100_000, "not JSON"),
+        (b"\xff\xfe\x00", "cannot read"),
+    ],
+)
+def test_schedules(
+    refused: Refused, run_folder: Path, here: Path, text: str | bytes | None, match: str
+) -> None:
+    if text is not None:
+        (run_folder / "search.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    line = refused(match, *STEPAWARE)
+    assert "search.txt" in line
+    assert not (here / "ran").exists()
+
+
+def test_schedule_for_other_steps(refused: Refused, run_folder: Path, here: Path) -> None:
+    (here / "five.txt").write_text(json.dumps([1] * 5))
+    refused("five.txt has 5 entries; expected 10", *STEPAWARE, "--schedule=five.txt")
+    line = refused("has 5 entries", *STEPAWARE, "--schedule=five.txt", "--sample_steps=4")
+    assert "10 (every timestep) or 4" in line
+    arguments = [*STEPAWARE, "--schedule=five.txt", "--sample_steps=5"]
+    assert run_main(*arguments).status == 0
+
+
+# --- data and statistics --------------------------------------------------------------------------
+
+
+def test_unknown_data_set(refused: Refused) -> None:
+    refused("mnist.*cifar10, fashion_mnist", *TRAIN, "--logdir=run", "--dataset=mnist")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "fashion_mnist"])
+def test_data_set_that_cannot_be_had(
+    refused: Refused, run_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    import torchvision.datasets as sets
+
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(sets.cifar, "download_and_extract_archive", no_network)
+    monkeypatch.setattr(sets.mnist, "download_and_extract_archive", no_network)
+    where = ["--data_root=pictures", f"--dataset={name}"]
+    refused(f"{name}: put .* into pictures", *TRAIN, "--logdir=new", *where)
+    refused(f"{name}: put .* into pictures", *EVAL, "--eval", *where)
+
+
+def test_folder_that_is_not_there(refused: Refused) -> None:
+    arguments = [*TRAIN, "--logdir=run", "--dataset=image_folder", "--data_root=nothing"]
+    refused("no folder nothing", *arguments)
+
+
+def test_data_set_of_other_channels(refused: Refused, run_folder: Path, here: Path) -> None:
+    from PIL import Image
+
+    (here / "photos").mkdir()
+    Image.new("RGB", (8, 8)).save(here / "photos" / "a.png")
+    where = ["--dataset=image_folder", "--data_root=photos"]
+    refused("3 channels and the network 1", *EVAL, "--eval", *where)
+
+
+@pytest.mark.parametrize(
+    ("entries", "match"),
+    [
+        ({"mu": np.zeros(5), "sigma": np.eye(5)}, r"shape \(5,\).*\(64,\)"),
+        ({"mu": np.zeros(64), "sigma": np.eye(5)}, r"sigma has shape \(5, 5\)"),
+        ({"mu": np.zeros(64)}, "no entry 'sigma'"),
+        ({"mu": np.full(64, np.nan), "sigma": np.eye(64)}, "finite"),
+        ({"mu": np.zeros(64), "sigma": np.eye(64), "dataset": "cifar10"}, "for dataset cifar10"),
+        ({"mu": np.array([Trap], dtype=object), "sigma": np.eye(64)}, "no readable .npz"),
+    ],
+)
+def test_wrong_statistics(
+    refused: Refused, run_folder: Path, here: Path, entries: dict, match: str
+) -> None:
+    np.savez(here / "stats.npz", **entries)
+    line = refused(match, *EVAL, "--eval")
+    assert "stats.npz" in line
+    assert "--fid_cache" in line
+
+
+def test_statistics_that_are_no_npz(refused: Refused, run_folder: Path, here: Path) -> None:
+    for content in (b"", b"PK\x03\x04 torn", b"text", pickle.dumps({"mu": 1})):
+        (here / "stats.npz").write_bytes(content)
+        refused("stats.npz is no readable .npz", *EVAL, "--eval")
+
+
+def test_few_images_warn_and_go_on(run_folder: Path) -> None:
+    result = run_main(*EVAL, "--eval", "--num_images=20")
+    assert result.status == 0, result.err
+    warning = re.search("warning: 20 images .*64 features.*", result.out + result.err)
+    assert "biased" in warning[0]
+    assert json.loads((run_folder / "eval.json").read_text())["images"] == 20
+    assert "warning" not in run_main(*EVAL, "--eval").out
+
+
+def test_inception_that_cannot_be_had(
+    refused: Refused, run_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(url: str, *args: object, **kwargs: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    monkeypatch.setenv("TORCH_HOME", str(here / "torch"))
+    line = refused("put pt_inception-2015-12-05-6726825d.pth", *EVAL, "--eval",
+                   "--fid_encoder=inception")  # fmt: skip
+    assert str(here / "torch" / "hub" / "checkpoints") in line
+    refused("no Inception weights file nothing.pth", *EVAL, "--eval", "--fid_encoder=inception",
+            "--fid_weights=nothing.pth")  # fmt: skip
+
+
+# --- places ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["--train", "--eval", "--search"])
+def test_folder_that_cannot_be_written(
+    refused: Refused, run_folder: Path, here: Path, mode: str
+) -> None:
+    (here / "file").write_text("in the way")
+    if mode == "--train":
+        refused("cannot write in file", *TRAIN, "--logdir=file")
+        refused("cannot write in file/deep", *TRAIN, "--logdir=file/deep")
+    elif mode == "--search":
+        (run_folder / "search").write_text("in the way")
+        refused("cannot write in run/search", *EVAL, mode, "--pop_size=2", "--num_generation=1")
+    else:
+        both = [*TINY, *EVAL, "--large_logdir=run", "--small_logdir=run", "--small_ch=16"]
+        refused("cannot write in file", *both, "--eval_ensemble", "--logdir=file")
+
+
+def test_statistics_that_cannot_be_saved(refused: Refused, run_folder: Path, here: Path) -> None:
+    (here / "file").write_text("in the way")
+    refused("file/stats.npz", *EVAL, "--eval", "--fid_cache=file/stats.npz")
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "tpu", "cuda:x", "meta", ""])
+def test_device_that_is_not_there(refused: Refused, run_folder: Path, device: str) -> None:
+    refused(f"--device={device}", *EVAL, "--eval", f"--device={device}")
+
+
+def test_parallel_without_gpus_says_so_once(run_folder: Path) -> None:
+    result = run_main(*EVAL, "--eval", "-parallel")
+    assert result.status == 0, result.err
+    if torch.cuda.device_count() < 2:
+        assert result.out.count("--parallel: ") == 1
+
+
+# --- processes of their own -----------------------------------------------------------------------
+
+
+def test_real_processes_end_without_traceback(run_folder: Path, here: Path) -> None:
+    (run_folder / "search.txt").write_text("__import__('os').system('touch ran')")
+    before = contents(here)
+    for arguments, match in (
+        (["stray", "--train"], "stray argument"),
+        (STEPAWARE, "search.txt is not JSON"),
+    ):
+        result = process_main(here, *arguments)
+        assert result.status == 2
+        assert re.search(match, result.error)
+        assert result.err == result.error + "\n"
+    assert contents(here) == before
+
+
+def test_recipes_hold_neither_modes_nor_machines() -> None:
+    for path in (ROOT / "config").glob("*.txt"):
+        lines = path.read_text().splitlines()
+        assert not {f"--{mode}" for mode in main.MODES} & set(lines), path
+        assert not any(re.search(r"=(/|~)", line) for line in lines), path
+        assert parsed(f"--flagfile={path}")

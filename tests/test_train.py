@@ -1,0 +1,508 @@
+"""Training: what a step does, and that runs which are stopped, killed and resumed end the same."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TRAIN, contents, run_main, start_main
+from torch import nn
+from torchvision.io import read_image, write_png
+
+import data
+import diffusion
+import train
+from errors import UserError
+from model import SlimmableUNet, checkpoint
+from train import Trainer, TrainSettings
+
+SHAPE = (1, 8, 8)
+
+
+def trainer(folder: Path, **changes: object) -> Trainer:
+    """A trainer of a tiny supernet on the digits."""
+    settings = dict(
+        batch_size=8, total_steps=4, save_step=4, sample_step=0, log_step=1, warmup=0, lr=1e-3,
+        ema_decay=0.9, sample_size=4, num_workers=0, sandwich=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Trainer(
+        settings=TrainSettings(**{**settings, **changes}),
+        net=SlimmableUNet(10, 16, (1, 2), (1,), 1, 0.1, num_groups=4, in_ch=1),
+        dataset=data.load("digits", "", 8),
+        noise_schedule=diffusion.NoiseSchedule(1e-3, 0.3, 10),
+        sampler=diffusion.Sampler(),
+        image_shape=SHAPE,
+        logdir=folder,
+        device=torch.device("cpu"),
+        identity={"lr": 1e-3},
+    )
+
+
+def batch(trained: Trainer, step: int = 0) -> torch.Tensor:
+    s = trained.settings
+    return next(data.batches(trained.dataset, s.batch_size, seed=s.seed, start_step=step))
+
+
+def copy(net: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+def same(left: object, right: object) -> bool:
+    """Whether two nests of tensors and plain values are the same, bit for bit."""
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def test_sandwich_widths() -> None:
+    settings = TrainSettings(sandwich=True, num_sandwich_sampling=4, candidate_width=(0.75, 0.5))
+    for step in range(20):
+        widths = settings.widths(step)
+        assert widths[:2] == [1.0, 0.25]
+        assert sorted(widths[2:]) == [0.5, 0.75]  # two of two, without replacement
+        assert settings.widths(step) == widths
+
+
+def test_sandwich_draws_every_width_equally_and_by_seed() -> None:
+    settings = TrainSettings(sandwich=True, seed=1)
+    drawn = [settings.widths(step)[2] for step in range(2000)]
+    assert all(len(settings.widths(step)) == 3 for step in range(5))
+    # Of 2000 fair draws, 1000 ± 22; five deviations are never left.
+    assert abs(drawn.count(0.5) - 1000) < 112
+    assert set(drawn) == {0.5, 0.75}
+    assert drawn != [TrainSettings(sandwich=True, seed=2).widths(step)[2] for step in range(2000)]
+
+
+def test_sandwich_with_more_draws_than_widths_repeats() -> None:
+    settings = TrainSettings(sandwich=True, num_sandwich_sampling=6)
+    assert len(settings.widths(0)) == 6
+    assert set(settings.widths(0)[2:]) <= {0.5, 0.75}
+
+
+def test_smallest_sandwich_and_plain_training() -> None:
+    assert TrainSettings(sandwich=True, num_sandwich_sampling=2).widths(3) == [1.0, 0.25]
+    assert TrainSettings().widths(3) == [1.0]
+    assert TrainSettings().shown_widths() == [1.0]
+    assert TrainSettings(sandwich=True).shown_widths() == [1.0, 0.25]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch_size": 0}, {"total_steps": 0}, {"save_step": -1}, {"sample_size": 0},
+        {"log_step": 0}, {"warmup": -1}, {"sample_step": -1}, {"eval_step": -1}, {"lr": 0.0},
+        {"lr": float("nan")}, {"lr": float("inf")}, {"grad_clip": 0.0},
+        {"grad_clip": float("nan")}, {"ema_decay": 1.0}, {"ema_decay": -0.1}, {"amp": "fp16"},
+        {"sandwich": True, "num_sandwich_sampling": 1},
+    ],
+)  # fmt: skip
+def test_wrong_settings(wrong: dict) -> None:
+    with pytest.raises(UserError, match=f"--{list(wrong)[-1]}="):
+        TrainSettings(**wrong)
+
+
+# --- one step -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_warm_up(tmp_path: Path, warmup: int) -> None:
+    trained = trainer(tmp_path, warmup=warmup, lr=0.01)
+    rates = []
+    for step in range(6):
+        rates.append(trained.optim.param_groups[0]["lr"])
+        trained.train_step(trained.net, batch(trained, step))
+    expected = [0.01 * min(step, 4) / 4 for step in range(6)] if warmup else [0.01] * 6
+    assert rates == pytest.approx(expected)
+
+
+def test_gradients_of_all_widths_add_up_and_are_clipped(tmp_path: Path) -> None:
+    """The clipped gradient against one made here, with the same timesteps and noise."""
+    trained = trainer(tmp_path, grad_clip=0.01, num_sandwich_sampling=2)
+    trained.net.eval()  # dropout off: its draws are the step's own affair
+    calls = []
+
+    def network(x: torch.Tensor, t: torch.Tensor, width: float) -> torch.Tensor:
+        calls.append((x.detach(), t, width))
+        return trained.net(x, t, width)
+
+    before, x_0 = copy(trained.net), batch(trained)
+    seen = {}
+    trained.optim.register_step_pre_hook(
+        lambda *_: seen.update({n: p.grad.clone() for n, p in trained.net.named_parameters()
+                                if p.grad is not None})
+    )  # fmt: skip
+    trained.train_step(network, x_0)
+    norm = trained.norm
+    assert [width for *_, width in calls] == [1.0, 0.25]
+    assert not torch.equal(calls[0][1], calls[1][1])  # each pass has its own timesteps
+    trained.net.load_state_dict(before)
+    abars = torch.from_numpy(trained.noise_schedule.alpha_bars).float()
+    for x_t, t, width in calls:
+        abar = abars[t][:, None, None, None]
+        noise = (x_t - abar.sqrt() * x_0) / (1 - abar).sqrt()
+        (trained.net(x_t, t, width) - noise).square().mean().backward()
+    total = torch.cat([p.grad.flatten() for p in trained.net.parameters() if p.grad is not None])
+    assert float(norm) == pytest.approx(float(total.norm()), rel=1e-4)
+    assert float(norm) > 0.01
+    for name, parameter in trained.net.named_parameters():
+        if parameter.grad is not None:
+            expected = parameter.grad * 0.01 / total.norm()
+            torch.testing.assert_close(seen[name], expected, rtol=1e-3, atol=1e-8)
+
+
+def test_ema_follows_the_network(tmp_path: Path) -> None:
+    trained = trainer(tmp_path)
+    expected = copy(trained.net)
+    for step in range(3):
+        trained.train_step(trained.net, batch(trained, step))
+        for name, value in trained.net.state_dict().items():
+            expected[name] = 0.9 * expected[name] + 0.1 * value
+    for name, value in trained.ema.model.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+    assert not trained.ema.model.training
+
+
+def test_plain_training_uses_one_width(tmp_path: Path) -> None:
+    trained, widths = trainer(tmp_path, sandwich=False), []
+
+    def network(x: torch.Tensor, t: torch.Tensor, width: float) -> torch.Tensor:
+        widths.append(width)
+        return trained.net(x, t, width)
+
+    trained.train_step(network, batch(trained))
+    assert widths == [1.0]
+
+
+def test_bf16_trains(tmp_path: Path) -> None:
+    trained = trainer(tmp_path, amp="bf16", total_steps=2, save_step=2)
+    trained.run()
+    state = checkpoint.load(tmp_path / "ckpt.pt")
+    assert {v.dtype for v in state["ema_model"].values()} == {torch.float32}
+
+
+def test_training_learns_the_digits(tmp_path: Path) -> None:
+    trained = trainer(tmp_path, total_steps=60, batch_size=16, lr=2e-3, save_step=60)
+    trained.run()
+    records = read_lines(tmp_path / "train.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 61))
+    for width in ("1", "0.25"):
+        losses = [record["loss"][width] for record in records]
+        assert losses[0] == pytest.approx(1, abs=0.1)  # the tail starts at nought
+        assert sum(losses[-5:]) / 5 < 0.5
+
+
+def test_loss_that_is_not_finite(tmp_path: Path) -> None:
+    trained = trainer(tmp_path, total_steps=8, save_step=2, log_step=3)
+    steps = trained.train_step
+
+    def poisoned(network: nn.Module, x_0: torch.Tensor, labels: None) -> None:
+        steps(network, x_0 * (float("nan") if trained.step == 3 else 1), labels)
+
+    trained.train_step = poisoned
+    with pytest.raises(UserError, match=r"not finite at step 4; lower --lr"):
+        trained.run()
+    # What was saved is from before.
+    state = checkpoint.load(tmp_path / "ckpt.pt")
+    assert state["step"] == 2
+    assert all(bool(value.isfinite().all()) for value in state["ema_model"].values())
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_what_a_run_leaves(trained: Path) -> None:
+    names = set(contents(trained))
+    assert {"ckpt.pt", "ckpt_3.pt", "ckpt_6.pt", "flagfile.txt", "train.jsonl"} <= names
+    assert any("events.out.tfevents" in name for name in names)
+    assert not any(".tmp" in name for name in names)
+    state = checkpoint.load(trained / "ckpt.pt")
+    expected = {"net_model", "ema_model", "sched", "optim", "step", "x_T", "settings"}
+    assert expected <= state.keys()
+    assert (state["step"], state["x_T"].shape) == (6, (4, *SHAPE))
+    assert checkpoint.load(trained / "ckpt_3.pt")["step"] == 3
+    # The numbered file is its own: it survives another save.
+    assert (trained / "ckpt_6.pt").read_bytes() == (trained / "ckpt.pt").read_bytes()
+
+
+def test_a_loss_for_every_width(trained: Path) -> None:
+    records = read_lines(trained / "train.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    for record in records:
+        assert {"1", "0.25"} < record["loss"].keys() <= {"1", "0.25", "0.5", "0.75"}
+        assert record["grad_norm"] > 0
+        assert record["images_per_second"] > 0
+    assert [record["lr"] for record in records] == pytest.approx([0.0005] + [0.001] * 5)
+
+
+def test_tensorboard_has_the_same(trained: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained)).Reload()
+    tags = events.Tags()
+    assert {"loss/width_1", "loss/width_0.25", "lr", "grad_norm"} <= set(tags["scalars"])
+    assert {"sample/width_1", "sample/width_0.25"} == set(tags["images"])
+    logged = [event.value for event in events.Scalars("loss/width_1")]
+    records = read_lines(trained / "train.jsonl")
+    assert logged == pytest.approx([record["loss"]["1"] for record in records])
+
+
+def test_grids_are_the_ema_network_at_each_width(trained: Path) -> None:
+    state = checkpoint.load(trained / "ckpt.pt")
+    net = SlimmableUNet(10, 16, (1, 2), (1,), 1, 0.1, num_groups=4, in_ch=1).eval()
+    checkpoint.fill(net, state["ema_model"], "")
+    grids = {}
+    for width in (1.0, 0.25):
+        grids[width] = read_image(str(trained / "sample" / f"6_width_{width:g}.png"))
+
+        def denoise(x: torch.Tensor, t: int, width: float = width) -> torch.Tensor:
+            return net(x, torch.full((len(x),), t), width)
+
+        with torch.no_grad():
+            images = data.to_uint8(
+                diffusion.sample_ddpm(
+                    denoise,
+                    state["x_T"],
+                    diffusion.NoiseSchedule(1e-3, 0.3, 10),
+                    noise=train.rng.ImageNoise(0, train.rng.SAMPLING, torch.arange(4), SHAPE),
+                )
+            )
+        # make_grid: two by two, two pixels between.
+        shown = [grids[width][:1, y : y + 8, x : x + 8] for y in (2, 12) for x in (2, 12)]
+        assert (torch.stack(shown).int() - images.int()).abs().max() <= 1
+    assert not torch.equal(grids[1.0], grids[0.25])
+
+
+def test_train_and_eval_scores(here: Path) -> None:
+    result = run_main(*TRAIN, "--logdir=run", "--eval_step=3", "--num_images=8")
+    assert result.status == 0, result.err
+    records = read_lines(here / "run" / "train_eval.jsonl")
+    assert [(r["step"], r["width"]) for r in records] == [(3, 1.0), (3, 0.25), (6, 1.0), (6, 0.25)]
+    assert all(record["scores"]["fd_pixels"] > 0 for record in records)
+
+
+def test_a_save_that_is_killed_leaves_the_old_file(tmp_path: Path) -> None:
+    trained = trainer(tmp_path)
+    trained.save()
+    # A child dies between writing and renaming, at whatever byte it has come to.
+    child = os.fork()
+    if child == 0:
+        trained.step = 99
+        torch.save = lambda state, path: (Path(path).write_bytes(b"PK"), os._exit(1))
+        trained.save()
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert checkpoint.load(tmp_path / "ckpt.pt")["step"] == 0
+    with pytest.raises(UserError, match="no checkpoint") as caught:
+        checkpoint.load(tmp_path / "other.pt")
+    assert ".tmp" not in str(caught.value)
+
+
+# --- resume ---------------------------------------------------------------------------------------
+
+# Dropout, mirrored images, an epoch that ends within the run: all that a resume could forget.
+LONG = "--total_steps=8 --save_step=100 --sample_step=4 --dropout=0.3 --dataset=image_folder"
+LONG = [*TRAIN, *LONG.split(), "--data_root=photos", "--logdir=run"]
+
+
+def make_photos(folder: Path) -> None:
+    (folder / "photos").mkdir()
+    for i in range(20):
+        image = torch.randint(256, (3, 8, 8), generator=torch.Generator().manual_seed(i))
+        write_png(image.byte(), str(folder / "photos" / f"{i:02}.png"))
+
+
+@pytest.fixture
+def photos(here: Path) -> Path:
+    make_photos(here)
+    return here
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The end of LONG, never interrupted."""
+    folder = tmp_path_factory.mktemp("straight")
+    make_photos(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        result = run_main(*LONG)
+    assert result.status == 0, result.err
+    return checkpoint.load(folder / "run" / "ckpt.pt")
+
+
+def ends_the_same(folder: Path, expected: dict) -> None:
+    state = checkpoint.load(folder / "run" / "ckpt.pt")
+    for name in ("step", "ema_model", "net_model", "optim", "sched", "x_T"):
+        assert same(state[name], expected[name]), name
+    steps = [record["step"] for record in read_lines(folder / "run" / "train.jsonl")]
+    assert steps == list(range(1, 9))
+
+
+def signalled(monkeypatch: pytest.MonkeyPatch, when: int, signum: int, sampling: bool) -> None:
+    """Send this process a signal in step `when`, or in the midst of the samples drawn after it."""
+    name = "_show" if sampling else "train_step"
+    original = getattr(Trainer, name)
+
+    def patched(self: Trainer, *arguments: object) -> object:
+        if self.step == when:
+            os.kill(os.getpid(), signum)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Trainer, name, patched)
+
+
+@pytest.mark.parametrize("sampling", [False, True])
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_and_resumed(
+    photos: Path,
+    straight: dict,
+    monkeypatch: pytest.MonkeyPatch,
+    signum: int,
+    status: int,
+    sampling: bool,
+) -> None:
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        signalled(patch, 4, signum, sampling)
+        stopped = run_main(*LONG)
+    assert stopped.status == status
+    at = 4 if sampling else 5
+    assert f"stopped and saved at step {at} of 8 in run/ckpt.pt" in stopped.out
+    assert checkpoint.load("run/ckpt.pt")["step"] == at
+    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    assert run_main(*LONG).status == 0
+    ends_the_same(photos, straight)
+
+
+KILLED = """
+import os, signal, sys
+sys.argv = ["main.py", *sys.argv[2:]]
+import main
+from train import Trainer
+log = Trainer._log
+def dies(self, *arguments):
+    log(self, *arguments)
+    if self.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+Trainer._log = dies
+main.start()
+"""
+
+
+def test_killed_and_resumed(photos: Path, straight: dict) -> None:
+    often = [*LONG, "--save_step=2"]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, "", *often],
+        cwd=photos,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert checkpoint.load("run/ckpt.pt")["step"] == 4
+    assert len(read_lines(Path("run/train.jsonl"))) == 5  # step 5 will happen again
+    with open("run/train.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # and a line that was never finished
+    assert run_main(*often).status == 0
+    ends_the_same(photos, straight)
+    assert {"ckpt_2.pt", "ckpt_4.pt", "ckpt_6.pt", "ckpt_8.pt"} <= set(os.listdir("run"))
+
+
+def test_terminated_process(photos: Path) -> None:
+    long = [*LONG, "--total_steps=100000"]
+    process = start_main(photos, *long)
+    deadline = time.monotonic() + 100
+    while not Path("run/train.jsonl").exists() or not Path("run/train.jsonl").stat().st_size:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in err
+    step = int(re.search(r"stopped and saved at step (\d+) of 100000", out)[1])
+    assert checkpoint.load("run/ckpt.pt")["step"] == step
+
+
+def test_going_on_with_more_steps(here: Path) -> None:
+    assert run_main(*TRAIN, "--logdir=run").status == 0
+    before = contents(here)
+    again = run_main(*TRAIN, "--logdir=run")
+    assert again.status == 0
+    assert "already at step 6 of 6; nothing to do" in again.out
+    assert {k: v for k, v in contents(here).items() if k in before} == before
+    more = run_main(*TRAIN, "--logdir=run", "--total_steps=9")
+    assert more.status == 0
+    assert checkpoint.load("run/ckpt.pt")["step"] == 9
+    assert "ckpt_6.pt" in os.listdir("run")
+    # The flagfile says what the run is now.
+    assert "--total_steps=9" in Path("run/flagfile.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (["--lr=0.01"], ["lr: 0.001 there, 0.01 here"]),
+        (["--batch_size=4", "--nosandwich"], ["batch_size: 8 there, 4 here", "sandwich: True"]),
+        (["--T=20"], ["T: 10 there, 20 here"]),
+        (["--seed=1"], ["seed: 0 there, 1 here"]),
+        (["--candidate_width=0.5"], ["candidate_width: [0.75, 0.5] there, [0.5] here"]),
+        (["--ch=32"], ["ch: 16 there, 32 here"]),
+        (["--skip_slicing=segments"], ["skip_slicing: leading there, segments here"]),
+    ],
+)
+def test_other_settings_are_refused(
+    run_folder: Path, refused: Callable, changes: list, named: list
+) -> None:
+    line = refused("other settings", *TRAIN, "--logdir=run", "--total_steps=9", *changes)
+    assert all(name in line for name in named)
+    assert "--logdir" in line
+
+
+def test_what_may_differ(run_folder: Path) -> None:
+    free = ["--save_step=4", "--sample_step=0", "--log_step=2", "--num_images=9"]
+    assert run_main(*TRAIN, "--logdir=run", "--total_steps=7", *free).status == 0
+    assert checkpoint.load(run_folder / "ckpt.pt")["step"] == 7
+
+
+def test_released_checkpoint_goes_on(run_folder: Path) -> None:
+    """A file without entries of ours; names as DataParallel gives them; another x_T."""
+    state = torch.load(run_folder / "ckpt.pt", weights_only=True)
+    released = {name: state[name] for name in ("ema_model", "sched", "optim", "step")}
+    released["net_model"] = {f"module.{k}": v for k, v in state["net_model"].items()}
+    released["x_T"] = torch.randn(64, 3, 32, 32)
+    torch.save(released, run_folder / "ckpt.pt")
+    assert run_main(*TRAIN, "--logdir=run", "--total_steps=8").status == 0
+    went_on = checkpoint.load(run_folder / "ckpt.pt")
+    assert went_on["step"] == 8
+    assert went_on["x_T"].shape == (4, *SHAPE)
+
+    torch.save(state, run_folder / "ckpt.pt")
+    assert run_main(*TRAIN, "--logdir=run", "--total_steps=8").status == 0
+    assert same(checkpoint.load(run_folder / "ckpt.pt")["ema_model"], went_on["ema_model"])
+
+
+@pytest.mark.parametrize("entry", ["optim", "sched", "step"])
+def test_checkpoint_that_cannot_go_on(run_folder: Path, refused: Callable, entry: str) -> None:
+    state = torch.load(run_folder / "ckpt.pt", weights_only=True)
+    for value in (None, {"param_groups": 3}):
+        state[entry] = value
+        torch.save(state, run_folder / "ckpt.pt")
+        refused(r"run/ckpt\.pt cannot be continued", *TRAIN, "--logdir=run", "--total_steps=8")
