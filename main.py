@@ -714,7 +714,8 @@ def training_scores(net: nn.Module):
 def evaluate_width() -> None:
     """Score the supernet at --assigned_width, or a plain network."""
     if FLAGS.dry_run:
-        plan_scoring(WidthSchedule([FLAGS.assigned_width] * FLAGS.T))
+        planned = planned_network()
+        plan_scoring(planned, WidthSchedule([FLAGS.assigned_width] * FLAGS.T))
         return
     net, step = load_network(FLAGS.logdir)
     width = FLAGS.assigned_width
@@ -731,7 +732,8 @@ def evaluate_width() -> None:
 def evaluate_schedule() -> None:
     """Score the width schedule of LOGDIR/search.txt."""
     if FLAGS.dry_run:
-        plan_scoring(load_schedule(all_widths()))
+        planned = planned_network()
+        plan_scoring(planned, load_schedule(all_widths()))
         return
     net, step = load_network(FLAGS.logdir)
     schedule = load_schedule(all_widths())
@@ -851,7 +853,7 @@ def search() -> None:
         return
     settings = from_flags(SearchSettings)
     if FLAGS.dry_run:
-        plan_search(settings)
+        plan_search(planned_network(), settings)
         return
     net, step = load_network(FLAGS.logdir)
     if not slimmable():
@@ -901,14 +903,21 @@ def search() -> None:
         say(f"saved {search_txt(folder)}, {folder / 'front.json'}, pictures and {grid}")
 
 
-def plan_scoring(schedule: WidthSchedule) -> None:
+def planned_network() -> nn.Module:
+    """The network that a plan is for; what its checkpoint says of flags holds from here on."""
+    net, about = some_network()
+    say(about)
+    return net
+
+
+def plan_scoring(net: nn.Module, schedule: WidthSchedule) -> None:
     """Say what scoring this schedule would cost."""
     calls = chosen_sampler().evaluations(noise_schedule())
     scoring = estimate.Scoring("evaluation", 1, FLAGS.num_images, len(calls))
-    plan([scoring], [schedule[t] for t in asked(schedule, calls)], "no other load")
+    plan(net, [scoring], [schedule[t] for t in asked(schedule, calls)], "no other load")
 
 
-def plan_search(settings: SearchSettings) -> None:
+def plan_search(net: nn.Module, settings: SearchSettings) -> None:
     """Say what the search would cost, rung by rung."""
     sampler, count = chosen_sampler(), settings.num_generation * settings.pop_size
     scorings = []
@@ -919,13 +928,13 @@ def plan_search(settings: SearchSettings) -> None:
     steps = len(sampler.evaluations(noise_schedule()))
     scorings.append(estimate.Scoring("full setting", count, FLAGS.num_images, steps))
     note = "at the widths' mean cost, before shared states save any"
-    plan(scorings, all_widths(), note)
+    plan(net, scorings, all_widths(), note)
 
 
-def plan(scorings: Sequence[estimate.Scoring], widths: Sequence[float], note: str) -> None:
+def plan(
+    net: nn.Module, scorings: Sequence[estimate.Scoring], widths: Sequence[float], note: str
+) -> None:
     """Print the cost of `scorings` where steps have these widths in equal parts."""
-    net, about = some_network()
-    say(about)
     device, shape = choose_device(), image_shape(net)
     batch = FLAGS.batch_size if device.type == "cuda" else min(FLAGS.batch_size, 16)
     used = sorted(set(widths) - {0.0})

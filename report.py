@@ -82,6 +82,9 @@ def plot_front(
             alpha=0.4 if many else 0.9,
         )
     axes.set(xlabel=unit, ylabel=label)
+    heights = [y for points in groups.values() for _, y in points if y > 0]
+    if heights and max(heights) > 8 * min(heights):
+        axes.set_yscale("log")  # else the narrowest widths squash all others
     axes.legend()
     _save(figure, path)
 
