@@ -199,7 +199,6 @@ def define_flags() -> None:
 
 # --- flags to settings ----------------------------------------------------------------------------
 
-NOT_IN_FLAGFILE = {*MODES, "flagfile", "undefok"}
 # What a checkpoint says of its network; a flag that is given must agree with it.
 NETWORK_FLAGS = ("T", "ch", "ch_mult", "attn", "num_res_blocks", "num_groups", "skip_slicing",
                  "num_classes")  # fmt: skip
@@ -858,13 +857,12 @@ def search() -> None:
     net, step = load_network(FLAGS.logdir)
     if not slimmable():
         raise UserError("--search chooses among widths: add --slimmable_unet")
-    writable_folder(folder)
     networks = candidate_networks(net, all_widths(), writable_folder(folder))
     flops = flops_table(net, all_widths())
     evaluator = build_evaluator(networks, net, rng.SEARCH)
     evaluator.progress = False
     rungs = ladder(evaluator)
-    times = latency_table(writable_folder(folder), evaluator)
+    times = latency_table(folder, evaluator)
     genome = Genome(
         ((0.0,) if FLAGS.allow_skip else ()) + tuple(all_widths()),
         tuple(evaluator.timesteps()),
