@@ -8,6 +8,9 @@ READY = .venv/.ready
 demo: $(READY)
 	$(BIN)/python -m benchmark.demo
 
+experiment: $(READY)
+	$(BIN)/python -m benchmark.experiment $(EXPERIMENT)
+
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 

@@ -38,11 +38,7 @@ def run(folder: Path) -> None:
 
     flagfile = f"--flagfile={folder / 'flagfile.txt'}"
     score = [flagfile, "--batch_size=250", f"--fid_cache={folder / 'statistics.npz'}"]
-    main_py(
-        "--search", *score, "--num_images=250", "--search_objective=pareto", "--flops_budget=0.5",
-        "--num_generation=5", "--pop_size=10", "--num_segments=10", "--mutation_prob=0.1",
-        "--level_seeds",
-    )  # fmt: skip
+    main_py("--search", *score, "--num_images=250")
     searched = time.perf_counter() - start - trained
 
     # Fresh noise, and more images than the search used.

@@ -73,8 +73,15 @@ class Bench:
     """A supernet with everything that scores its schedules."""
 
     def __init__(
-        self, logdir: Path, images: int, steps: int, sampler: str, encoder: str, root: str
+        self,
+        logdir: Path,
+        images: int,
+        sampler: diffusion.Sampler,
+        encoder: str,
+        root: str,
+        statistics: Path | None = None,
     ) -> None:
+        """statistics: the data's, in a file as --fid_cache names; computed where it is None."""
         path = logdir / "ckpt.pt"
         state = checkpoint.load(path)
         known = state["settings"]
@@ -86,22 +93,27 @@ class Bench:
         shape = (known["in_ch"], known["img_size"], known["img_size"])
         self.widths = sorted({1.0, known["min_width"], *known["candidate_width"]})
         self.costs = {0.0: 0} | {w: score.flops(net, w, shape) for w in self.widths}
-        dataset = data.load(known["dataset"], root, known["img_size"])
         features = score.encoder(encoder, device)
-        moments = score.statistics_of(
-            data.everything(dataset, 500), features, len(dataset), "statistics"
-        )
+        if statistics:
+            dim = features.dim or int(np.prod(shape))
+            reference = score.load_statistics(statistics, dim, features.name)
+        else:
+            dataset = data.load(known["dataset"], root, known["img_size"])
+            moments = score.statistics_of(
+                data.everything(dataset, 500), features, len(dataset), "statistics"
+            )
+            reference = (moments.mean, moments.covariance)
         self.T, self.step, self.dataset = known["T"], state["step"], known["dataset"]
         self.evaluator = Evaluator(
             networks=candidates(net, self.widths),
             noise_schedule=diffusion.NoiseSchedule(known["beta_1"], known["beta_T"], self.T),
-            sampler=diffusion.Sampler(sampler, sample_steps=steps),
+            sampler=sampler,
             encoder=features,
-            reference=(moments.mean, moments.covariance),
+            reference=reference,
             image_shape=shape,
             device=device,
             num_images=images,
-            batch_size=images,
+            batch_size=min(images, 500),
             stream=rng.SEARCH,
             progress=False,
         )
@@ -328,8 +340,7 @@ def main() -> None:
     bench = Bench(
         options.logdir,
         options.images,
-        options.steps,
-        options.sampler,
+        diffusion.Sampler(options.sampler, sample_steps=options.steps),
         options.encoder,
         options.data_root,
     )

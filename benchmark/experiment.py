@@ -1,0 +1,568 @@
+"""Does it hold on real images? Train, search, score and compare, by one command that resumes.
+
+    python -m benchmark.experiment [FOLDER] [--flagfile config/fashion_mnist_14.txt]
+        [--data_root DIR] [--workers N] [--search_images 400] [--seeds 3]
+
+A supernet and a plain network of its size; uniform widths; two-level switches; random schedules;
+searched schedules; other samplers; and, on the digits, the ablations behind the defaults. Every
+training, search and score is a command of main.py, whose output, duration and commit lie in FOLDER.
+What is done is not done again: kill it and start it again at will. The end is a table, and
+results/experiment/NAME.json and pictures, made of what is done so far.
+
+Searches score schedules on noise of their own; every number of the table is on other noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import data
+import diffusion
+import score
+from benchmark.machine import describe
+from benchmark.search import Bench
+from errors import UserError
+from files import read_json, write_json
+from model import WidthSchedule, average, compiling
+from report import plot_front, plot_schedule, table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results" / "experiment"
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+BUDGETS = (0.5, 0.3)  # shares of full width's FLOPs
+RANDOM = 3  # schedules for each budget
+# Seeds and trainings of each variant; the published settings come first.
+ABLATIONS = {
+    "as published": (),
+    "distillation": ("--distill",),
+    "skips sliced as segments": ("--skip_slicing=segments",),
+    "sandwich of 4 widths": ("--num_sandwich_sampling=4",),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A command that Python runs, and the tasks that come before it."""
+
+    name: str
+    command: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+
+
+class Experiment:
+    """The tasks of one folder, and the table of what they found."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.folder: Path = options.folder.resolve()
+        self.flagfile: Path = options.flagfile.resolve()
+        self.flags = read_flagfile(self.flagfile)
+        self.name = self.flagfile.stem
+        self.root = str(Path(options.data_root).expanduser().resolve())
+        self.T = int(self.flags["T"][-1])
+        self.main_sampler = f"{self.flags['sampler'][-1]}-{self.flags['sample_steps'][-1]}"
+        self.statistics = self.folder / "statistics.npz"
+
+    # --- what is to be done, the most telling first ---
+
+    def tasks(self) -> list[Task]:
+        seeds = range(self.options.seeds)
+        every = [
+            self._train("supernet"),
+            self._train("plain", "--slimmable_unet=false", "--sandwich=false"),
+            self._here("statistics"),
+            *(self._search(seed) for seed in seeds),
+            self._here("baselines", "supernet", "statistics"),
+        ]
+        every += [self._score(f"width-{width:g}", self.main_sampler) for width in WIDTHS]
+        every += [self._score("plain", self.main_sampler)]
+        for share in BUDGETS:
+            names = [f"searched-{share:g}-{seed}" for seed in seeds] + [f"switch-{share:g}"]
+            names += [f"random-{share:g}-{i}" for i in range(RANDOM)]
+            every += [self._score(name, self.main_sampler) for name in names]
+        for sampler in self.samplers():
+            for name in ("width-1", "searched-0.5-0", "width-0.5"):
+                every.append(self._score(name, sampler))
+        return every + list(self._ablations())
+
+    def samplers(self) -> list[str]:
+        """The other samplers, the cheap ones first, all of them SAMPLER-STEPS."""
+        steps = [k for k in (10, 50, 100) if k <= self.T]
+        return [*(f"ddim-{k}" for k in steps), f"ddpm-{self.T}"]
+
+    def _main(self, flagfile: Path, *flags: str) -> tuple[str, ...]:
+        return ("main.py", f"--flagfile={flagfile}", f"--data_root={self.root}", *flags)
+
+    def _here(self, name: str, *needs: str) -> Task:
+        command = ("-m", "benchmark.experiment", *sys.argv[1:], "--only", name)
+        return Task(name, command, needs)
+
+    def _train(self, name: str, *flags: str) -> Task:
+        logdir = f"--logdir={self.folder / name}"
+        return Task(name, self._main(self.flagfile, "--train", logdir, *flags))
+
+    def _scoring(self, net: str, logdir: Path, *flags: str) -> tuple[str, ...]:
+        """A command that scores the network `net`, with its files in `logdir`."""
+        compiled = ("--compile",) if self.options.compile else ()
+        return self._main(
+            self.flagfile,
+            f"--logdir={logdir}",
+            f"--ckpt_name={self.folder / net / 'ckpt'}",  # an absolute name is not in logdir
+            f"--fid_cache={self.statistics}",
+            "--batch_size=250",
+            *compiled,
+            *flags,
+        )
+
+    def _search(self, seed: int) -> Task:
+        folder = self.folder / f"search-{seed}"
+        flags = (f"--search_dir={folder}", f"--num_images={self.options.search_images}")
+        command = self._scoring("supernet", folder, "--search", *flags, f"--seed={seed + 1}")
+        return Task(f"search-{seed}", command, ("supernet", "statistics"))
+
+    def _score(self, name: str, sampler: str) -> Task:
+        """The final score of a schedule (or of the plain network) with a sampler."""
+        logdir = self.folder / "runs" / sampler / name
+        kind, steps = sampler.split("-")
+        flags = [
+            f"--sampler={kind}",
+            f"--sample_steps={steps}",
+            f"--num_images={self.options.images}",
+        ]
+        needs = ["statistics"]
+        if name == "plain":
+            flags += ["--eval", "--slimmable_unet=false", "--sandwich=false"]
+            needs.append("plain")
+        elif name.startswith("width-"):
+            flags += ["--eval", f"--assigned_width={name.removeprefix('width-')}"]
+            needs.append("supernet")
+        else:
+            flags += ["--eval_stepaware", f"--schedule={self.schedule(name)}"]
+            needs.append(f"search-{name[-1]}" if name.startswith("searched") else "baselines")
+        net = "plain" if name == "plain" else "supernet"
+        return Task(f"{sampler}/{name}", self._scoring(net, logdir, *flags), tuple(needs))
+
+    def _ablations(self) -> Iterator[Task]:
+        """Trainings that differ in one setting, each scored at all widths."""
+        for seed in range(self.options.seeds):
+            for variant, flags in ABLATIONS.items():
+                name = f"ablation/{variant.replace(' ', '_')}-{seed}"
+                common = self._main(
+                    self.options.ablations.resolve(),
+                    *flags,
+                    f"--logdir={self.folder / name}",
+                    f"--seed={seed}",
+                )
+                yield Task(name, (*common, "--train", "--sample_step=0"))
+                cache = f"--fid_cache={self.folder / 'ablation' / f'statistics-{name[9:]}.npz'}"
+                for width in WIDTHS:
+                    command = (
+                        *common, "--eval", f"--assigned_width={width:g}", "--num_images=2000",
+                        "--batch_size=250", cache,
+                    )  # fmt: skip
+                    yield Task(f"{name}/{width:g}", command, (name,))
+
+    def schedule(self, name: str) -> Path:
+        return self.folder / "schedules" / f"{name}.txt"
+
+    # --- doing it ---
+
+    def done(self, name: str) -> Path:
+        """The file that says that a task is done."""
+        return self.folder / "done" / f"{name}.json"
+
+    def run(self) -> None:
+        """Every task that is not done, as many at a time as there are workers."""
+        waiting = [task for task in self.tasks() if not self.done(task.name).exists()]
+        total, running = len(waiting), {}
+        print(f"{total} tasks to do in {self.folder}, {self.options.workers} at a time", flush=True)
+        with ThreadPoolExecutor(self.options.workers) as pool:
+            while waiting or running:
+                for task in list(waiting):
+                    ready = all(self.done(name).exists() for name in task.needs)
+                    if ready and len(running) < self.options.workers:
+                        waiting.remove(task)
+                        running[pool.submit(self._execute, task)] = task
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    task = running.pop(future)
+                    seconds = future.result()
+                    count = total - len(waiting) - len(running)
+                    print(f"{count}/{total} {task.name}: {seconds:.0f} s", flush=True)
+
+    def _execute(self, task: Task) -> float:
+        """Run a task; UserError where it fails. Seconds that it took."""
+        log = self.folder / "log" / f"{task.name}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        threads = max(1, len(os.sched_getaffinity(0)) // self.options.workers)
+        start = time.time()
+        with open(log, "ab") as file:
+            process = subprocess.Popen(
+                [sys.executable, *task.command],
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+            _, status, usage = os.wait4(process.pid, 0)  # subprocess does not tell what it used
+        code = process.returncode = os.waitstatus_to_exitcode(status)
+        if code:
+            raise UserError(
+                f"{task.name} failed, see the end of {log}; the same command goes on from here"
+            )
+        if task.name.startswith("search-"):
+            self._take_from_front(int(task.name.removeprefix("search-")))
+        done = self.done(task.name)
+        done.parent.mkdir(parents=True, exist_ok=True)
+        seconds = time.time() - start
+        write_json(
+            done,
+            {
+                "command": " ".join(("python", *task.command)),
+                "commit": commit(),
+                "started": start,
+                "seconds": seconds,
+                "cpu_seconds": usage.ru_utime + usage.ru_stime,
+            },
+        )
+        return seconds
+
+    def _take_from_front(self, seed: int) -> None:
+        """The best schedules of a front within each budget."""
+        front = read_json(self.folder / f"search-{seed}" / "front.json")
+        for share in BUDGETS:
+            cheap = [p for p in front["points"] if p["saving"] >= 1 - share]
+            best = min(cheap, key=lambda p: p["distance"])
+            self._save(f"searched-{share:g}-{seed}", WidthSchedule(best["schedule"]))
+
+    def _save(self, name: str, schedule: WidthSchedule) -> None:
+        self.schedule(name).parent.mkdir(parents=True, exist_ok=True)
+        schedule.save(self.schedule(name))
+
+    # --- tasks that are no command of main.py ---
+
+    def only(self, name: str) -> None:
+        {"statistics": self._statistics, "baselines": self._baselines}[name]()
+
+    def _statistics(self) -> None:
+        """The training set's statistics, and the test set's distance from them."""
+        dataset, size = self.flags["dataset"][-1], int(self.flags["img_size"][-1])
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        encoder = score.encoder(self.flags["fid_encoder"][-1], device)
+        found = {}
+        for train in (True, False):
+            try:
+                images = data.load(dataset, self.root, size, train)
+            except UserError:  # the set has no test split
+                continue
+            batches = data.everything(images, 250)
+            found[train] = score.statistics_of(batches, encoder, len(images), dataset)
+        ours = found[True]
+        about = {"encoder": encoder.name, "dataset": dataset, "img_size": size}
+        score.save_statistics(
+            self.statistics, ours.mean, ours.covariance, **about, count=ours.count
+        )
+        floor = None
+        if theirs := found.get(False):
+            floor = score.frechet_distance(
+                theirs.mean, theirs.covariance, ours.mean, ours.covariance
+            )
+        write_json(
+            self.folder / "floor.json",
+            {"distance": floor, "label": encoder.label, "train": ours.count}
+            | ({"test": found[False].count} if False in found else {}),
+        )
+
+    def _baselines(self) -> None:
+        """Random schedules, and the best two-level switch at each budget by the searches' score."""
+        sampler = diffusion.Sampler(
+            self.flags["sampler"][-1],
+            int(self.flags["sample_steps"][-1]),
+            var_type=self.flags["var_type"][-1],
+        )
+        bench = Bench(
+            self.folder / "supernet",
+            self.options.search_images,
+            sampler,
+            self.flags["fid_encoder"][-1],
+            self.root,
+            self.statistics,
+        )
+
+        def cost(schedule: WidthSchedule) -> float:
+            return average(schedule, bench.timesteps, bench.costs) / bench.costs[1.0]
+
+        tried = {}
+        for share in BUDGETS:
+            # Much cheaper ones belong to the next budget.
+            switches = [s for s in bench.switches() if 0.6 * share < cost(s) <= share]
+            found = bench.score_all(switches, bench.evaluator)
+            best = min(found, key=lambda c: c.distance)
+            self._save(f"switch-{share:g}", best.schedule.expanded(bench.T))
+            tried[f"{share:g}"] = len(found)
+            random = (
+                s for s in bench.random(100_000, seed=int(100 * share))
+                if 0.9 * share < cost(s) <= share
+            )  # fmt: skip
+            for i, schedule in zip(range(RANDOM), random, strict=False):
+                self._save(f"random-{share:g}-{i}", schedule.expanded(bench.T))
+        write_json(self.folder / "baselines.json", {"switches_tried": tried})
+
+    # --- what came out ---
+
+    def report(self) -> None:
+        """The tables, the pictures, and results/experiment/NAME.json of what is done so far."""
+        rows = {
+            name: read_json(file)
+            for task in self.tasks()
+            if (name := task.name).split("/")[0] in (self.main_sampler, *self.samplers())
+            and self.done(name).exists()
+            for file in (self.folder / "runs" / name).glob("eval*.json")
+        }
+        if not rows:
+            print("nothing is scored yet")
+            return
+        floor = read_json(self.folder / "floor.json")
+        done = {
+            task.name: read_json(self.done(task.name))
+            for task in self.tasks()
+            if self.done(task.name).exists()
+        }
+        ablations = self._ablation_results()
+        result = {
+            "label": floor["label"],
+            "floor": floor,
+            "flags": self.flags,
+            "search_images": self.options.search_images,
+            "scores": {
+                name: {
+                    "distance": row["distance"],
+                    "images": row["images"],
+                    "average_gflops": row["average_gflops"],
+                    "saving": row["saving"],
+                    **({"schedule": row["schedule"]} if "schedule" in row else {}),
+                }
+                for name, row in rows.items()
+            },
+            "searches": {
+                path.parent.name: {
+                    key: value
+                    for key, value in read_json(path).items()
+                    if key in ("points", "candidates", "passes", "passes_saved", "uniform")
+                }
+                for path in sorted(self.folder.glob("search-*/front.json"))
+            },
+            "ablations": ablations,
+            "tasks": done,
+            "core_minutes": sum(d["cpu_seconds"] for d in done.values()) / 60,
+            "not_done": [t.name for t in self.tasks() if t.name not in done],
+            "machine": describe(),
+        }
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        write_json(RESULTS / f"{self.name}.json", result)
+        self._pictures(result)
+        print(self._table(result))
+        if ablations:
+            print("\n" + ablation_table(ablations))
+        print(
+            f"\nthe test set's own distance: {floor['distance']}; "
+            f"{result['core_minutes']:.0f} core minutes; {len(result['not_done'])} tasks not done\n"
+            f"saved {RESULTS / self.name}.json and pictures"
+        )
+
+    def _ablation_results(self) -> dict[str, list[dict]]:
+        """variant -> for each seed the distance at every width and the CPU seconds of training."""
+        found = defaultdict(list)
+        for seed in range(self.options.seeds):
+            for variant in ABLATIONS:
+                name = f"ablation/{variant.replace(' ', '_')}-{seed}"
+                if not all(self.done(f"{name}/{width:g}").exists() for width in WIDTHS):
+                    continue
+                files = ["eval.json", *(f"eval_width_{width:g}.json" for width in WIDTHS[1:])]
+                distances = [read_json(self.folder / name / file)["distance"] for file in files]
+                found[variant].append(
+                    {
+                        "seed": seed,
+                        "distances": dict(zip(map(str, WIDTHS), distances, strict=True)),
+                        "training_seconds": read_json(self.done(name))["cpu_seconds"],
+                    }
+                )
+        return dict(found)
+
+    def _table(self, result: Mapping) -> str:
+        """All scores in groups, as Markdown."""
+        scores, lines = result["scores"], []
+        for sampler in (self.main_sampler, *self.samplers()):
+            mine = {
+                name.split("/")[1]: row
+                for name, row in scores.items()
+                if name.startswith(f"{sampler}/")
+            }
+            if not mine:
+                continue
+            lines += [
+                f"\n{sampler}, {next(iter(mine.values()))['images']} images a row\n",
+                "| schedule | distance | GFLOPs a step | saved |",
+                "| --- | ---: | ---: | ---: |",
+            ]
+            groups = defaultdict(list)
+            for name, row in mine.items():
+                several = name.startswith(("searched", "random"))
+                groups[name.rsplit("-", 1)[0] if several else name].append(row)
+            for name, group in groups.items():
+                mean = {
+                    key: statistics.mean(row[key] for row in group)
+                    for key in ("distance", "average_gflops", "saving")
+                }
+                spread = ""
+                if len(group) > 1:
+                    each = sorted(row["distance"] for row in group)
+                    spread = f" ({each[0]:.3f} to {each[-1]:.3f})"
+                lines.append(
+                    f"| {described(name, len(group))} | {mean['distance']:.3f}{spread} | "
+                    f"{mean['average_gflops']:.4f} | {100 * mean['saving']:.1f} % |"
+                )
+        return "\n".join(lines)
+
+    def _pictures(self, result: Mapping) -> None:
+        """The scores over FLOPs, the searched schedule, and images on the same noise."""
+        groups = defaultdict(list)
+        for name, row in result["scores"].items():
+            sampler, schedule = name.split("/")
+            if sampler == self.main_sampler:
+                groups[schedule.split("-")[0]].append((row["average_gflops"], row["distance"]))
+        unit = "average GFLOPs a step"
+        plot_front(RESULTS / f"{self.name}_front.png", groups, result["label"], unit=unit)
+        chosen = result["scores"].get(f"{self.main_sampler}/searched-0.5-0")
+        if chosen:
+            steps = list(range(self.T))
+            schedule = WidthSchedule(chosen["schedule"])
+            plot_schedule(
+                RESULTS / f"{self.name}_schedule.png",
+                steps,
+                [schedule[t] for t in steps],
+                f"searched, {100 * chosen['saving']:.0f} % of the FLOPs saved",
+            )
+        # Rows of pictures that the scores left: the same noise in all of them.
+        rows = ["width-1", "searched-0.5-0", "width-0.75", "width-0.5"]
+        files = [self.folder / "runs" / self.main_sampler / name for name in rows]
+        grids = [next(iter(folder.glob("eval*.png")), None) for folder in files]
+        if all(grids):
+            first_rows(grids, RESULTS / f"{self.name}_samples.png")
+
+
+def described(name: str, count: int) -> str:
+    """A row's name in words."""
+    kind, *rest = name.split("-")
+    if kind == "width":
+        return "full width" if rest == ["1"] else f"width {rest[0]}"
+    if kind == "plain":
+        return "plain network, trained alone"
+    of = "draws" if kind == "random" else "seeds"
+    several = f", {count} {of}" if count > 1 else ""
+    budget = f"≤ {100 * float(rest[0]):.0f} % of the FLOPs"
+    names = {"searched": "searched", "switch": "best two-level switch", "random": "random"}
+    return f"{names[kind]}, {budget}{several}"
+
+
+def ablation_table(ablations: Mapping[str, Sequence[Mapping]]) -> str:
+    """Mean and range over seeds at every width, and the mean CPU seconds of training."""
+    rows = []
+    for variant, runs in ablations.items():
+        cells = [variant]
+        for width in WIDTHS:
+            values = sorted(run["distances"][str(width)] for run in runs)
+            cells.append(f"{statistics.mean(values):.3f} ({values[0]:.3f}-{values[-1]:.3f})")
+        cells.append(f"{statistics.mean(run['training_seconds'] for run in runs):.0f}")
+        rows.append(cells)
+    return table(["", *(f"width {w:g}" for w in WIDTHS), "training, CPU s"], rows)
+
+
+def first_rows(grids: Sequence[Path], path: Path, rows: int = 2) -> None:
+    """The first `rows` rows of images of each grid, one grid below the other."""
+    from torchvision.io import read_image, write_png
+
+    pictures = [read_image(str(grid)) for grid in grids]
+    # A grid of n × n images with 2 pixels between them and around it.
+    side = round(256**0.5)
+    step = (pictures[0].shape[1] - 2) // side
+    gap = torch.full((3, 6, pictures[0].shape[2]), 255, dtype=torch.uint8)
+    parts = []
+    for picture in pictures:
+        parts += [picture[:3, : rows * step + 2].expand(3, -1, -1), gap]
+    write_png(torch.cat(parts[:-1], 1), str(path))
+
+
+def read_flagfile(path: Path) -> dict[str, list[str]]:
+    """name -> values of a flagfile; a flag without a value has the value true."""
+    found = defaultdict(list)
+    for line in path.read_text().splitlines():
+        if line.startswith("--"):
+            name, _, value = line.removeprefix("--").partition("=")
+            found[name].append(value or "true")
+    return dict(found)
+
+
+def commit() -> str:
+    """The checkout's commit, with + where files differ from it."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def can_compile() -> bool:
+    try:
+        compiling.check_compiler(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except UserError:
+        return False
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("experiment"))
+    recipe, quick = (ROOT / "config" / f"{n}.txt" for n in ("fashion_mnist_14", "digits"))
+    parser.add_argument("--flagfile", type=Path, default=recipe)
+    parser.add_argument("--ablations", type=Path, default=quick, help="flagfile of the ablations")
+    parser.add_argument("--data_root", default="./data")
+    workers = 1 if torch.cuda.is_available() else min(4, len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=workers, help="tasks at a time")
+    parser.add_argument("--search_images", type=int, default=400)
+    parser.add_argument("--images", type=int, default=10_000, help="of a final score")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--compile", type=bool, default=can_compile(), help=argparse.SUPPRESS)
+    parser.add_argument("--report", action="store_true", help="only the table of what is done")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    experiment = Experiment(options)
+    if options.only:
+        experiment.only(options.only)
+        return
+    try:
+        if not options.report:
+            experiment.run()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from what is done")
+    experiment.report()
+
+
+if __name__ == "__main__":
+    main()
