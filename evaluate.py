@@ -11,6 +11,7 @@ it parts from what was seen; the images are bit for bit those of a chain run fro
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import time
@@ -198,16 +199,20 @@ class Evaluator:
         """(step, timestep shown) of each call of the network in a chain, in order."""
         return self.sampler.evaluations(self.noise_schedule)
 
+    @functools.cached_property
+    def _data(self) -> score.Gaussian:
+        return score.Gaussian(*self.reference, self.device)
+
     def _chain(self, schedule: Schedule) -> _Chain:
         return _Chain.of(schedule, self.sampler, self.noise_schedule)
 
     def score(self, schedule: Schedule, keep: int = 0) -> tuple[Scores, Tensor]:
         """The scores of `schedule`, and its first `keep` images, uint8 (keep, C, H, W)."""
         chain = self._chain(schedule)
-        return self._score(schedule, chain, set(), keep)
+        return self._score(schedule, chain, set(), keep, classify=True)
 
     def score_all(self, schedules: Sequence[Schedule]) -> Iterator[tuple[int, Scores]]:
-        """(index, scores) of every schedule, in the order that shares most states.
+        """(index, scores) of every schedule, in the order that shares most states; distances only.
 
         Several processes share the schedules where there is at least one for each, because then
         none waits for another within a chain and no batch is cut; otherwise they share the images.
@@ -234,7 +239,7 @@ class Evaluator:
                 if 0 < common <= least:
                     branches.add(common)
                 least = min(least, common)
-            yield index, self._score(schedules[index], chains[index], branches, 0)[0]
+            yield index, self._score(schedules[index], chains[index], branches)[0]
         if self.states is not None:
             self.states.planned.clear()
 
@@ -258,7 +263,12 @@ class Evaluator:
         next(scored, None)  # to its end, where it tidies up
 
     def _score(
-        self, schedule: Schedule, chain: _Chain, branches: set[int], keep: int
+        self,
+        schedule: Schedule,
+        chain: _Chain,
+        branches: set[int],
+        keep: int = 0,
+        classify: bool = False,
     ) -> tuple[Scores, Tensor]:
         moments, inception = score.Moments(), score.InceptionScore(self.num_images)
         classified = False
@@ -269,7 +279,7 @@ class Evaluator:
             with clock.beside(images):
                 features = self.encoder(images)
                 moments.update(features)
-                probabilities = self.encoder.class_probabilities(features)
+                probabilities = self.encoder.class_probabilities(features) if classify else None
                 if probabilities is not None:
                     classified = True
                     inception.update(probabilities, indices)
@@ -283,7 +293,7 @@ class Evaluator:
             classified = inception.count > 0
         distance = math.nan
         if distributed.is_main() or not together:
-            distance = score.frechet_distance(moments.mean, moments.covariance, *self.reference)
+            distance = self._data.distance(moments.mean, moments.covariance)
         if together:
             # One process computes it: machines may round differently, and all have to agree.
             distance = distributed.gather(distance)[0]

@@ -2,6 +2,7 @@
 
 from score.features import ENCODERS, Encoder, encoder
 from score.fid import (
+    Gaussian,
     InceptionScore,
     Moments,
     frechet_distance,
@@ -14,6 +15,7 @@ from score.flops import flops
 __all__ = [
     "ENCODERS",
     "Encoder",
+    "Gaussian",
     "InceptionScore",
     "Moments",
     "encoder",

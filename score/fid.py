@@ -132,31 +132,50 @@ class InceptionScore:
         return float(scores.mean()), float(scores.std(correction=0))
 
 
-def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
-    """|μ1 − μ2|² + tr(Σ1 + Σ2 − 2 (√Σ1 Σ2 √Σ1)^½) of two Gaussians (Dowson & Landau 1982).
+class Gaussian:
+    """What Fréchet distances are measured from; the root of its covariance is taken once.
 
-    mu (D,), sigma (D, D) symmetric. The symmetric form has real eigenvalues only; those that
-    rounding pushes below 0 count as 0, so singular covariances are welcome.
+    mu (D,), sigma (D, D) symmetric; arrays or tensors of any float type, float64 on `device` here.
     ValueError for shapes that don't fit and for numbers that are not finite.
     """
-    arrays = (mu1, sigma1, mu2, sigma2)
-    device = next((a.device for a in arrays if isinstance(a, torch.Tensor)), "cpu")
-    arrays = [torch.as_tensor(a, dtype=torch.float64, device=device) for a in arrays]
-    shapes = [tuple(a.shape) for a in arrays]
-    dim = len(arrays[0]) if arrays[0].ndim == 1 else 0
-    if dim == 0 or shapes != [(dim,), (dim, dim)] * 2:
-        raise ValueError(f"expected (D,), (D, D), (D,), (D, D), got {shapes}")
-    if not all(bool(a.isfinite().all()) for a in arrays):
-        raise ValueError("means and covariances must be finite")
-    mu1, sigma1, mu2, sigma2 = arrays
 
-    values, vectors = torch.linalg.eigh(sigma1)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    product = root @ sigma2 @ root
-    values = torch.linalg.eigvalsh((product + product.T) / 2)
-    overlap = values.clamp(min=0).sqrt().sum()
-    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * overlap
-    return max(0.0, float(distance))
+    def __init__(self, mu: Array, sigma: Array, device: torch.device | str = "cpu") -> None:
+        self.mu, self.sigma = _moments(mu, sigma, device)
+        values, vectors = torch.linalg.eigh(self.sigma)
+        self.root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+    def distance(self, mu: Array, sigma: Array) -> float:
+        """|μ1 − μ2|² + tr(Σ1 + Σ2 − 2 (√Σ1 Σ2 √Σ1)^½) to another one (Dowson & Landau 1982).
+
+        The symmetric form has real eigenvalues only; those that rounding pushes below 0 count as 0,
+        so singular covariances are welcome.
+        """
+        mu, sigma = _moments(mu, sigma, self.mu.device)
+        if len(mu) != len(self.mu):
+            raise ValueError(f"expected {len(self.mu)} dimensions, got {len(mu)}")
+        product = self.root @ sigma @ self.root
+        values = torch.linalg.eigvalsh((product + product.T) / 2)
+        overlap = values.clamp(min=0).sqrt().sum()
+        apart = (mu - self.mu).square().sum()
+        return max(0.0, float(apart + self.sigma.trace() + sigma.trace() - 2 * overlap))
+
+
+def _moments(
+    mu: Array, sigma: Array, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    mu, sigma = (torch.as_tensor(a, dtype=torch.float64, device=device) for a in (mu, sigma))
+    if mu.ndim != 1 or len(mu) == 0 or sigma.shape != (len(mu), len(mu)):
+        raise ValueError(f"expected (D,), (D, D), got {tuple(mu.shape)}, {tuple(sigma.shape)}")
+    if not (mu.isfinite().all() and sigma.isfinite().all()):
+        raise ValueError("means and covariances must be finite")
+    return mu, sigma
+
+
+def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
+    """The Fréchet distance of two Gaussians, see `Gaussian`; on the device of the first tensor."""
+    given = (mu1, sigma1, mu2, sigma2)
+    device = next((a.device for a in given if isinstance(a, torch.Tensor)), "cpu")
+    return Gaussian(mu1, sigma1, device).distance(mu2, sigma2)
 
 
 def statistics_of(
