@@ -115,10 +115,11 @@ def save_grid(path: str | Path, images: Tensor, columns: int = 0) -> Tensor:
 
     columns: images a row, about √N by default.
     """
-    from torchvision.io import write_png
+    from torchvision.io import encode_png
     from torchvision.utils import make_grid
 
     grid = make_grid(images.cpu(), nrow=columns or math.ceil(math.sqrt(len(images))))
     with replacing(path) as temporary:
-        write_png(grid, str(temporary))
+        # Not write_png, which leaves half a picture on a full disk and says nothing.
+        temporary.write_bytes(encode_png(grid).numpy().tobytes())
     return grid

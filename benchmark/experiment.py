@@ -492,7 +492,7 @@ def ablation_table(ablations: Mapping[str, Sequence[Mapping]]) -> str:
 
 def first_rows(grids: Sequence[Path], path: Path, rows: int = 2) -> None:
     """The first `rows` rows of images of each grid, one grid below the other."""
-    from torchvision.io import read_image, write_png
+    from torchvision.io import encode_png, read_image
 
     pictures = [read_image(str(grid)) for grid in grids]
     # A grid of n × n images with 2 pixels between them and around it.
@@ -502,7 +502,7 @@ def first_rows(grids: Sequence[Path], path: Path, rows: int = 2) -> None:
     parts = []
     for picture in pictures:
         parts += [picture[:3, : rows * step + 2].expand(3, -1, -1), gap]
-    write_png(torch.cat(parts[:-1], 1), str(path))
+    path.write_bytes(encode_png(torch.cat(parts[:-1], 1)).numpy().tobytes())
 
 
 def read_flagfile(path: Path) -> dict[str, list[str]]:

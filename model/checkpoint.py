@@ -19,8 +19,13 @@ FORMAT = 1
 
 def save(path: str | Path, state: Mapping[str, object]) -> None:
     """Write a checkpoint, whole or not at all."""
-    with replacing(path) as temporary:
-        torch.save({"format": FORMAT, **state}, temporary)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save({"format": FORMAT, **state}, file)
+        except RuntimeError as error:  # torch's writer hides that, say, the disk is full
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load(path: str | Path) -> dict:

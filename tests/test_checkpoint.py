@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from errors import UserError
+from files import save_grid
 from model import EMA
 from model.checkpoint import fill, load, save
 
@@ -63,6 +65,22 @@ def test_a_failed_save_leaves_the_old_file(path: Path) -> None:
     save(path, {**state(network()), "step": 1})
     with pytest.raises((AttributeError, pickle.PicklingError)):
         save(path, {**state(network()), "step": lambda: 2})
+    assert load(path)["step"] == 1
+    assert [p.name for p in path.parent.iterdir()] == ["ckpt.pt"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(path: Path) -> None:
+    save(path, {**state(network()), "step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*ckpt\.pt: "):
+            save(path, {**state(network()), "step": 2, "more": torch.zeros(100_000)})
+        images = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8)
+        with pytest.raises(UserError, match=r"cannot write .*grid\.png: "):
+            save_grid(path.with_name("grid.png"), images)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert load(path)["step"] == 1
     assert [p.name for p in path.parent.iterdir()] == ["ckpt.pt"]
 
