@@ -1,0 +1,115 @@
+"""The experiment's tasks: in order, resumable, and all of them commands that main.py knows."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from benchmark import experiment
+from benchmark.experiment import Experiment, Task
+from errors import UserError
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Experiment:
+    recipe = ROOT / "config" / "digits.txt"
+    return Experiment(
+        argparse.Namespace(
+            folder=tmp_path, flagfile=recipe, ablations=recipe, data_root="data", workers=2,
+            search_images=20, images=30, seeds=2, compile=False,
+        )
+    )  # fmt: skip
+
+
+def test_tasks_have_names_of_their_own_and_come_after_what_they_need(job: Experiment) -> None:
+    seen = set()
+    for task in job.tasks():
+        assert task.name not in seen
+        assert set(task.needs) <= seen
+        seen.add(task.name)
+
+
+def test_main_knows_every_flag(job: Experiment) -> None:
+    out = subprocess.run(
+        [sys.executable, "main.py", "--helpfull"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    known = {line.strip().split(":")[0].split("=")[0] for line in out.splitlines()}
+    known |= {name.replace("--[no]", "--") for name in known} | {"--flagfile"}
+    commands = [task.command for task in job.tasks() if task.command[0] == "main.py"]
+    assert len(commands) > 50
+    assert {flag.split("=")[0] for command in commands for flag in command[1:]} <= known
+
+
+def test_every_schedule_that_is_scored_is_made_before(job: Experiment) -> None:
+    named = {
+        Path(flag.partition("=")[2]).stem
+        for task in job.tasks()
+        for flag in task.command
+        if flag.startswith("--schedule=")
+    }
+    for seed in range(job.options.seeds):
+        folder = job.folder / f"search-{seed}"
+        folder.mkdir()
+        points = [
+            {"saving": saving, "distance": 1 - saving, "schedule": [1.0]}
+            for saving in (0.2, 0.55, 0.6, 0.8)
+        ]
+        experiment.write_json(folder / "front.json", {"points": points})
+        job._take_from_front(seed)
+    made = {path.stem for path in (job.folder / "schedules").iterdir()}
+    assert made == {f"searched-{share:g}-{s}" for share in experiment.BUDGETS for s in (0, 1)}
+    others = {name for name in named if not name.startswith("searched")}
+    assert named == made | others
+    assert {name.split("-")[0] for name in others} == {"switch", "random"}
+
+
+def test_a_failing_task_stops_it_and_the_rest_is_not_done_again(
+    job: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = "import sys; open(sys.argv[1], 'a').write(sys.argv[2])"
+    log = job.folder / "log.txt"
+    broken = job.folder / "broken"
+    broken.touch()
+    tasks = [
+        Task("a", ("-c", note, str(log), "a")),
+        Task(
+            "deep/b", ("-c", f"import os, sys; sys.exit(os.path.exists({str(broken)!r}))"), ("a",)
+        ),
+        Task("c", ("-c", note, str(log), "c"), ("deep/b",)),
+    ]
+    monkeypatch.setattr(job, "tasks", lambda: tasks)
+    with pytest.raises(UserError, match="deep/b failed"):
+        job.run()
+    assert log.read_text() == "a"
+    broken.unlink()
+    job.run()
+    assert log.read_text() == "ac"
+    job.run()
+    assert log.read_text() == "ac"
+
+
+def test_flagfile(tmp_path: Path) -> None:
+    path = tmp_path / "flags.txt"
+    path.write_text("# text\n--a=1\n--b\n--a=2=3\n\n")
+    assert experiment.read_flagfile(path) == {"a": ["1", "2=3"], "b": ["true"]}
+
+
+def test_first_rows(tmp_path: Path) -> None:
+    import torch
+    from torchvision.io import read_image
+
+    from files import save_grid
+
+    images = torch.arange(256, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 6, 6)
+    grids = [tmp_path / "a.png", tmp_path / "b.png"]
+    for grid in grids:
+        save_grid(grid, images)
+    experiment.first_rows(grids, tmp_path / "both.png", rows=2)
+    both = read_image(str(tmp_path / "both.png"))
+    part = 2 * 8 + 2
+    assert both.shape == (3, 2 * part + 6, 16 * 8 + 2)
+    assert torch.equal(both[:, :part], read_image(str(grids[0]))[:, :part])
+    assert torch.equal(both[:, -part:], both[:, :part])
