@@ -15,6 +15,7 @@ Searches score schedules on noise of their own; every number of the table is on 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
@@ -34,7 +35,7 @@ import score
 from benchmark.machine import describe
 from benchmark.search import Bench
 from errors import UserError
-from files import read_json, write_json
+from files import append_jsonl, read_json, read_jsonl, write_json
 from model import WidthSchedule, average, compiling
 from report import plot_front, plot_schedule, table
 
@@ -42,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "experiment"
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 BUDGETS = (0.5, 0.3)  # shares of full width's FLOPs
-RANDOM = 3  # schedules for each budget
+RANDOM = 2  # schedules for each budget
 # Seeds and trainings of each variant; the published settings come first.
 ABLATIONS = {
     "as published": (),
@@ -92,15 +93,18 @@ class Experiment:
             names = [f"searched-{share:g}-{seed}" for seed in seeds] + [f"switch-{share:g}"]
             names += [f"random-{share:g}-{i}" for i in range(RANDOM)]
             every += [self._score(name, self.main_sampler) for name in names]
-        for sampler in self.samplers():
-            for name in ("width-1", "searched-0.5-0", "width-0.5"):
-                every.append(self._score(name, sampler))
-        return every + list(self._ablations())
+        others = [
+            self._score(name, sampler)
+            for sampler in self.samplers()
+            for name in ("width-1", "searched-0.5-0", "width-0.5")
+        ]
+        first, *more = ([*self._ablations(seed)] for seed in seeds)
+        return [*every, *first, *others, *itertools.chain(*more)]
 
     def samplers(self) -> list[str]:
-        """The other samplers, the cheap ones first, all of them SAMPLER-STEPS."""
+        """The other samplers as SAMPLER-STEPS, the more telling ones first."""
         steps = [k for k in (10, 50, 100) if k <= self.T]
-        return [*(f"ddim-{k}" for k in steps), f"ddpm-{self.T}"]
+        return [f"ddim-{steps[0]}", f"ddpm-{self.T}", *(f"ddim-{k}" for k in steps[1:])]
 
     def _main(self, flagfile: Path, *flags: str) -> tuple[str, ...]:
         return ("main.py", f"--flagfile={flagfile}", f"--data_root={self.root}", *flags)
@@ -154,25 +158,24 @@ class Experiment:
         net = "plain" if name == "plain" else "supernet"
         return Task(f"{sampler}/{name}", self._scoring(net, logdir, *flags), tuple(needs))
 
-    def _ablations(self) -> Iterator[Task]:
+    def _ablations(self, seed: int) -> Iterator[Task]:
         """Trainings that differ in one setting, each scored at all widths."""
-        for seed in range(self.options.seeds):
-            for variant, flags in ABLATIONS.items():
-                name = f"ablation/{variant.replace(' ', '_')}-{seed}"
-                common = self._main(
-                    self.options.ablations.resolve(),
-                    *flags,
-                    f"--logdir={self.folder / name}",
-                    f"--seed={seed}",
-                )
-                yield Task(name, (*common, "--train", "--sample_step=0"))
-                cache = f"--fid_cache={self.folder / 'ablation' / f'statistics-{name[9:]}.npz'}"
-                for width in WIDTHS:
-                    command = (
-                        *common, "--eval", f"--assigned_width={width:g}", "--num_images=2000",
-                        "--batch_size=250", cache,
-                    )  # fmt: skip
-                    yield Task(f"{name}/{width:g}", command, (name,))
+        for variant, flags in ABLATIONS.items():
+            name = f"ablation/{variant.replace(' ', '_')}-{seed}"
+            common = self._main(
+                self.options.ablations.resolve(),
+                *flags,
+                f"--logdir={self.folder / name}",
+                f"--seed={seed}",
+            )
+            yield Task(name, (*common, "--train", "--sample_step=0"))
+            cache = f"--fid_cache={self.folder / 'ablation' / f'statistics-{name[9:]}.npz'}"
+            for width in WIDTHS:
+                command = (
+                    *common, "--eval", f"--assigned_width={width:g}", "--num_images=2000",
+                    "--batch_size=250", cache,
+                )  # fmt: skip
+                yield Task(f"{name}/{width:g}", command, (name,))
 
     def schedule(self, name: str) -> Path:
         return self.folder / "schedules" / f"{name}.txt"
@@ -218,6 +221,9 @@ class Experiment:
             )
             _, status, usage = os.wait4(process.pid, 0)  # subprocess does not tell what it used
         code = process.returncode = os.waitstatus_to_exitcode(status)
+        used = usage.ru_utime + usage.ru_stime
+        attempts = log.with_suffix(".jsonl")
+        append_jsonl(attempts, {"seconds": time.time() - start, "cpu_seconds": used})
         if code:
             raise UserError(
                 f"{task.name} failed, see the end of {log}; the same command goes on from here"
@@ -226,18 +232,13 @@ class Experiment:
             self._take_from_front(int(task.name.removeprefix("search-")))
         done = self.done(task.name)
         done.parent.mkdir(parents=True, exist_ok=True)
-        seconds = time.time() - start
-        write_json(
-            done,
-            {
-                "command": " ".join(("python", *task.command)),
-                "commit": commit(),
-                "started": start,
-                "seconds": seconds,
-                "cpu_seconds": usage.ru_utime + usage.ru_stime,
-            },
-        )
-        return seconds
+        total = {
+            key: sum(attempt[key] for attempt in read_jsonl(attempts))
+            for key in ("seconds", "cpu_seconds")
+        }
+        about = {"command": " ".join(("python", *task.command)), "commit": commit()}
+        write_json(done, about | total)
+        return total["seconds"]
 
     def _take_from_front(self, seed: int) -> None:
         """The best schedules of a front within each budget."""
