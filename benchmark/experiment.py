@@ -43,7 +43,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "experiment"
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 BUDGETS = (0.5, 0.3)  # shares of full width's FLOPs
-RANDOM = 2  # schedules for each budget
 # Seeds and trainings of each variant; the published settings come first.
 ABLATIONS = {
     "as published": (),
@@ -79,27 +78,34 @@ class Experiment:
     # --- what is to be done, the most telling first ---
 
     def tasks(self) -> list[Task]:
-        seeds = range(self.options.seeds)
-        every = [
+        """One seed of everything comes before the others."""
+        main, seeds = self.main_sampler, range(self.options.seeds)
+        first, *more = ([*self._seed(seed)] for seed in seeds)
+        ablations, *more_ablations = ([*self._ablations(seed)] for seed in seeds)
+        near, *far = (
+            [self._score(name, sampler) for name in ("width-1", "searched-0.5-0", "width-0.5")]
+            for sampler in self.samplers()
+        )
+        return [
             self._train("supernet"),
             self._train("plain", "--slimmable_unet=false", "--sandwich=false"),
             self._here("statistics"),
-            *(self._search(seed) for seed in seeds),
             self._here("baselines", "supernet", "statistics"),
+            *first,
+            *(self._score(f"width-{width:g}", main) for width in WIDTHS),
+            *(self._score(f"switch-{share:g}", main) for share in BUDGETS),
+            self._score("plain", main),
+            *near,
+            *ablations,
+            *itertools.chain(*more, *far, *more_ablations),
         ]
-        every += [self._score(f"width-{width:g}", self.main_sampler) for width in WIDTHS]
-        every += [self._score("plain", self.main_sampler)]
+
+    def _seed(self, seed: int) -> Iterator[Task]:
+        """A search, and the scores of what it found and of random schedules."""
+        yield self._search(seed)
         for share in BUDGETS:
-            names = [f"searched-{share:g}-{seed}" for seed in seeds] + [f"switch-{share:g}"]
-            names += [f"random-{share:g}-{i}" for i in range(RANDOM)]
-            every += [self._score(name, self.main_sampler) for name in names]
-        others = [
-            self._score(name, sampler)
-            for sampler in self.samplers()
-            for name in ("width-1", "searched-0.5-0", "width-0.5")
-        ]
-        first, *more = ([*self._ablations(seed)] for seed in seeds)
-        return [*every, *first, *others, *itertools.chain(*more)]
+            yield self._score(f"searched-{share:g}-{seed}", self.main_sampler)
+            yield self._score(f"random-{share:g}-{seed}", self.main_sampler)
 
     def samplers(self) -> list[str]:
         """The other samplers as SAMPLER-STEPS, the more telling ones first."""
@@ -317,7 +323,7 @@ class Experiment:
                 s for s in bench.random(100_000, seed=int(100 * share))
                 if 0.9 * share < cost(s) <= share
             )  # fmt: skip
-            for i, schedule in zip(range(RANDOM), random, strict=False):
+            for i, schedule in zip(range(self.options.seeds), random, strict=False):
                 self._save(f"random-{share:g}-{i}", schedule.expanded(bench.T))
         write_json(self.folder / "baselines.json", {"switches_tried": tried})
 
