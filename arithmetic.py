@@ -1,9 +1,9 @@
 """Which arithmetic is fastest here: measured, per width, where that is not plain.
 
 With reduced precision allowed, a GPU always gains by it. A CPU gains where it has bfloat16 units
-and loses several times where it has not, so there bfloat16 and float32 are timed against each
-other. A choice changes the last digits of every image; whoever wants to go on with a run keeps the
-run's choice (see `chosen`).
+and loses several times where it has not, so there bfloat16, float32 and float32 with Winograd's
+convolutions are timed against each other. A choice changes the last digits of every image; whoever
+wants to go on with a run keeps the run's choice (see `chosen`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import distributed
 from errors import UserError
 from evaluate import latency
 from files import read_json, write_json
-from model import ARITHMETIC, Candidate
+from model import ARITHMETIC, Candidate, winograd
 
 AMP = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}
-CPU_CHOICES = ("float32", "bfloat16")
+CPU_CHOICES = ("float32", "winograd", "bfloat16")
 BATCH = 8  # images of a measurement on a CPU: more take longer and tell nothing more
 
 
@@ -66,6 +66,8 @@ def _fastest(net: nn.Module, width: float, shape: tuple[int, int, int]) -> str:
     cpu = torch.device("cpu")
     times, least = {}, math.inf
     for name in CPU_CHOICES:
+        if name == "winograd" and not winograd.available():
+            continue
         network = Candidate(net.subnet(width), name)
         # Where bfloat16 is emulated it is many times slower, and one image tells that already.
         one = latency(network, shape, 1, cpu, 0.0)

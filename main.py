@@ -192,7 +192,8 @@ def define_flags() -> None:
     text("device", "auto", "cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
     boolean("parallel", False, "DataParallel over the visible GPUs")
     choice("amp", "none", ["none", "bf16", "fp16"], "arithmetic of the network; on a CPU, bf16 "
-           "takes the fastest of it and float32, by measurement")  # fmt: skip
+           "takes the fastest of it, float32 and float32 with Winograd's convolutions, by "
+           "measurement")  # fmt: skip
     boolean("compile", False, "torch.compile, with CUDA graphs where a GPU samples")
     boolean("dry_run", False, "say what the command would cost, from a short measured burst")
 

@@ -32,7 +32,7 @@ import rng
 from classes import Classes
 from errors import UserError
 from files import append_jsonl, read_jsonl, save_grid, write_jsonl
-from model import EMA, StepAwareDenoiser, candidates, checkpoint, compile_network
+from model import EMA, StepAwareDenoiser, candidates, checkpoint, compile_network, winograd
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,10 @@ class Trainer:
             last = i == len(widths) - 1
             # Gradients of all passes add up; several processes exchange them once.
             quiet = getattr(network, "no_sync", contextlib.nullcontext)
-            with contextlib.nullcontext() if last else quiet():
+            with (
+                contextlib.nullcontext() if last else quiet(),
+                winograd.active(self.arithmetic == "winograd"),
+            ):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
                     prediction = network(x_t, t, width, *told).to(target)
                     loss = nn.functional.mse_loss(prediction, target)

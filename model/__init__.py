@@ -1,5 +1,6 @@
 """The slimmable network, its width schedules and its checkpoints. Sees tensors, nothing else."""
 
+from model import winograd
 from model.compiling import check_compiler, compile_network
 from model.ema import EMA
 from model.stepaware import (
@@ -28,4 +29,5 @@ __all__ = [
     "candidates",
     "check_compiler",
     "compile_network",
+    "winograd",
 ]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
 
 import torch
 from torch import nn
 
 from errors import UserError
+from model.native import compiler
 
 # A network is compiled for each of its widths, and each width's subnet counts as one more version
 # of the same code; torch's own limit is 8.
@@ -20,8 +19,7 @@ def check_compiler(device: torch.device) -> None:
     """Raise UserError where torch.compile finds no compiler for `device`."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise UserError("--compile needs triton on a GPU: install it, or leave --compile out")
-    named = os.environ.get("CXX", "")
-    if not any(map(shutil.which, filter(None, (named, "g++", "clang++", "c++")))):
+    if compiler() is None:
         raise UserError(
             "--compile needs a C++ compiler (g++ or clang++, or one named in $CXX): install one, "
             "or leave --compile out"

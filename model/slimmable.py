@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import winograd
+
 
 def round_channels(channels: float, divisor: int) -> int:
     """Round to a multiple of `divisor`, at least 1, and never below 0.9 of what was asked."""
@@ -101,7 +103,10 @@ class SlimmableConv2d(Slimmable, nn.Conv2d):
         return weight, self.outputs.take(self.bias, width)
 
     def forward(self, x: Tensor, width: float) -> Tensor:
-        return self._conv_forward(x, *self.slice(width))
+        weight, bias = self.slice(width)
+        if winograd.wanted() and winograd.fits(self, weight):
+            return winograd.convolution(x, weight, bias)
+        return self._conv_forward(x, weight, bias)
 
     def cut(self, width: float) -> SlimmableConv2d:
         """A dense layer of its own that holds a contiguous copy of what `width` uses."""

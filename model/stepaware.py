@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from errors import UserError
 from files import write_text
 from model.compiling import compile_network
+from model.dense import replace_layers
 
 
 class WidthSchedule:
@@ -118,9 +119,10 @@ class Supernet(Protocol):
     def subnet(self, width: float) -> nn.Module: ...
 
 
-# What a candidate computes in.
+# What a candidate computes in. Winograd is float32 with fewer multiplications, on a CPU.
 ARITHMETIC = {
     "float32": torch.float32,
+    "winograd": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
@@ -139,6 +141,8 @@ class Candidate(nn.Module):
         super().__init__()
         self.arithmetic, self.dtype = arithmetic, ARITHMETIC[arithmetic]
         network = network.to(dtype=self.dtype, memory_format=torch.channels_last)
+        if arithmetic == "winograd":
+            replace_layers(network)
         self.compiled, self._batch = compiled, 0
         self.network = compile_network(network, graphs=True) if compiled else network
 

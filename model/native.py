@@ -1,0 +1,44 @@
+"""Loops that torch has no operator for, in C++: compiled for this processor, once a process."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+POINTER, LONG = ctypes.c_void_p, ctypes.c_long
+ARGUMENTS = {
+    **dict.fromkeys(("inputs", "gradients", "outputs", "products"), [POINTER] * 3 + [LONG] * 5),
+}
+
+
+def compiler() -> str | None:
+    """The path of a C++ compiler, the one of $CXX before others."""
+    named = (os.environ.get("CXX", ""), "g++", "clang++", "c++")
+    return next(filter(None, map(shutil.which, filter(None, named))), None)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The functions of ARGUMENTS; None where they cannot be compiled."""
+    command, sources = compiler(), sorted(map(str, Path(__file__).parent.glob("*.cpp")))
+    if command is None:
+        return None
+    options = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+    with tempfile.TemporaryDirectory() as folder:
+        built = str(Path(folder) / "native.so")
+        try:
+            subprocess.run(
+                [command, *options, *sources, "-o", built], check=True, capture_output=True
+            )
+            found = ctypes.CDLL(built)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+    for name, arguments in ARGUMENTS.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = arguments, None
+    return found

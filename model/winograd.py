@@ -1,0 +1,162 @@
+"""3x3 convolutions with a quarter of the multiplications: Winograd's F(4x4, 3x3), on a CPU.
+
+A tile of 4x4 outputs takes 36 products a pair of channels where the direct sum takes 144. Tiles
+and weights are transformed, multiplied as 36 matrices, and transformed back (Lavin and Gray, "Fast
+Algorithms for Convolutional Neural Networks", 2016). Results are those of the direct sum up to
+float32 rounding. The loops are in winograd.cpp; this file knows tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+
+from model import native
+
+PANEL = 16  # output channels that are multiplied together; see winograd.cpp
+TILES = 256  # at a time, so that what lies between the transforms stays in the cache
+SUMMED_TILES = 512  # the same for the weight's gradient, whose sum is read and written each time
+APART = 16  # floats between the matrices: at a power of two they would share cache lines
+
+_G = [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]  # over 24
+_G = torch.tensor(_G, dtype=torch.float64) / 24
+KERNEL = torch.kron(_G, _G).float()  # (36, 9): a 3x3 kernel, row by row, -> its 36 entries
+
+_active: ContextVar[bool] = ContextVar("winograd", default=False)
+
+
+def available() -> bool:
+    """Whether there is a compiler that can make the loops."""
+    return native.library() is not None
+
+
+@contextlib.contextmanager
+def active(enabled: bool = True) -> Iterator[None]:
+    """Slimmable convolutions that are called within are Winograd's where they fit."""
+    token = _active.set(enabled)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def wanted() -> bool:
+    """Whether a call is within `active`, and not of code that torch.compile takes apart."""
+    return not torch.compiler.is_compiling() and _active.get()
+
+
+def fits(conv: nn.Conv2d, weight: Tensor) -> bool:
+    """Whether `conv` with this weight (c_out, c_in, k, k) can be one of these convolutions here."""
+    return (
+        conv.kernel_size == (3, 3)
+        and conv.stride == conv.padding == conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+        and conv.bias is not None
+        and weight.shape[0] % PANEL == weight.shape[1] % PANEL == 0
+        and weight.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and available()
+    )
+
+
+def transformed(weight: Tensor) -> Tensor:
+    """Weight (K, C, 3, 3) -> what the products read, (36, K / 16, C, 16)."""
+    k, c = weight.shape[:2]
+    rows = weight.reshape(k // PANEL, PANEL, c, 9).permute(3, 0, 2, 1).reshape(9, -1)
+    return (KERNEL @ rows).view(36, k // PANEL, c, PANEL)
+
+
+def _tiles(images: Tensor) -> int:
+    """Tiles of one of the images (B, H, W, C)."""
+    return -(-images.shape[1] // 4) * -(-images.shape[2] // 4)
+
+
+def _matrices(count: int, channels: int) -> Tensor:
+    """Room for 36 matrices (count, channels)."""
+    stride = count * channels + APART
+    return torch.empty(36 * stride).as_strided((36, count, channels), (stride, channels, 1))
+
+
+@functools.cache
+def _zeros(channels: int) -> Tensor:
+    """What lies outside an image."""
+    return torch.zeros(channels)
+
+
+def _scatter(function: object, images: Tensor, matrices: Tensor) -> None:
+    """Transform the tiles of images (B, H, W, C) into the matrices."""
+    zeros = _zeros(images.shape[3])
+    args = images.data_ptr(), matrices.data_ptr(), zeros.data_ptr()
+    function(*args, *images.shape, matrices.stride(0))
+
+
+def _batches(images: Tensor, tiles: int) -> Iterator[slice]:
+    """Parts of a batch that are worked on at a time, of at most so many tiles or one image."""
+    step = max(1, tiles // _tiles(images))
+    return (slice(i, i + step) for i in range(0, len(images), step))
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+@torch.compiler.disable  # its loops are opaque to torch.compile
+def convolve(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    """x (B, C, H, W), kernel from `transformed`, bias (K,) -> (B, K, H, W), channels last."""
+    library, images = native.library(), _nhwc(x)
+    out = images.new_empty((*images.shape[:3], len(bias)))
+    for part in _batches(images, TILES):
+        mine, done = images[part], out[part]
+        tiles = len(mine) * _tiles(mine)
+        v, m = _matrices(tiles, x.shape[1]), _matrices(tiles, len(bias))
+        _scatter(library.inputs, mine, v)
+        library.products(
+            v.data_ptr(), kernel.data_ptr(), m.data_ptr(), *v.shape[1:], len(bias), v.stride(0),
+            m.stride(0),
+        )  # fmt: skip
+        library.outputs(done.data_ptr(), m.data_ptr(), bias.data_ptr(), *done.shape, m.stride(0))
+    return out.permute(0, 3, 1, 2)
+
+
+def _kernel_gradient(x: Tensor, gradient: Tensor) -> Tensor:
+    """x (B, C, H, W), gradient (B, K, H, W) of the convolution's output -> (K, C, 3, 3)."""
+    library, images, after = native.library(), _nhwc(x), _nhwc(gradient)
+    c, k = x.shape[1], gradient.shape[1]
+    total = torch.empty(36, c, k)
+    for part in _batches(images, SUMMED_TILES):
+        tiles = len(images[part]) * _tiles(images)
+        v, m = _matrices(tiles, c), _matrices(tiles, k)
+        _scatter(library.inputs, images[part], v)
+        _scatter(library.gradients, after[part], m)
+        total.baddbmm_(v.transpose(1, 2), m, beta=int(part.start > 0))
+    return (KERNEL.T @ total.view(36, -1)).view(3, 3, c, k).permute(3, 2, 0, 1)
+
+
+class _Convolution(torch.autograd.Function):
+    """`convolve` of x, weight (K, C, 3, 3) and bias, with gradients of the same kind."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return convolve(x, transformed(weight), bias.contiguous())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        before = None
+        if ctx.needs_input_grad[0]:
+            turned = transformed(weight.transpose(0, 1).flip(2, 3))
+            before = convolve(gradient, turned, _zeros(x.shape[1]))
+        return before, _kernel_gradient(x, gradient), gradient.sum((0, 2, 3))
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (B, C, H, W), weight (K, C, 3, 3), bias (K,) -> (B, K, H, W), differentiable once."""
+    return _Convolution.apply(x, weight, bias)
