@@ -13,6 +13,7 @@ from pathlib import Path
 POINTER, LONG = ctypes.c_void_p, ctypes.c_long
 ARGUMENTS = {
     **dict.fromkeys(("inputs", "gradients", "outputs", "products"), [POINTER] * 3 + [LONG] * 5),
+    "norm_silu": [POINTER] * 4 + [LONG] * 5 + [ctypes.c_float],
 }
 
 

@@ -1,4 +1,6 @@
-"""Winograd's convolutions against torch's own in double precision."""
+"""Winograd's convolutions, and group norm with SiLU, against torch's own in double precision."""
+
+import copy
 
 import pytest
 import torch
@@ -76,6 +78,29 @@ def test_other_convolutions_stay_direct() -> None:
     assert not any(winograd.fits(layer, layer.weight) for layer in others)
 
 
+# Images and channels, groups, height, width; the channels' mean is far from 0.
+@pytest.mark.parametrize("shape", [(1, 32, 32, 1, 3), (2, 96, 32, 5, 9), (3, 64, 8, 16, 16)])
+def test_norm_and_silu(shape: tuple[int, int, int, int, int]) -> None:
+    n, c, groups, h, w = shape
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(groups, c)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = 3 * torch.randn(n, c, h, w) + 100 * torch.randn(c)[:, None, None]
+    assert dense.NormSiLU.fits(norm, nn.SiLU())
+    found = dense.NormSiLU(norm)(x).detach()
+    expected = F.silu(copy.deepcopy(norm).double()(x.double()))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_silu_far_from_zero() -> None:
+    norm = nn.GroupNorm(32, 32)
+    nn.init.zeros_(norm.weight)
+    norm.bias.data = torch.linspace(-200, 200, 32)
+    found = dense.NormSiLU(norm)(torch.randn(1, 32, 2, 2))[0, :, 0, 0]
+    torch.testing.assert_close(found, F.silu(norm.bias), rtol=1e-5, atol=1e-30)
+
+
 # --- the network ----------------------------------------------------------------------------------
 
 
@@ -88,6 +113,7 @@ def test_candidates_agree(width: float) -> None:
         assert off(fast(x, t), plain(x, t)) < 1e-4
     replaced = [type(m) for m in fast.modules()]
     assert dense.WinogradConv2d in replaced
+    assert dense.NormSiLU in replaced
     assert not any(isinstance(m, dense.WinogradConv2d) for m in [*net.modules(), *plain.modules()])
 
 
