@@ -7,7 +7,7 @@ A supernet and a plain network of its size; uniform widths; two-level switches; 
 searched schedules; other samplers; and, on the digits, the ablations behind the defaults. Every
 training, search and score is a command of main.py, whose output, duration and commit lie in FOLDER.
 What is done is not done again: kill it and start it again at will. The end is a table, and
-results/experiment/NAME.json and pictures, made of what is done so far.
+results/experiment/NAME/ with all numbers and pictures, made of what is done so far.
 
 Searches score schedules on noise of their own; every number of the table is on other noise.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -40,7 +41,6 @@ from model import WidthSchedule, average, compiling
 from report import plot_front, plot_schedule, table
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "results" / "experiment"
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 BUDGETS = (0.5, 0.3)  # shares of full width's FLOPs
 # Seeds and trainings of each variant; the published settings come first.
@@ -74,6 +74,7 @@ class Experiment:
         self.T = int(self.flags["T"][-1])
         self.main_sampler = f"{self.flags['sampler'][-1]}-{self.flags['sample_steps'][-1]}"
         self.statistics = self.folder / "statistics.npz"
+        self.results = ROOT / "results" / "experiment" / self.name
 
     # --- what is to be done, the most telling first ---
 
@@ -330,7 +331,7 @@ class Experiment:
     # --- what came out ---
 
     def report(self) -> None:
-        """The tables, the pictures, and results/experiment/NAME.json of what is done so far."""
+        """The tables, and all numbers and pictures in results/, of what is done so far."""
         rows = {
             name: read_json(file)
             for task in self.tasks()
@@ -347,6 +348,8 @@ class Experiment:
             for task in self.tasks()
             if self.done(task.name).exists()
         }
+        for record in done.values():
+            record["command"] = self._repeatable(record["command"])
         ablations = self._ablation_results()
         result = {
             "label": floor["label"],
@@ -359,16 +362,11 @@ class Experiment:
                     "images": row["images"],
                     "average_gflops": row["average_gflops"],
                     "saving": row["saving"],
-                    **({"schedule": row["schedule"]} if "schedule" in row else {}),
                 }
                 for name, row in rows.items()
             },
             "searches": {
-                path.parent.name: {
-                    key: value
-                    for key, value in read_json(path).items()
-                    if key in ("points", "candidates", "passes", "passes_saved", "uniform")
-                }
+                path.parent.name: search_summary(read_json(path))
                 for path in sorted(self.folder.glob("search-*/front.json"))
             },
             "ablations": ablations,
@@ -377,8 +375,10 @@ class Experiment:
             "not_done": [t.name for t in self.tasks() if t.name not in done],
             "machine": describe(),
         }
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        write_json(RESULTS / f"{self.name}.json", result)
+        write_json(self.results / "results.json", result)
+        if (self.folder / "schedules").exists():
+            here = self.results / "schedules"
+            shutil.copytree(self.folder / "schedules", here, dirs_exist_ok=True)
         self._pictures(result)
         print(self._table(result))
         if ablations:
@@ -386,8 +386,14 @@ class Experiment:
         print(
             f"\nthe test set's own distance: {floor['distance']}; "
             f"{result['core_minutes']:.0f} core minutes; {len(result['not_done'])} tasks not done\n"
-            f"saved {RESULTS / self.name}.json and pictures"
+            f"saved {self.results}"
         )
+
+    def _repeatable(self, command: str) -> str:
+        """A command without the places of this machine."""
+        for place, name in ((self.root, "DATA"), (self.folder, "experiment"), (f"{ROOT}/", "")):
+            command = command.replace(str(place), name)
+        return command
 
     def _ablation_results(self) -> dict[str, list[dict]]:
         """variant -> for each seed the distance at every width and the CPU seconds of training."""
@@ -451,15 +457,13 @@ class Experiment:
             if sampler == self.main_sampler:
                 groups[schedule.split("-")[0]].append((row["average_gflops"], row["distance"]))
         unit = "average GFLOPs a step"
-        plot_front(RESULTS / f"{self.name}_front.png", groups, result["label"], unit=unit)
+        plot_front(self.results / "front.png", groups, result["label"], unit=unit)
         chosen = result["scores"].get(f"{self.main_sampler}/searched-0.5-0")
         if chosen:
-            steps = list(range(self.T))
-            schedule = WidthSchedule(chosen["schedule"])
             plot_schedule(
-                RESULTS / f"{self.name}_schedule.png",
-                steps,
-                [schedule[t] for t in steps],
+                self.results / "schedule.png",
+                range(self.T),
+                read_json(self.schedule("searched-0.5-0")),
                 f"searched, {100 * chosen['saving']:.0f} % of the FLOPs saved",
             )
         # Rows of pictures that the scores left: the same noise in all of them.
@@ -467,7 +471,7 @@ class Experiment:
         files = [self.folder / "runs" / self.main_sampler / name for name in rows]
         grids = [next(iter(folder.glob("eval*.png")), None) for folder in files]
         if all(grids):
-            first_rows(grids, RESULTS / f"{self.name}_samples.png")
+            first_rows(grids, self.results / "samples.png")
 
 
 def described(name: str, count: int) -> str:
@@ -482,6 +486,15 @@ def described(name: str, count: int) -> str:
     budget = f"≤ {100 * float(rest[0]):.0f} % of the FLOPs"
     names = {"searched": "searched", "switch": "best two-level switch", "random": "random"}
     return f"{names[kind]}, {budget}{several}"
+
+
+def search_summary(front: Mapping) -> dict[str, object]:
+    """What a search tried, and its front by its own scores."""
+    keep = ("distance", "average_gflops", "saving")
+    return {
+        **{key: front[key] for key in ("candidates", "images", "passes", "passes_saved")},
+        "front": [{key: point[key] for key in keep} for point in front["points"]],
+    }
 
 
 def ablation_table(ablations: Mapping[str, Sequence[Mapping]]) -> str:
