@@ -71,10 +71,16 @@ class Experiment:
         self.flags = read_flagfile(self.flagfile)
         self.name = self.flagfile.stem
         self.root = str(Path(options.data_root).expanduser().resolve())
-        self.T = int(self.flags["T"][-1])
-        self.main_sampler = f"{self.flags['sampler'][-1]}-{self.flags['sample_steps'][-1]}"
+        self.T = int(self.flag("T"))
+        self.main_sampler = f"{self.flag('sampler')}-{self.flag('sample_steps')}"
         self.statistics = self.folder / "statistics.npz"
         self.results = ROOT / "results" / "experiment" / self.name
+
+    def flag(self, name: str) -> str:
+        """What the recipe says; an experiment must not depend on main.py's defaults."""
+        if name not in self.flags:
+            raise UserError(f"{self.flagfile} has no --{name}, which the experiment needs")
+        return self.flags[name][-1]
 
     # --- what is to be done, the most telling first ---
 
@@ -266,9 +272,9 @@ class Experiment:
 
     def _statistics(self) -> None:
         """The training set's statistics, and the test set's distance from them."""
-        dataset, size = self.flags["dataset"][-1], int(self.flags["img_size"][-1])
+        dataset, size = self.flag("dataset"), int(self.flag("img_size"))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        encoder = score.encoder(self.flags["fid_encoder"][-1], device)
+        encoder = score.encoder(self.flag("fid_encoder"), device)
         found = {}
         for train in (True, False):
             try:
@@ -296,15 +302,15 @@ class Experiment:
     def _baselines(self) -> None:
         """Random schedules, and the best two-level switch at each budget by the searches' score."""
         sampler = diffusion.Sampler(
-            self.flags["sampler"][-1],
-            int(self.flags["sample_steps"][-1]),
-            var_type=self.flags["var_type"][-1],
+            self.flag("sampler"),
+            int(self.flag("sample_steps")),
+            var_type=self.flag("var_type"),
         )
         bench = Bench(
             self.folder / "supernet",
             self.options.search_images,
             sampler,
-            self.flags["fid_encoder"][-1],
+            self.flag("fid_encoder"),
             self.root,
             self.statistics,
         )
@@ -528,7 +534,11 @@ def first_rows(grids: Sequence[Path], path: Path, rows: int = 2) -> None:
 def read_flagfile(path: Path) -> dict[str, list[str]]:
     """name -> values of a flagfile; a flag without a value has the value true."""
     found = defaultdict(list)
-    for line in path.read_text().splitlines():
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; see --flagfile") from error
+    for line in lines:
         if line.startswith("--"):
             name, _, value = line.removeprefix("--").partition("=")
             found[name].append(value or "true")
@@ -570,11 +580,11 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only the table of what is done")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    experiment = Experiment(options)
-    if options.only:
-        experiment.only(options.only)
-        return
     try:
+        experiment = Experiment(options)
+        if options.only:
+            experiment.only(options.only)
+            return
         if not options.report:
             experiment.run()
     except UserError as error:
