@@ -117,7 +117,8 @@ class Experiment:
     def samplers(self) -> list[str]:
         """The other samplers as SAMPLER-STEPS, the more telling ones first."""
         steps = [k for k in (10, 50, 100) if k <= self.T]
-        return [f"ddim-{steps[0]}", f"ddpm-{self.T}", *(f"ddim-{k}" for k in steps[1:])]
+        every = [f"ddim-{steps[0]}", f"ddpm-{self.T}", *(f"ddim-{k}" for k in steps[1:])]
+        return [sampler for sampler in every if sampler != self.main_sampler]
 
     def _main(self, flagfile: Path, *flags: str) -> tuple[str, ...]:
         return ("main.py", f"--flagfile={flagfile}", f"--data_root={self.root}", *flags)

@@ -13,9 +13,9 @@ from benchmark.experiment import Experiment, Task
 from errors import UserError
 
 
-@pytest.fixture
-def job(tmp_path: Path) -> Experiment:
-    recipe = ROOT / "config" / "digits.txt"
+@pytest.fixture(params=["digits", "fashion_mnist", "fashion_mnist_14"])
+def job(tmp_path: Path, request: pytest.FixtureRequest) -> Experiment:
+    recipe = ROOT / "config" / f"{request.param}.txt"
     return Experiment(
         argparse.Namespace(
             folder=tmp_path, flagfile=recipe, ablations=recipe, data_root="data", workers=2,
