@@ -441,11 +441,15 @@ class Experiment:
             for name, row in mine.items():
                 several = name.startswith(("searched", "random"))
                 groups[name.rsplit("-", 1)[0] if several else name].append(row)
-            for name, group in groups.items():
-                mean = {
+            means = {
+                name: {
                     key: statistics.mean(row[key] for row in group)
                     for key in ("distance", "average_gflops", "saving")
                 }
+                for name, group in groups.items()
+            }
+            for name, mean in sorted(means.items(), key=lambda item: item[1]["saving"]):
+                group = groups[name]
                 spread = ""
                 if len(group) > 1:
                     each = sorted(row["distance"] for row in group)
