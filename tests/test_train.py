@@ -306,9 +306,11 @@ def test_a_save_that_is_killed_leaves_the_old_file(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
         trained.step = 99
-        torch.save = lambda state, path: (Path(path).write_bytes(b"PK"), os._exit(1))
-        trained.save()
-        os._exit(2)
+        torch.save = lambda state, file: (file.write(b"PK"), file.flush(), os._exit(1))
+        try:
+            trained.save()
+        finally:
+            os._exit(2)  # whatever happens: the child must not go on as a second test run
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
     assert checkpoint.load(tmp_path / "ckpt.pt")["step"] == 0
     with pytest.raises(UserError, match="no checkpoint") as caught:
