@@ -175,7 +175,7 @@ class Experiment:
     def _ablations(self, seed: int) -> Iterator[Task]:
         """Trainings that differ in one setting, each scored at all widths."""
         for variant, flags in ABLATIONS.items():
-            name = f"ablation/{variant.replace(' ', '_')}-{seed}"
+            name = ablation_name(variant, seed)
             common = self._main(
                 self.options.ablations.resolve(),
                 *flags,
@@ -407,7 +407,7 @@ class Experiment:
         found = defaultdict(list)
         for seed in range(self.options.seeds):
             for variant in ABLATIONS:
-                name = f"ablation/{variant.replace(' ', '_')}-{seed}"
+                name = ablation_name(variant, seed)
                 if not all(self.done(f"{name}/{width:g}").exists() for width in WIDTHS):
                     continue
                 files = ["eval.json", *(f"eval_width_{width:g}.json" for width in WIDTHS[1:])]
@@ -483,6 +483,11 @@ class Experiment:
         grids = [next(iter(folder.glob("eval*.png")), None) for folder in files]
         if all(grids):
             first_rows(grids, self.results / "samples.png")
+
+
+def ablation_name(variant: str, seed: int) -> str:
+    """The task that trains it, and its folder."""
+    return f"ablation/{variant.replace(' ', '_')}-{seed}"
 
 
 def described(name: str, count: int) -> str:
@@ -581,7 +586,7 @@ def main() -> None:
     parser.add_argument("--search_images", type=int, default=400)
     parser.add_argument("--images", type=int, default=10_000, help="of a final score")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--compile", type=bool, default=can_compile(), help=argparse.SUPPRESS)
+    parser.set_defaults(compile=can_compile())
     parser.add_argument("--report", action="store_true", help="only the table of what is done")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
