@@ -42,6 +42,7 @@ from model import (
     candidates,
     check_compiler,
     checkpoint,
+    keep_freed,
 )
 from report import SearchProgress, SearchResult, read_front, table
 from search import Genome, Rung, Search, SearchSettings, warm_start
@@ -1158,6 +1159,7 @@ def run(argv: Sequence[str]) -> None:
             raise UserError(f"stray argument {argv[1]!r}: flags start with --")
         command = COMMANDS[choose_mode(sys.argv[1:])]
         _autoencoder.cache_clear()
+        keep_freed()
         diffusion.Sampler(FLAGS.sampler)  # an unknown name should not wait for a checkpoint
         with distributed.group(choose_device()):
             command()

@@ -31,7 +31,7 @@ from benchmark import naive
 from benchmark.machine import describe
 from evaluate import Evaluator, latency
 from files import write_json
-from model import StepAwareDenoiser, average, candidates
+from model import StepAwareDenoiser, average, candidates, keep_freed
 from report import table
 from train import Trainer, TrainSettings
 
@@ -52,10 +52,14 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 def interleaved(
     works: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> dict[str, float]:
-    """Median seconds of each, in turn, so that a busy moment of the machine meets all alike."""
+    """Median seconds of each, in turn, so that a busy moment of the machine meets all alike.
+
+    The naive ones have the C library's usual heap, ours the one of main.py.
+    """
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
+            keep_freed(not name.startswith("naive"))
             times[name].append(seconds(work, device))
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -191,6 +195,7 @@ def precision(steps: int, images: int) -> dict:
 
 def evaluate_and_weigh(images: int) -> None:
     """Print the peak memory of a process that evaluates so many images, on Linux."""
+    keep_freed()
     shape, count = (1, 8, 8), shape_size((1, 8, 8))
     Evaluator(
         networks=candidates(naive.digits_network(), [0.25]),

@@ -1,6 +1,7 @@
 """The slimmable network, its width schedules and its checkpoints. Sees tensors, nothing else."""
 
 from model import winograd
+from model.allocator import keep_freed
 from model.compiling import check_compiler, compile_network
 from model.ema import EMA
 from model.stepaware import (
@@ -29,5 +30,6 @@ __all__ = [
     "candidates",
     "check_compiler",
     "compile_network",
+    "keep_freed",
     "winograd",
 ]
