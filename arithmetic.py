@@ -19,7 +19,7 @@ import distributed
 from errors import UserError
 from evaluate import latency
 from files import read_json, write_json
-from model import ARITHMETIC, Candidate, winograd
+from model import ARITHMETIC, Candidate, native
 
 AMP = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}
 CPU_CHOICES = ("float32", "winograd", "bfloat16")
@@ -65,7 +65,7 @@ def _read(path: Path) -> dict[float, str]:
 def _fastest(net: nn.Module, width: float, shape: tuple[int, int, int]) -> str:
     """The one of CPU_CHOICES in which a pass of the subnet takes least time."""
     cpu = torch.device("cpu")
-    names = [name for name in CPU_CHOICES if name != "winograd" or winograd.available()]
+    names = [name for name in CPU_CHOICES if name != "winograd" or native.library()]
     networks = {name: Candidate(net.subnet(width), name) for name in names}
     # Where bfloat16 is emulated it is many times slower, and one image tells that already.
     one = {name: latency(network, shape, 1, cpu, 0.0) for name, network in networks.items()}

@@ -32,7 +32,7 @@ import rng
 from classes import Classes
 from errors import UserError
 from files import append_jsonl, read_jsonl, save_grid, write_jsonl
-from model import EMA, StepAwareDenoiser, candidates, checkpoint, compile_network, winograd
+from model import EMA, StepAwareDenoiser, candidates, checkpoint, compile_network, native
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class Trainer:
             quiet = getattr(network, "no_sync", contextlib.nullcontext)
             with (
                 contextlib.nullcontext() if last else quiet(),
-                winograd.active(self.arithmetic == "winograd"),
+                native.active(self.arithmetic == "winograd"),
             ):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
                     prediction = network(x_t, t, width, *told).to(target)

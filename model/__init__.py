@@ -1,6 +1,6 @@
 """The slimmable network, its width schedules and its checkpoints. Sees tensors, nothing else."""
 
-from model import winograd
+from model import native
 from model.allocator import keep_freed
 from model.compiling import check_compiler, compile_network
 from model.ema import EMA
@@ -31,5 +31,5 @@ __all__ = [
     "check_compiler",
     "compile_network",
     "keep_freed",
-    "winograd",
+    "native",
 ]

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
+
+import torch
 
 POINTER, LONG = ctypes.c_void_p, ctypes.c_long
 ARGUMENTS = {
     **dict.fromkeys(("inputs", "gradients", "outputs", "products"), [POINTER] * 3 + [LONG] * 5),
-    "norm_silu": [POINTER] * 4 + [LONG] * 5 + [ctypes.c_float],
+    "norm_silu": [POINTER] * 5 + [LONG] * 5 + [ctypes.c_float],
+    "norm_silu_backward": [POINTER] * 7 + [LONG] * 5,
 }
+
+_active: ContextVar[bool] = ContextVar("native", default=False)
+
+
+@contextlib.contextmanager
+def active(enabled: bool = True) -> Iterator[None]:
+    """Slimmable layers that are called within use these loops where they fit."""
+    token = _active.set(enabled)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def wanted() -> bool:
+    """Whether a call is within `active`, and not of code that torch.compile takes apart."""
+    return not torch.compiler.is_compiling() and _active.get()
 
 
 def compiler() -> str | None:

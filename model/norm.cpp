@@ -19,47 +19,95 @@ static inline Vector exponential(Vector x) {
     return (p * r * r + r + 1.0f) * (Vector)((__builtin_convertvector(n, Integers) + 127) << 23);
 }
 
-static inline Vector silu(Vector x) {
+static inline Vector sigmoid(Vector x) {
     Vector z = -x;
     Vector most = z - z + 87.0f;
     z = z > most ? most : z;
     z = z < -most ? -most : z;
-    return x / (1.0f + exponential(z));
+    return 1.0f / (1.0f + exponential(z));
 }
 
-extern "C" void norm_silu(const float *x, float *y, const float *weight, const float *bias, long n,
-                          long pixels, long c, long size, long block, float eps) {
+#define EACH_CHANNEL for (long k = 0; k < block; k += LANES)
+#define EACH_GROUP for (long k = 0; k < block; k += size)
+#define AT(array) (*(Vector *)((array) + k))
+#define PIXEL(array) (*(Vector *)((array) + p * c + k))
+
+static inline float total(const float *values, long count) {
+    double sum = 0;
+    for (long j = 0; j < count; j++) sum += values[j];
+    return sum;
+}
+
+static inline void fill(float *values, long count, float value) {
+    for (long j = 0; j < count; j++) values[j] = value;
+}
+
+// moments (2, n, c): mean and 1 / deviation of the group that each channel is in.
+extern "C" void norm_silu(const float *x, const float *weight, const float *bias, float *moments,
+                          float *y, long n, long pixels, long c, long size, long block,
+                          float eps) {
 #pragma omp parallel for collapse(2)
     for (long i = 0; i < n; i++)
         for (long start = 0; start < c; start += block) {
             const float *from = x + i * pixels * c + start;
+            const float *w = weight + start, *b = bias + start;
             float *to = y + i * pixels * c + start;
-            float mean[MOST], sum[MOST] = {}, scale[MOST];
+            float *mean = moments + i * c + start, *scale = mean + n * c, sum[MOST] = {};
             for (long p = 0; p < pixels; p++)
-                for (long k = 0; k < block; k += LANES)
-                    *(Vector *)(sum + k) += *(const Vector *)(from + p * c + k);
-            for (long k = 0; k < block; k += size) {
-                double total = 0;
-                for (long j = 0; j < size; j++) total += sum[k + j];
-                for (long j = 0; j < size; j++) mean[k + j] = total / (size * pixels);
-            }
-            for (long k = 0; k < block; k++) sum[k] = 0;
+                EACH_CHANNEL AT(sum) += PIXEL(from);
+            EACH_GROUP fill(mean + k, size, total(sum + k, size) / (size * pixels));
+            fill(sum, block, 0);
             for (long p = 0; p < pixels; p++)
-                for (long k = 0; k < block; k += LANES) {
-                    Vector d = *(const Vector *)(from + p * c + k) - *(Vector *)(mean + k);
-                    *(Vector *)(sum + k) += d * d;
+                EACH_CHANNEL {
+                    Vector d = PIXEL(from) - AT(mean);
+                    AT(sum) += d * d;
                 }
-            for (long k = 0; k < block; k += size) {
-                double total = 0;
-                for (long j = 0; j < size; j++) total += sum[k + j];
-                double deviation = __builtin_sqrt(total / (size * pixels) + eps);
-                for (long j = 0; j < size; j++) scale[k + j] = weight[start + k + j] / deviation;
+            EACH_GROUP {
+                float variance = total(sum + k, size) / (size * pixels);
+                fill(scale + k, size, 1 / __builtin_sqrt(variance + (double)eps));
             }
             for (long p = 0; p < pixels; p++)
-                for (long k = 0; k < block; k += LANES) {
-                    Vector d = *(const Vector *)(from + p * c + k) - *(Vector *)(mean + k);
-                    Vector z = d * *(Vector *)(scale + k) + *(const Vector *)(bias + start + k);
-                    *(Vector *)(to + p * c + k) = silu(z);
+                EACH_CHANNEL {
+                    Vector z = (PIXEL(from) - AT(mean)) * AT(scale) * AT(w) + AT(b);
+                    PIXEL(to) = z * sigmoid(z);
+                }
+        }
+}
+
+// after, before: the gradients of y and x. sums (2, n, c): what each image adds to the gradients
+// of weight and bias.
+extern "C" void norm_silu_backward(const float *x, const float *weight, const float *bias,
+                                   const float *moments, const float *after, float *before,
+                                   float *sums, long n, long pixels, long c, long size,
+                                   long block) {
+#pragma omp parallel for collapse(2)
+    for (long i = 0; i < n; i++)
+        for (long start = 0; start < c; start += block) {
+            const float *from = x + i * pixels * c + start, *g = after + i * pixels * c + start;
+            const float *w = weight + start, *b = bias + start;
+            const float *mean = moments + i * c + start, *scale = mean + n * c;
+            float *to = before + i * pixels * c + start;
+            float *dw = sums + i * c + start, *db = dw + n * c;
+            float offset[MOST], slope[MOST];
+            fill(dw, block, 0), fill(db, block, 0);
+            for (long p = 0; p < pixels; p++)
+                EACH_CHANNEL {
+                    Vector h = (PIXEL(from) - AT(mean)) * AT(scale);
+                    Vector z = h * AT(w) + AT(b), s = sigmoid(z);
+                    Vector d = PIXEL(g) * s * (1.0f + z * (1.0f - s));
+                    PIXEL(to) = d;
+                    AT(dw) += d * h;
+                    AT(db) += d;
+                }
+            for (long k = 0; k < block; k++) offset[k] = w[k] * db[k], slope[k] = w[k] * dw[k];
+            EACH_GROUP {
+                fill(offset + k, size, total(offset + k, size) / (size * pixels));
+                fill(slope + k, size, total(slope + k, size) / (size * pixels));
+            }
+            for (long p = 0; p < pixels; p++)
+                EACH_CHANNEL {
+                    Vector h = (PIXEL(from) - AT(mean)) * AT(scale);
+                    PIXEL(to) = AT(scale) * (AT(w) * PIXEL(to) - AT(offset) - h * AT(slope));
                 }
         }
 }

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from files import write_text
+from model import native
 from model.compiling import compile_network
 from model.dense import replace_layers
 
@@ -156,7 +157,8 @@ class Candidate(nn.Module):
             inputs = [torch.cat([v, v[:1].expand(more, *v.shape[1:])]) for v in inputs]
         x, t, *labels = inputs
         x = x.to(self.dtype, memory_format=torch.channels_last)
-        out = self.network(x, t, **({"labels": labels[0]} if labels else {}))[:count]
+        with native.active(self.arithmetic == "winograd"):
+            out = self.network(x, t, **({"labels": labels[0]} if labels else {}))[:count]
         # A CUDA graph writes its next result over this one, hence a copy.
         return out.to(torch.float32, memory_format=torch.contiguous_format, copy=self.compiled)
 

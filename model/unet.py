@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from errors import UserError
 from model.slimmable import (
     Channels,
+    Dropout,
     Slimmable,
     SlimmableConv2d,
     SlimmableGroupNorm,
@@ -231,7 +232,7 @@ class ResBlock(nn.Module):
         self.block2 = SlimmableSequential(
             SlimmableGroupNorm(num_groups, outputs),
             nn.SiLU(),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             SlimmableConv2d(outputs, outputs, 3),
         )
         self.shortcut = (

@@ -8,10 +8,8 @@ float32 rounding. The loops are in winograd.cpp; this file knows tensors.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterator
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -27,28 +25,6 @@ _G = [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]  
 _G = torch.tensor(_G, dtype=torch.float64) / 24
 KERNEL = torch.kron(_G, _G).float()  # (36, 9): a 3x3 kernel, row by row, -> its 36 entries
 
-_active: ContextVar[bool] = ContextVar("winograd", default=False)
-
-
-def available() -> bool:
-    """Whether there is a compiler that can make the loops."""
-    return native.library() is not None
-
-
-@contextlib.contextmanager
-def active(enabled: bool = True) -> Iterator[None]:
-    """Slimmable convolutions that are called within are Winograd's where they fit."""
-    token = _active.set(enabled)
-    try:
-        yield
-    finally:
-        _active.reset(token)
-
-
-def wanted() -> bool:
-    """Whether a call is within `active`, and not of code that torch.compile takes apart."""
-    return not torch.compiler.is_compiling() and _active.get()
-
 
 def fits(conv: nn.Conv2d, weight: Tensor) -> bool:
     """Whether `conv` with this weight (c_out, c_in, k, k) can be one of these convolutions here."""
@@ -61,7 +37,7 @@ def fits(conv: nn.Conv2d, weight: Tensor) -> bool:
         and weight.shape[0] % PANEL == weight.shape[1] % PANEL == 0
         and weight.dtype == torch.float32
         and weight.device.type == "cpu"
-        and available()
+        and native.library() is not None
     )
 
 
