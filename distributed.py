@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from errors import UserError
 
-# How long a process waits for the others: for rank 0 while it draws samples of a large network.
+# How long a process waits for the others: for rank 0 while it writes, or for the slowest's images.
 # The loss of a process is seen at once, by torchrun and, on CPUs, by the closed connection.
 PATIENCE = datetime.timedelta(minutes=30)
 

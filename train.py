@@ -16,7 +16,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ import rng
 from classes import Classes
 from errors import UserError
 from files import append_jsonl, read_jsonl, save_grid, write_jsonl
-from model import EMA, StepAwareDenoiser, candidates, checkpoint, compile_network, native
+from model import EMA, Condition, StepAwareDenoiser, candidates, checkpoint, compile_network, native
 
 
 @dataclass(frozen=True)
@@ -409,25 +409,38 @@ class Trainer:
         bar.set_postfix({w: f"{value:.4f}" for w, value in losses.items()})
 
     def _show(self, writer: object) -> None:
-        """Samples of the EMA network from x_T, really at each shown width."""
-        if writer is None:
-            return
+        """Samples of the EMA network from x_T, really at each shown width; each process draws some
+        of the images."""
+        count = len(self.x_T)
+        mine = torch.arange(count).tensor_split(distributed.world())[distributed.rank()]
+        condition, columns = None, 0
+        if self.classes:
+            condition, columns = self.classes.rows(count, self.device)
+            condition = replace(condition, labels=condition.labels[mine.to(self.device)])
         for width, network in candidates(self.ema.model, self.settings.shown_widths()).items():
-            T = self.noise_schedule.T
-            denoise = StepAwareDenoiser({width: network}, [width] * T, T, self.device)
-            x, columns = self.x_T.to(self.device), 0
-            if self.classes:
-                denoise.condition, columns = self.classes.rows(len(x), self.device)
-            places = torch.arange(len(x), device=self.device)
-            noise = rng.ImageNoise(self.settings.seed, rng.SAMPLING, places, self.image_shape)
-            with torch.inference_mode():
-                x_0 = self.sampler(
-                    denoise, x, self.noise_schedule, noise, observe=lambda t, x: self._give_way()
-                )
-                images = self.to_images(x_0)
+            images = self._drawn(width, network, mine, condition) if len(mine) else None
+            everyone = distributed.gather(images)
+            if writer is None:
+                continue
+            images = torch.cat([part for part in everyone if part is not None])
             name = f"{self.step}_width_{width:g}.png"
             grid = save_grid(self.logdir / "sample" / name, images, columns)
             writer.add_image(f"sample/width_{width:g}", grid, self.step)
+
+    def _drawn(
+        self, width: float, network: nn.Module, mine: Tensor, condition: Condition | None
+    ) -> Tensor:
+        """The images of x_T with these indices, uint8 on the CPU."""
+        T, places = self.noise_schedule.T, mine.to(self.device)
+        denoise = StepAwareDenoiser({width: network}, [width] * T, T, self.device)
+        denoise.condition = condition
+        noise = rng.ImageNoise(self.settings.seed, rng.SAMPLING, places, self.image_shape)
+        with torch.inference_mode():
+            x_0 = self.sampler(
+                denoise, self.x_T[mine].to(self.device), self.noise_schedule, noise,
+                observe=lambda t, x: self._give_way(),
+            )  # fmt: skip
+            return self.to_images(x_0).cpu()
 
     def _give_way(self) -> None:
         """Leave a long chain of samples when asked to stop; the last checkpoint stands."""

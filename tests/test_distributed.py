@@ -10,9 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, TRAIN, Result, run_main
+from PIL import Image
 
 import distributed
 from model import checkpoint
@@ -94,7 +96,7 @@ def test_alone_there_is_nothing_to_do() -> None:
 
 
 def test_training_has_the_same_loss_curve(here: Path) -> None:
-    tmp_path, train = here, [*TRAIN, "--dropout=0"]
+    tmp_path, train = here, [*TRAIN, "--dropout=0", "--sample_size=5"]
     assert run_main(*train, "--logdir=one").status == 0
     result = two(tmp_path, *train, "--logdir=two")
     one, both = (records(tmp_path / name / "train.jsonl") for name in ("one", "two"))
@@ -106,6 +108,13 @@ def test_training_has_the_same_loss_curve(here: Path) -> None:
     for name, value in one["ema_model"].items():
         # Adam's first steps divide by tiny gradients, so single weights may part by a step.
         torch.testing.assert_close(both["ema_model"][name], value, rtol=0, atol=2e-3)
+    for width in ("1", "0.25"):  # drawn by both processes, three images and two
+        left, right = (
+            np.asarray(Image.open(tmp_path / name / "sample" / f"6_width_{width}.png"), float)
+            for name in ("one", "two")
+        )
+        assert left.shape == right.shape
+        assert np.abs(left - right).mean() < 2
     bars = {
         line.split("|")[0] for line in result.err.replace("\r", "\n").split("\n") if "|" in line
     }
