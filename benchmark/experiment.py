@@ -18,6 +18,7 @@ import argparse
 import itertools
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -75,6 +76,7 @@ class Experiment:
         self.main_sampler = f"{self.flag('sampler')}-{self.flag('sample_steps')}"
         self.statistics = self.folder / "statistics.npz"
         self.results = ROOT / "results" / "experiment" / self.name
+        self.processes: set[subprocess.Popen] = set()
 
     def flag(self, name: str) -> str:
         """What the recipe says; an experiment must not depend on main.py's defaults."""
@@ -219,6 +221,12 @@ class Experiment:
                     count = total - len(waiting) - len(running)
                     print(f"{count}/{total} {task.name}: {seconds:.0f} s", flush=True)
 
+    def stop(self, *signal_and_frame: object) -> None:
+        """End the commands that run, which save themselves, and then this program."""
+        for process in self.processes:
+            process.terminate()
+        raise KeyboardInterrupt
+
     def _execute(self, task: Task) -> float:
         """Run a task; UserError where it fails. Seconds that it took."""
         log = self.folder / "log" / f"{task.name}.txt"
@@ -233,8 +241,10 @@ class Experiment:
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
+            self.processes.add(process)
             _, status, usage = os.wait4(process.pid, 0)  # subprocess does not tell what it used
         code = process.returncode = os.waitstatus_to_exitcode(status)
+        self.processes.discard(process)
         used = usage.ru_utime + usage.ru_stime
         attempts = log.with_suffix(".jsonl")
         append_jsonl(attempts, {"seconds": time.time() - start, "cpu_seconds": used})
@@ -596,6 +606,7 @@ def main() -> None:
             experiment.only(options.only)
             return
         if not options.report:
+            signal.signal(signal.SIGTERM, experiment.stop)
             experiment.run()
     except UserError as error:
         sys.exit(f"error: {error}")

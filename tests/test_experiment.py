@@ -1,8 +1,12 @@
 """The experiment's tasks: in order, resumable, and all of them commands that main.py knows."""
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -119,3 +123,24 @@ def test_first_rows(tmp_path: Path) -> None:
     assert both.shape == (3, 2 * part + 6, 16 * 8 + 2)
     assert torch.equal(both[:, :part], read_image(str(grids[0]))[:, :part])
     assert torch.equal(both[:, -part:], both[:, :part])
+
+
+def test_sigterm_ends_what_runs(job: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = job.folder / "running"
+    code = f"import os, time; open({str(running)!r}, 'x').write('1'); time.sleep(600)"
+    monkeypatch.setattr(job, "tasks", lambda: [Task("long", ("-c", code))])
+
+    def ask() -> None:
+        while not running.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, job.stop)
+    threading.Thread(target=ask).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            job.run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not job.processes
+    assert not job.done("long").exists()
