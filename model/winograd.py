@@ -86,9 +86,10 @@ def _nhwc(x: Tensor) -> Tensor:
 def convolve(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     """x (B, C, H, W), kernel from `transformed`, bias (K,) -> (B, K, H, W), channels last."""
     library, images = native.library(), _nhwc(x)
-    out = images.new_empty((*images.shape[:3], len(bias)))
+    # No view, so that sums can go into it.
+    out = torch.empty(len(x), len(bias), *x.shape[2:], memory_format=torch.channels_last)
     for part in _batches(images, TILES):
-        mine, done = images[part], out[part]
+        mine, done = images[part], out[part].permute(0, 2, 3, 1)
         tiles = len(mine) * _tiles(mine)
         v, m = _matrices(tiles, x.shape[1]), _matrices(tiles, len(bias))
         _scatter(library.inputs, mine, v)
@@ -97,7 +98,7 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
             m.stride(0),
         )  # fmt: skip
         library.outputs(done.data_ptr(), m.data_ptr(), bias.data_ptr(), *done.shape, m.stride(0))
-    return out.permute(0, 3, 1, 2)
+    return out
 
 
 def _kernel_gradient(x: Tensor, gradient: Tensor) -> Tensor:
