@@ -95,6 +95,8 @@ class Experiment:
             [self._score(name, sampler) for name in ("width-1", "searched-0.5-0", "width-0.5")]
             for sampler in self.samplers()
         )
+        other = self.samplers()[0]  # the shortest chain: does it want a schedule of its own?
+        near += [self._search(other, other), self._score(f"searched-0.5-{other}", other)]
         return [
             self._train("supernet"),
             self._train("plain", "--slimmable_unet=false", "--sandwich=false"),
@@ -111,7 +113,7 @@ class Experiment:
 
     def _seed(self, seed: int) -> Iterator[Task]:
         """A search, and the scores of what it found and of random schedules."""
-        yield self._search(seed)
+        yield self._search(str(seed), self.main_sampler, seed)
         for share in BUDGETS:
             yield self._score(f"searched-{share:g}-{seed}", self.main_sampler)
             yield self._score(f"random-{share:g}-{seed}", self.main_sampler)
@@ -146,11 +148,15 @@ class Experiment:
             *flags,
         )
 
-    def _search(self, seed: int) -> Task:
-        folder = self.folder / f"search-{seed}"
-        flags = (f"--search_dir={folder}", f"--num_images={self.options.search_images}")
-        command = self._scoring("supernet", folder, "--search", *flags, f"--seed={seed + 1}")
-        return Task(f"search-{seed}", command, ("supernet", "statistics"))
+    def _search(self, key: str, sampler: str, seed: int = 0) -> Task:
+        folder = self.folder / f"search-{key}"
+        kind, steps = sampler.split("-")
+        command = self._scoring(
+            "supernet", folder, "--search", f"--search_dir={folder}", f"--seed={seed + 1}",
+            f"--num_images={self.options.search_images}",
+            f"--sampler={kind}", f"--sample_steps={steps}",
+        )  # fmt: skip
+        return Task(f"search-{key}", command, ("supernet", "statistics"))
 
     def _score(self, name: str, sampler: str) -> Task:
         """The final score of a schedule (or of the plain network) with a sampler."""
@@ -170,7 +176,8 @@ class Experiment:
             needs.append("supernet")
         else:
             flags += ["--eval_stepaware", f"--schedule={self.schedule(name)}"]
-            needs.append(f"search-{name[-1]}" if name.startswith("searched") else "baselines")
+            searched, _, key = name.split("-", 2) if name.startswith("searched") else ("", "", "")
+            needs.append(f"search-{key}" if searched else "baselines")
         net = "plain" if name == "plain" else "supernet"
         return Task(f"{sampler}/{name}", self._scoring(net, logdir, *flags), tuple(needs))
 
@@ -253,7 +260,7 @@ class Experiment:
                 f"{task.name} failed, see the end of {log}; the same command goes on from here"
             )
         if task.name.startswith("search-"):
-            self._take_from_front(int(task.name.removeprefix("search-")))
+            self._take_from_front(task.name.removeprefix("search-"))
         done = self.done(task.name)
         done.parent.mkdir(parents=True, exist_ok=True)
         total = {
@@ -264,13 +271,13 @@ class Experiment:
         write_json(done, about | total)
         return total["seconds"]
 
-    def _take_from_front(self, seed: int) -> None:
+    def _take_from_front(self, key: str) -> None:
         """The best schedules of a front within each budget."""
-        front = read_json(self.folder / f"search-{seed}" / "front.json")
+        front = read_json(self.folder / f"search-{key}" / "front.json")
         for share in BUDGETS:
             cheap = [p for p in front["points"] if p["saving"] >= 1 - share]
             best = min(cheap, key=lambda p: p["distance"])
-            self._save(f"searched-{share:g}-{seed}", WidthSchedule(best["schedule"]))
+            self._save(f"searched-{share:g}-{key}", WidthSchedule(best["schedule"]))
 
     def _save(self, name: str, schedule: WidthSchedule) -> None:
         self.schedule(name).parent.mkdir(parents=True, exist_ok=True)
@@ -464,11 +471,27 @@ class Experiment:
                 if len(group) > 1:
                     each = sorted(row["distance"] for row in group)
                     spread = f" ({each[0]:.3f} to {each[-1]:.3f})"
+                title = self._described(name, len(group), sampler)
                 lines.append(
-                    f"| {described(name, len(group))} | {mean['distance']:.3f}{spread} | "
+                    f"| {title} | {mean['distance']:.3f}{spread} | "
                     f"{mean['average_gflops']:.4f} | {100 * mean['saving']:.1f} % |"
                 )
         return "\n".join(lines)
+
+    def _described(self, name: str, count: int, sampler: str) -> str:
+        """A row's name in words."""
+        kind, *rest = name.split("-")
+        if kind == "width":
+            return "full width" if rest == ["1"] else f"width {rest[0]}"
+        if kind == "plain":
+            return "plain network, trained alone"
+        of = "draws" if kind == "random" else "seeds"
+        several = f", {count} {of}" if count > 1 else ""
+        budget = f"≤ {100 * float(rest[0]):.0f} % of the FLOPs"
+        names = {"searched": "searched", "switch": "best two-level switch", "random": "random"}
+        elsewhere = kind == "searched" and sampler != self.main_sampler and len(rest) == 1
+        other = f" with {self.main_sampler}" if elsewhere else ""
+        return f"{names[kind]}{other}, {budget}{several}"
 
     def _pictures(self, result: Mapping) -> None:
         """The scores over FLOPs, the searched schedule, and images on the same noise."""
@@ -498,20 +521,6 @@ class Experiment:
 def ablation_name(variant: str, seed: int) -> str:
     """The task that trains it, and its folder."""
     return f"ablation/{variant.replace(' ', '_')}-{seed}"
-
-
-def described(name: str, count: int) -> str:
-    """A row's name in words."""
-    kind, *rest = name.split("-")
-    if kind == "width":
-        return "full width" if rest == ["1"] else f"width {rest[0]}"
-    if kind == "plain":
-        return "plain network, trained alone"
-    of = "draws" if kind == "random" else "seeds"
-    several = f", {count} {of}" if count > 1 else ""
-    budget = f"≤ {100 * float(rest[0]):.0f} % of the FLOPs"
-    names = {"searched": "searched", "switch": "best two-level switch", "random": "random"}
-    return f"{names[kind]}, {budget}{several}"
 
 
 def search_summary(front: Mapping) -> dict[str, object]:
