@@ -66,3 +66,8 @@ def library() -> ctypes.CDLL | None:
         function = getattr(found, name)
         function.argtypes, function.restype = arguments, None
     return found
+
+
+def nhwc(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) -> (B, H, W, C), contiguous: images as the loops see them."""
+    return x.permute(0, 2, 3, 1).contiguous()

@@ -29,16 +29,12 @@ def _block(channels: int, groups: int) -> int:
     return math.lcm(channels // groups, CHANNELS)
 
 
-def _nhwc(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).contiguous()
-
-
 class _NormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: object, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
     ) -> Tensor:
-        images, weight, bias = _nhwc(x), weight.contiguous(), bias.contiguous()
+        images, weight, bias = native.nhwc(x), weight.contiguous(), bias.contiguous()
         n, h, w, c = images.shape
         out = torch.empty_like(images)
         moments = images.new_empty(2, n, c)  # mean and 1 / deviation of each channel's group
@@ -53,7 +49,8 @@ class _NormSiLU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: object, gradient: Tensor) -> tuple[Tensor | None, ...]:
         images, weight, bias, moments = ctx.saved_tensors
-        after, before, sums = _nhwc(gradient), torch.empty_like(images), torch.empty_like(moments)
+        after = native.nhwc(gradient)
+        before, sums = torch.empty_like(images), torch.empty_like(moments)
         tensors = (images, weight, bias, moments, after, before, sums)
         native.library().norm_silu_backward(*(v.data_ptr() for v in tensors), *ctx.sizes)
         return before.permute(0, 3, 1, 2), *sums.sum(1), None, None

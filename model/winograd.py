@@ -78,14 +78,10 @@ def _batches(images: Tensor, tiles: int) -> Iterator[slice]:
     return (slice(i, i + step) for i in range(0, len(images), step))
 
 
-def _nhwc(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).contiguous()
-
-
 @torch.compiler.disable  # its loops are opaque to torch.compile
 def convolve(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     """x (B, C, H, W), kernel from `transformed`, bias (K,) -> (B, K, H, W), channels last."""
-    library, images = native.library(), _nhwc(x)
+    library, images = native.library(), native.nhwc(x)
     # No view, so that sums can go into it.
     out = torch.empty(len(x), len(bias), *x.shape[2:], memory_format=torch.channels_last)
     for part in _batches(images, TILES):
@@ -103,7 +99,7 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
 
 def _kernel_gradient(x: Tensor, gradient: Tensor) -> Tensor:
     """x (B, C, H, W), gradient (B, K, H, W) of the convolution's output -> (K, C, 3, 3)."""
-    library, images, after = native.library(), _nhwc(x), _nhwc(gradient)
+    library, images, after = native.library(), native.nhwc(x), native.nhwc(gradient)
     c, k = x.shape[1], gradient.shape[1]
     total = torch.empty(36, c, k)
     for part in _batches(images, SUMMED_TILES):
