@@ -15,8 +15,8 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.zeros(20_000_000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
-print(faults())
+# Small blocks may take the first place that it left.
+print(min(faults() for _ in range(12)))
 """
 
 
