@@ -176,8 +176,8 @@ class Experiment:
             needs.append("supernet")
         else:
             flags += ["--eval_stepaware", f"--schedule={self.schedule(name)}"]
-            searched, _, key = name.split("-", 2) if name.startswith("searched") else ("", "", "")
-            needs.append(f"search-{key}" if searched else "baselines")
+            key = name.split("-", 2)[-1]  # searched-SHARE-KEY
+            needs.append(f"search-{key}" if name.startswith("searched") else "baselines")
         net = "plain" if name == "plain" else "supernet"
         return Task(f"{sampler}/{name}", self._scoring(net, logdir, *flags), tuple(needs))
 

@@ -30,6 +30,18 @@ def off(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.square().mean().sqrt())
 
 
+def check_with_gradients(
+    found: Tensor, expected: Tensor, inputs: list[Tensor], exact: list[Tensor]
+) -> None:
+    """The values, and the gradients of what they were made of, are those of double precision."""
+    after = torch.randn_like(expected)
+    found.backward(after.float())
+    expected.backward(after)
+    assert off(found, expected) < 1e-4
+    for mine, theirs in zip(inputs, exact, strict=True):
+        assert off(mine.grad, theirs.grad) < 1e-4
+
+
 def drawn(n: int, c: int, k: int, h: int, w: int) -> list[Tensor]:
     torch.manual_seed(0)
     weight = torch.randn(k, c, 3, 3) / (9 * c) ** 0.5
@@ -46,12 +58,7 @@ def test_convolution_and_gradients(
     inputs = [inputs[0].to(memory_format=layout), *inputs[1:]]
     inputs = [v.requires_grad_() for v in inputs]
     found, expected = winograd.convolution(*inputs), F.conv2d(*exact, padding=1)
-    after = torch.randn_like(expected)
-    found.backward(after.float())
-    expected.backward(after)
-    assert off(found, expected) < 1e-4
-    for mine, theirs in zip(inputs, exact, strict=True):
-        assert off(mine.grad, theirs.grad) < 1e-4
+    check_with_gradients(found, expected, inputs, exact)
 
 
 def test_an_image_does_not_depend_on_its_batch() -> None:
@@ -95,12 +102,7 @@ def test_norm_and_silu(shape: tuple[int, int, int, int, int], layout: torch.memo
     assert norm.fits(inputs[1], groups)
     found = norm.norm_silu(*inputs, groups, 1e-5)
     expected = F.silu(F.group_norm(exact[0], groups, *exact[1:], 1e-5))
-    after = torch.randn_like(expected)
-    found.backward(after.float())
-    expected.backward(after)
-    assert off(found, expected) < 1e-4
-    for mine, theirs in zip(inputs, exact, strict=True):
-        assert off(mine.grad, theirs.grad) < 1e-4
+    check_with_gradients(found, expected, inputs, exact)
 
 
 def test_silu_far_from_zero() -> None:
