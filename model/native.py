@@ -17,7 +17,9 @@ import torch
 
 POINTER, LONG = ctypes.c_void_p, ctypes.c_long
 ARGUMENTS = {
-    **dict.fromkeys(("inputs", "gradients", "outputs", "products"), [POINTER] * 3 + [LONG] * 5),
+    **dict.fromkeys(("inputs", "gradients"), [POINTER] * 3 + [LONG] * 5),
+    "winograd": [POINTER] * 7 + [LONG] * 8,
+    "pointwise": [POINTER] * 4 + [LONG] * 3,
     "norm_silu": [POINTER] * 5 + [LONG] * 5 + [ctypes.c_float],
     "norm_silu_backward": [POINTER] * 7 + [LONG] * 5,
 }

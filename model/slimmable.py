@@ -106,8 +106,6 @@ class SlimmableConv2d(Slimmable, nn.Conv2d):
         weight, bias = self.slice(width)
         if native.wanted() and winograd.fits(self, weight):
             return winograd.convolution(x, weight, bias)
-        if native.wanted() and self.kernel_size == (1, 1):
-            return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
         return self._conv_forward(x, weight, bias)
 
     def cut(self, width: float) -> SlimmableConv2d:

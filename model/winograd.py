@@ -1,4 +1,5 @@
-"""3x3 convolutions with a quarter of the multiplications: Winograd's F(4x4, 3x3), on a CPU.
+"""3x3 convolutions with a quarter of the multiplications: Winograd's F(4x4, 3x3), on a CPU; 1x1
+convolutions by the same products.
 
 A tile of 4x4 outputs takes 36 products a pair of channels where the direct sum takes 144. Tiles
 and weights are transformed, multiplied as 36 matrices, and transformed back (Lavin and Gray, "Fast
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from model import native
 
-PANEL = 16  # output channels that are multiplied together; see winograd.cpp
+PANEL, ROWS = 16, 6  # output channels and tiles that are multiplied together; see winograd.cpp
 TILES = 256  # at a time, so that what lies between the transforms stays in the cache
 SUMMED_TILES = 512  # the same for the weight's gradient, whose sum is read and written each time
 APART = 16  # floats between the matrices: at a power of two they would share cache lines
@@ -28,9 +29,11 @@ KERNEL = torch.kron(_G, _G).float()  # (36, 9): a 3x3 kernel, row by row, -> its
 
 def fits(conv: nn.Conv2d, weight: Tensor) -> bool:
     """Whether `conv` with this weight (c_out, c_in, k, k) can be one of these convolutions here."""
+    size = conv.kernel_size[0]
     return (
-        conv.kernel_size == (3, 3)
-        and conv.stride == conv.padding == conv.dilation == (1, 1)
+        conv.kernel_size in ((1, 1), (3, 3))
+        and conv.padding == (size // 2, size // 2)
+        and conv.stride == conv.dilation == (1, 1)
         and conv.groups == 1
         and conv.padding_mode == "zeros"
         and conv.bias is not None
@@ -42,10 +45,11 @@ def fits(conv: nn.Conv2d, weight: Tensor) -> bool:
 
 
 def transformed(weight: Tensor) -> Tensor:
-    """Weight (K, C, 3, 3) -> what the products read, (36, K / 16, C, 16)."""
+    """Weight (K, C, k, k) -> what the products read, (36 or 1, K / 16, C, 16)."""
     k, c = weight.shape[:2]
-    rows = weight.reshape(k // PANEL, PANEL, c, 9).permute(3, 0, 2, 1).reshape(9, -1)
-    return (KERNEL @ rows).view(36, k // PANEL, c, PANEL)
+    rows = weight.reshape(k // PANEL, PANEL, c, -1).permute(3, 0, 2, 1).reshape(-1, k * c)
+    entries = KERNEL @ rows if len(rows) == 9 else rows
+    return entries.view(-1, k // PANEL, c, PANEL)
 
 
 def _tiles(images: Tensor) -> int:
@@ -84,23 +88,25 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     library, images = native.library(), native.nhwc(x)
     # No view, so that sums can go into it.
     out = torch.empty(len(x), len(bias), *x.shape[2:], memory_format=torch.channels_last)
-    for part in _batches(images, TILES):
-        mine, done = images[part], out[part].permute(0, 2, 3, 1)
-        tiles = len(mine) * _tiles(mine)
-        v, m = _matrices(tiles, x.shape[1]), _matrices(tiles, len(bias))
-        _scatter(library.inputs, mine, v)
-        library.products(
-            v.data_ptr(), kernel.data_ptr(), m.data_ptr(), *v.shape[1:], len(bias), v.stride(0),
-            m.stride(0),
-        )  # fmt: skip
-        library.outputs(done.data_ptr(), m.data_ptr(), bias.data_ptr(), *done.shape, m.stride(0))
+    tensors = [t.data_ptr() for t in (images, kernel, bias, out)]
+    (n, h, w, c), k = images.shape, len(bias)
+    if len(kernel) == 1:
+        library.pointwise(*tensors, n * h * w, c, k)
+        return out
+    step = max(1, min(TILES // _tiles(images), n))
+    rows = -(-step * _tiles(images) // ROWS) * ROWS
+    v, m = _matrices(rows, c), _matrices(rows, k)
+    tensors += [t.data_ptr() for t in (_zeros(c), v, m)]
+    library.winograd(*tensors, n, h, w, c, k, step, v.stride(0), m.stride(0))
     return out
 
 
-def _kernel_gradient(x: Tensor, gradient: Tensor) -> Tensor:
-    """x (B, C, H, W), gradient (B, K, H, W) of the convolution's output -> (K, C, 3, 3)."""
+def _kernel_gradient(x: Tensor, gradient: Tensor, size: int) -> Tensor:
+    """x (B, C, H, W), gradient (B, K, H, W) of the convolution's output -> (K, C, size, size)."""
     library, images, after = native.library(), native.nhwc(x), native.nhwc(gradient)
     c, k = x.shape[1], gradient.shape[1]
+    if size == 1:
+        return (after.reshape(-1, k).T @ images.reshape(-1, c)).view(k, c, 1, 1)
     total = torch.empty(36, c, k)
     for part in _batches(images, SUMMED_TILES):
         tiles = len(images[part]) * _tiles(images)
@@ -112,7 +118,7 @@ def _kernel_gradient(x: Tensor, gradient: Tensor) -> Tensor:
 
 
 class _Convolution(torch.autograd.Function):
-    """`convolve` of x, weight (K, C, 3, 3) and bias, with gradients of the same kind."""
+    """`convolve` of x, weight (K, C, k, k) and bias, with gradients of the same kind."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -127,9 +133,9 @@ class _Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             turned = transformed(weight.transpose(0, 1).flip(2, 3))
             before = convolve(gradient, turned, _zeros(x.shape[1]))
-        return before, _kernel_gradient(x, gradient), gradient.sum((0, 2, 3))
+        return before, _kernel_gradient(x, gradient, weight.shape[2]), gradient.sum((0, 2, 3))
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x (B, C, H, W), weight (K, C, 3, 3), bias (K,) -> (B, K, H, W), differentiable once."""
+    """x (B, C, H, W), weight (K, C, k, k), bias (K,) -> (B, K, H, W), differentiable once."""
     return _Convolution.apply(x, weight, bias)

@@ -42,22 +42,23 @@ def check_with_gradients(
         assert off(mine.grad, theirs.grad) < 1e-4
 
 
-def drawn(n: int, c: int, k: int, h: int, w: int) -> list[Tensor]:
+def drawn(n: int, c: int, k: int, h: int, w: int, size: int = 3) -> list[Tensor]:
     torch.manual_seed(0)
-    weight = torch.randn(k, c, 3, 3) / (9 * c) ** 0.5
+    weight = torch.randn(k, c, size, size) / (size * size * c) ** 0.5
     return [torch.randn(n, c, h, w), weight, torch.randn(k)]
 
 
+@pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_convolution_and_gradients(
-    shape: tuple[int, int, int, int, int], layout: torch.memory_format
+    size: int, shape: tuple[int, int, int, int, int], layout: torch.memory_format
 ) -> None:
-    inputs = drawn(*shape)
+    inputs = drawn(*shape, size)
     exact = [v.double().requires_grad_() for v in inputs]
     inputs = [inputs[0].to(memory_format=layout), *inputs[1:]]
     inputs = [v.requires_grad_() for v in inputs]
-    found, expected = winograd.convolution(*inputs), F.conv2d(*exact, padding=1)
+    found, expected = winograd.convolution(*inputs), F.conv2d(*exact, padding=size // 2)
     check_with_gradients(found, expected, inputs, exact)
 
 
@@ -79,10 +80,11 @@ def test_other_convolutions_stay_direct() -> None:
     def conv(kernel: int, **settings: object) -> nn.Conv2d:
         return nn.Conv2d(32, 32, kernel, **settings)
 
-    same = conv(3, padding=1)
-    assert winograd.fits(same, same.weight)
+    same = [conv(3, padding=1), conv(1)]
+    assert all(winograd.fits(layer, layer.weight) for layer in same)
     others = [
-        conv(1), conv(3), conv(3, padding=1, stride=2), conv(3, padding=1, groups=2),
+        conv(3), conv(1, padding=1), conv(1, stride=2), conv(5, padding=2), conv((1, 3)),
+        conv(3, padding=1, stride=2), conv(3, padding=1, groups=2),
         conv(3, padding=1, bias=False), conv(3, padding=1, padding_mode="circular"),
         conv(3, padding=1).double(), conv(3, padding=1).to("meta"),
     ]  # fmt: skip
@@ -120,14 +122,6 @@ def test_only_a_norm_before_silu_takes_it_along() -> None:
         row = SlimmableSequential(*layers(), *after)
         with native.active():
             assert off(row(x, 1.0), row.double()(x.double(), 1.0)) < 1e-4
-
-
-def test_pixelwise_convolution() -> None:
-    layer = SlimmableConv2d(Channels((48,)), Channels((40,)), 1)
-    x = torch.randn(2, 24, 5, 3)
-    with native.active():
-        found = layer(x, 0.5)
-    assert off(found, layer(x, 0.5)) < 1e-5
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
