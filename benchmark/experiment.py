@@ -125,7 +125,8 @@ class Experiment:
         return [sampler for sampler in every if sampler != self.main_sampler]
 
     def _main(self, flagfile: Path, *flags: str) -> tuple[str, ...]:
-        return ("main.py", f"--flagfile={flagfile}", f"--data_root={self.root}", *flags)
+        common = (f"--flagfile={flagfile}", f"--data_root={self.root}", *self.options.speed)
+        return ("main.py", *common, *flags)
 
     def _here(self, name: str, *needs: str) -> Task:
         command = ("-m", "benchmark.experiment", *sys.argv[1:], "--only", name)
@@ -137,14 +138,12 @@ class Experiment:
 
     def _scoring(self, net: str, logdir: Path, *flags: str) -> tuple[str, ...]:
         """A command that scores the network `net`, with its files in `logdir`."""
-        compiled = ("--compile",) if self.options.compile else ()
         return self._main(
             self.flagfile,
             f"--logdir={logdir}",
             f"--ckpt_name={self.folder / net / 'ckpt'}",  # an absolute name is not in logdir
             f"--fid_cache={self.statistics}",
             "--batch_size=250",
-            *compiled,
             *flags,
         )
 
@@ -585,12 +584,15 @@ def commit() -> str:
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
-def can_compile() -> bool:
+def speed() -> tuple[str, ...]:
+    """Flags for what is fast on this machine."""
+    if not torch.cuda.is_available():
+        return ("--amp=bf16",)  # or what is faster on this processor, by measurement
     try:
-        compiling.check_compiler(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        compiling.check_compiler(torch.device("cuda"))
     except UserError:
-        return False
-    return True
+        return ()
+    return ("--compile",)
 
 
 def main() -> None:
@@ -605,7 +607,7 @@ def main() -> None:
     parser.add_argument("--search_images", type=int, default=400)
     parser.add_argument("--images", type=int, default=10_000, help="of a final score")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.set_defaults(compile=can_compile())
+    parser.set_defaults(speed=speed())
     parser.add_argument("--report", action="store_true", help="only the table of what is done")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
