@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import math
 import os
@@ -27,6 +28,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _clear(path)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -36,6 +38,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _clear(path: Path) -> None:
+    """Remove what writers of `path` that were killed on this machine left beside it."""
+    for file in path.parent.glob(f".{glob.escape(path.stem)}.*.tmp{glob.escape(path.suffix)}"):
+        writer = file.name.removesuffix(path.suffix).removesuffix(".tmp").rpartition(".")[2]
+        try:
+            os.kill(int(writer), 0)  # sends nothing
+        except ProcessLookupError:
+            file.unlink(missing_ok=True)
+        except (OSError, OverflowError, ValueError):
+            continue  # alive, or none of ours
 
 
 def write_text(path: str | Path, text: str) -> None:

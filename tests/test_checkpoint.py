@@ -4,6 +4,8 @@ import os
 import pickle
 import re
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from errors import UserError
 from files import save_grid
 from model import EMA
 from model.checkpoint import fill, load, save
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def network(seed: int = 0, middle: int = 3) -> nn.Module:
@@ -83,6 +87,20 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert load(path)["step"] == 1
     assert [p.name for p in path.parent.iterdir()] == ["ckpt.pt"]
+
+
+def test_what_a_killed_writer_left_is_removed(path: Path) -> None:
+    writer = (
+        "import os, sys; from files import replacing; file = replacing(sys.argv[1]).__enter__()"
+    )
+    command = f"{writer}; file.write_text('half'); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", command, str(path)], cwd=ROOT)
+    (left,) = path.parent.iterdir()
+    others = [left.with_name(".ckpt.1.tmp.pt"), left.with_name(".ckpt.mine.tmp.pt")]
+    for other in others:
+        other.touch()
+    save(path, state(network()))
+    assert sorted(path.parent.iterdir()) == sorted([path, *others])
 
 
 def test_missing_file_names_what_is_there(path: Path) -> None:
