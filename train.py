@@ -322,7 +322,8 @@ class Trainer:
             default = "bfloat16" if self.settings.amp == "bf16" else "float32"
             self.arithmetic = self.choose_arithmetic() if self.choose_arithmetic else default
         # Not as CUDA graphs: gradients add up over the passes, and a graph's would be overwritten.
-        net = compile_network(self.net) if self.compiled else self.net
+        compiled = self.compiled and self.arithmetic != "winograd"  # see Candidate
+        net = compile_network(self.net) if compiled else self.net
         if distributed.world() > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             return nn.parallel.DistributedDataParallel(net, device_ids=ids)

@@ -133,7 +133,7 @@ class Candidate(nn.Module):
     """A dense network ready for sampling: channels last, float32 in and out.
 
     arithmetic: a key of ARITHMETIC; weights are cast once, here. compiled: by torch.compile, with
-    CUDA graphs on a GPU.
+    CUDA graphs on a GPU; not with Winograd's loops, at each of which a compiled graph would end.
     """
 
     def __init__(
@@ -144,8 +144,8 @@ class Candidate(nn.Module):
         network = network.to(dtype=self.dtype, memory_format=torch.channels_last)
         if arithmetic == "winograd":
             replace_layers(network)
-        self.compiled, self._batch = compiled, 0
-        self.network = compile_network(network, graphs=True) if compiled else network
+        self.compiled, self._batch = compiled and arithmetic != "winograd", 0
+        self.network = compile_network(network, graphs=True) if self.compiled else network
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """x (B, C, H, W) float32, t and labels (B,) long -> like x."""

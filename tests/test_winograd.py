@@ -160,6 +160,7 @@ def test_candidates_agree(width: float) -> None:
         plain, fast = (candidates(net, [width], a)[width] for a in ("float32", "winograd"))
         assert off(fast(x, t), plain(x, t)) < 1e-4
     assert any(isinstance(m, dense.WinogradConv2d) for m in fast.modules())
+    assert not candidates(net, [width], "winograd", compiled=True)[width].compiled
     assert not any(isinstance(m, dense.WinogradConv2d) for m in [*net.modules(), *plain.modules()])
 
 
