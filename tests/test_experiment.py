@@ -31,7 +31,9 @@ def job(tmp_path: Path) -> Experiment:
     return experiment_of(ROOT / "config" / "digits.txt", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["digits", "fashion_mnist", "fashion_mnist_14"])
+@pytest.mark.parametrize(
+    "name", ["digits", "fashion_mnist", "fashion_mnist_14", "fashion_mnist_14_tuned"]
+)
 def test_tasks_have_names_of_their_own_and_come_after_what_they_need(
     name: str, tmp_path: Path
 ) -> None:
