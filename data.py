@@ -12,7 +12,9 @@ import io
 import itertools
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -491,6 +493,21 @@ def _unchanged(batch: object) -> object:
     return batch
 
 
+def _leave_signals(worker: int) -> None:
+    """A signal to the whole group of processes is for the main one, which saves and ends us."""
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    numbers = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+    def heed_parent() -> None:
+        while signal.sigwaitinfo(numbers).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=heed_parent, daemon=True).start()
+
+
 def _decode(
     dataset: Dataset, index_lists: Iterable[torch.Tensor], num_workers: int, pin: bool
 ) -> Iterator[torch.Tensor]:
@@ -504,6 +521,7 @@ def _decode(
         num_workers=min(num_workers, cores),  # more would only wait for each other
         pin_memory=pin,
         generator=torch.Generator(),  # else it draws from the run's own random numbers
+        worker_init_fn=_leave_signals,
     )
     for images in loader:
         if isinstance(images, UserError):

@@ -14,9 +14,10 @@ import torch.distributed as dist
 
 from errors import UserError
 
-# How long a process waits for the others: for rank 0 while it writes, or for the slowest's images.
-# The loss of a process is seen at once, by torchrun and, on CPUs, by the closed connection.
-PATIENCE = datetime.timedelta(minutes=30)
+# How long a process waits for the others: for rank 0 while it writes, or for a candidate of full
+# width that another scores. The loss of a process is seen at once, by torchrun and, on CPUs, by the
+# closed connection.
+PATIENCE = datetime.timedelta(days=1)
 
 _store: dist.Store | None = None
 

@@ -96,9 +96,10 @@ def training_plan(trainer: Trainer, flops: Mapping[float, float]) -> str:
         float(trainer.norm)  # waits for the device
         times.append(time.perf_counter() - start)
     # A backward pass costs about twice the forward pass; drawn widths count by their mean.
-    drawn = s.num_sandwich_sampling - 2
-    mean = sum(flops[w] for w in s.candidate_width) / max(1, len(s.candidate_width))
-    forward = flops[1.0] + (flops[s.min_width] + drawn * mean if s.sandwich else 0)
+    forward = flops[1.0]
+    if s.sandwich:
+        mean = sum(flops[w] for w in s.candidate_width) / max(1, len(s.candidate_width))
+        forward += flops[s.min_width] + (s.num_sandwich_sampling - 2) * mean
     gflops = 3 * forward * s.batch_size * left / 1e9
     return (
         f"training: {left} steps × {s.batch_size} images × {len(s.widths(0))} widths, "

@@ -18,6 +18,7 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,9 +31,11 @@ import distributed
 import rng
 import score
 from classes import Classes
+from files import replacing
 from model import StepAwareDenoiser, WidthSchedule, asked
 
 Schedule = WidthSchedule | Sequence[Hashable]
+KEEP_EVERY = 60  # seconds between two looks at what a score has come to; see Unfinished
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,57 @@ class _Chain:
 
 
 @dataclass
+class _Tally:
+    """What the images so far come to, of one process.
+
+    first: batches of the images that are kept, by their first index. seconds: of sampling and of
+    decoding before this process began.
+    """
+
+    moments: score.Moments
+    inception: score.InceptionScore
+    classified: bool = False
+    first: list[tuple[int, Tensor]] = field(default_factory=list)
+    batches: int = 0
+    seconds: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A file with what a score has come to, so that it goes on after a kill.
+
+    identity: what it depends on; a file of another one is ignored, and one that cannot be read.
+    """
+
+    path: Path
+    identity: str
+
+    def _mine(self) -> Path:
+        """Each process has its own."""
+        return self.path.with_name(f"{self.path.name}-{distributed.rank()}.pt")
+
+    def read(self, device: torch.device) -> _Tally | None:
+        try:
+            state = torch.load(self._mine(), map_location=device, weights_only=True)
+            if state.pop("identity") != self.identity:
+                return None
+            state["moments"] = score.Moments.from_state(state["moments"])
+            state["inception"] = score.InceptionScore.from_state(state["inception"])
+            state["first"] = [(index, images.cpu()) for index, images in state["first"]]
+            return _Tally(**state)
+        except Exception:  # none there, or damaged: the images are made anew
+            return None
+
+    def write(self, tally: _Tally) -> None:
+        state = dict(vars(tally), moments=tally.moments.state(), inception=tally.inception.state())
+        with replacing(self._mine()) as temporary:
+            torch.save({"identity": self.identity, **state}, temporary)
+
+    def remove(self) -> None:
+        self._mine().unlink(missing_ok=True)
+
+
+@dataclass
 class SharedStates:
     """x at chosen positions of the chains scored so far, within `budget` bytes.
 
@@ -114,14 +168,14 @@ class SharedStates:
     budget: int
     device: torch.device | None = None
     planned: set[tuple] = field(default_factory=set)
-    by_schedule: bool = False
+    whose: Hashable = None
     _states: OrderedDict[tuple, dict[int, Tensor]] = field(default_factory=OrderedDict)
 
-    def divide(self, by_schedule: bool) -> None:
-        """Say how processes divide the work. States of the other way are of other images."""
-        if by_schedule != self.by_schedule:
+    def belong_to(self, whose: Hashable) -> None:
+        """Forget states that are of other images, or of another sampler's chain, than `whose`."""
+        if whose != self.whose:
             self._states.clear()
-        self.by_schedule = by_schedule
+        self.whose = whose
 
     def deepest(self, chain: _Chain) -> int:
         """The last position of `chain` whose state is known; 0 where none is."""
@@ -170,7 +224,8 @@ class Evaluator:
     data's features; None for an evaluator that only samples. stream: of the noise (see rng).
     compiled: a GPU draws noise by a compiled function. alone: this process makes all images of a
     schedule, where several processes otherwise share them. classes: which class each image is
-    asked to show. to_images: what the chain made -> uint8 images, a decoder for latents.
+    asked to show. to_images: what the chain made -> uint8 images, a decoder for latents. each_step:
+    called at every sampling step, which it may leave by an exception.
     """
 
     networks: Mapping[Hashable, nn.Module]
@@ -190,6 +245,7 @@ class Evaluator:
     alone: bool = False
     classes: Classes | None = None
     to_images: Callable[[Tensor], Tensor] = data.to_uint8
+    each_step: Callable[[], None] | None = None
 
     def timesteps(self) -> list[int]:
         """The timesteps that the sampler visits, rising."""
@@ -206,10 +262,15 @@ class Evaluator:
     def _chain(self, schedule: Schedule) -> _Chain:
         return _Chain.of(schedule, self.sampler, self.noise_schedule)
 
-    def score(self, schedule: Schedule, keep: int = 0) -> tuple[Scores, Tensor]:
-        """The scores of `schedule`, and its first `keep` images, uint8 (keep, C, H, W)."""
+    def score(
+        self, schedule: Schedule, keep: int = 0, unfinished: Unfinished | None = None
+    ) -> tuple[Scores, Tensor]:
+        """The scores of `schedule`, and its first `keep` images, uint8 (keep, C, H, W).
+
+        unfinished: where the work is kept now and then, and gone on from.
+        """
         chain = self._chain(schedule)
-        return self._score(schedule, chain, set(), keep, classify=True)
+        return self._score(schedule, chain, set(), keep, True, unfinished)
 
     def score_all(self, schedules: Sequence[Schedule]) -> Iterator[tuple[int, Scores]]:
         """(index, scores) of every schedule, in the order that shares most states; distances only.
@@ -226,7 +287,7 @@ class Evaluator:
         world = distributed.world()
         by_schedule = not self.alone and 1 < world <= len(order)
         if self.states is not None and not self.alone:
-            self.states.divide(by_schedule)
+            self.states.belong_to((by_schedule, self.num_images, self.sampler))
         if by_schedule:
             yield from self._score_mine(schedules, np.array_split(order, world))
             return
@@ -269,24 +330,32 @@ class Evaluator:
         branches: set[int],
         keep: int = 0,
         classify: bool = False,
+        unfinished: Unfinished | None = None,
     ) -> tuple[Scores, Tensor]:
-        moments, inception = score.Moments(), score.InceptionScore(self.num_images)
-        classified = False
-        first: list[tuple[int, Tensor]] = []
+        tally = unfinished.read(self.device) if unfinished else None
+        tally = tally or _Tally(score.Moments(), score.InceptionScore(self.num_images))
+        before, saved = tally.seconds, time.monotonic()
         start, wanted = self._plan(chain, branches)
         clock = _Clock(self.device)
-        for indices, images in self._sample(schedule, chain, start, wanted, clock):
+        for indices, images in self._sample(schedule, chain, start, wanted, clock, tally.batches):
             with clock.beside(images):
                 features = self.encoder(images)
-                moments.update(features)
+                tally.moments.update(features)
                 probabilities = self.encoder.class_probabilities(features) if classify else None
                 if probabilities is not None:
-                    classified = True
-                    inception.update(probabilities, indices)
+                    tally.classified = True
+                    tally.inception.update(probabilities, indices)
             if indices[0] < keep:
-                first.append((int(indices[0]), images[: keep - int(indices[0])].cpu()))
+                tally.first.append((int(indices[0]), images[: keep - int(indices[0])].cpu()))
+            tally.batches += 1
+            if unfinished and time.monotonic() - saved >= KEEP_EVERY:
+                clock.join()
+                tally.seconds = clock.both(before)
+                unfinished.write(tally)
+                saved = time.monotonic()
         clock.join()
-        seconds = clock.seconds("sampling"), clock.seconds("decoding")
+        moments, inception, classified = tally.moments, tally.inception, tally.classified
+        first, seconds = tally.first, clock.both(before)
         together = distributed.world() > 1 and not self.alone
         if together:
             moments, inception, first, seconds = _together(moments, inception, first, seconds)
@@ -339,13 +408,20 @@ class Evaluator:
         return start, self.states.reserve(chain, start, branches, state_bytes)
 
     def _sample(
-        self, schedule: Schedule, chain: _Chain, start: int, wanted: set[int], clock: _Clock
+        self,
+        schedule: Schedule,
+        chain: _Chain,
+        start: int,
+        wanted: set[int],
+        clock: _Clock,
+        made: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Run the chain from position `start`, keeping the states at the `wanted` positions."""
+        """Run the chain from position `start`, keeping the states at the `wanted` positions, for
+        all batches but the first `made`."""
         T = self.noise_schedule.T
         denoise = StepAwareDenoiser(self.networks, schedule, T, self.device)
         keys = {chain.steps[p]: chain.key(p) for p in wanted}
-        mine = self._mine()
+        mine = self._mine()[made:]
         compiled = self.compiled and self.device.type == "cuda"
         with self._bar(len(mine) * (len(chain.steps) - start)) as bar:
             for first, end in mine:
@@ -355,6 +431,8 @@ class Evaluator:
 
                 def observe(t: int, x: Tensor, batch: int = first) -> None:
                     bar.update()
+                    if self.each_step:
+                        self.each_step()
                     if t in keys:
                         self.states.put(keys[t], batch, x)
 
@@ -449,6 +527,10 @@ class _Clock:
             return sum(end - start for start, end in self._spans[what])
         torch.cuda.synchronize()
         return sum(start.elapsed_time(end) / 1000 for start, end in self._spans[what])
+
+    def both(self, before: tuple[float, float]) -> tuple[float, float]:
+        """Seconds of sampling and of decoding, with those `before`."""
+        return before[0] + self.seconds("sampling"), before[1] + self.seconds("decoding")
 
 
 def _together(

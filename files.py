@@ -99,7 +99,7 @@ def read_jsonl(path: str | Path) -> list:
     for number, line in enumerate(lines[:-1], 1):
         try:
             records.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is not JSON ({error})") from error
     return records
 

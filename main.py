@@ -9,11 +9,12 @@ The only file that knows flags: it turns them into settings and calls what does 
 from __future__ import annotations
 
 import functools
+import json
 import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ import rng
 import score
 from classes import Classes
 from errors import UserError
-from evaluate import Evaluator, Schedule, Scores, SharedStates, latency
+from evaluate import Evaluator, Schedule, Scores, SharedStates, Unfinished, latency
 from files import read_json, save_grid, writable_folder, write_json, write_text
 from model import (
     SlimmableUNet,
@@ -210,7 +211,8 @@ MODEL_FLAGS = (
 )  # fmt: skip
 # What is taken from the checkpoint where the flag is not given, and may differ.
 DEFAULT_FLAGS = (
-    "slimmable_unet", "min_width", "candidate_width", "dataset", "dropout", "latent_vae",
+    "slimmable_unet", "slimmable_g16", "min_width", "candidate_width", "dataset", "dropout",
+    "latent_vae",
 )  # fmt: skip
 TRAINING_FLAGS = (
     *MODEL_FLAGS, *DEFAULT_FLAGS, "lr", "grad_clip", "warmup", "batch_size", "ema_decay", "seed",
@@ -255,8 +257,24 @@ def plain(value: object) -> object:
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
+def stored(name: str, value: object, path: Path) -> object:
+    """What a checkpoint says that a flag was, as the flag's own parser takes it."""
+    flag = FLAGS[name]
+    try:
+        if not isinstance(flag, flags.MultiFlag):
+            return flag.parser.parse(value)
+        return [flag.parser.parse(one) for one in value]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: its settings have {name}={value!r} ({error})") from error
+
+
 def agree_with(known: Mapping[str, object], path: Path) -> None:
     """Take what a checkpoint says of its network; refuse flags that were given and differ."""
+    known = {
+        name: stored(name, known[name], path)
+        for name in (*MODEL_FLAGS, *DEFAULT_FLAGS)
+        if name in known
+    }
     differing = [
         f"--{name}: {known[name]} there, {plain(FLAGS[name].value)} here"
         for name in MODEL_FLAGS
@@ -303,6 +321,9 @@ def use_parallel() -> bool:
     count = torch.cuda.device_count()
     if count < 2:
         say(f"--parallel: {count} GPUs are visible, so the work stays on one device")
+    elif choose_device().index != 0:
+        say(f"--parallel begins at the first GPU: --device={FLAGS.device} is the only one at work")
+        return False
     return count > 1
 
 
@@ -445,8 +466,7 @@ def given_network() -> nn.Module | None:
 
 def build_network(in_ch: int, ch: int | None = None) -> SlimmableUNet:
     """A network of this project as the flags describe it."""
-    groups = 16 if FLAGS.slimmable_g16 and not FLAGS["num_groups"].present else FLAGS.num_groups
-    settings = from_flags(UNetSettings, in_ch=in_ch, num_groups=groups, ch=ch or FLAGS.ch)
+    settings = from_flags(UNetSettings, in_ch=in_ch, ch=ch or FLAGS.ch)
     torch.manual_seed(FLAGS.seed)
     return check_network(SlimmableUNet(**asdict(settings)))
 
@@ -541,11 +561,15 @@ def statistics(encoder: score.Encoder, shape: tuple[int, int, int]):
     """Mean and covariance of the data set's features, computed and saved where missing."""
     path = Path(FLAGS.fid_cache)
     usual = (FLAGS.dataset, FLAGS.img_size, encoder.name) == ("cifar10", 32, "inception")
+    images = functools.cache(lambda: data.load(FLAGS.dataset, FLAGS.data_root, FLAGS.img_size))
     if FLAGS.fid_cache == CIFAR10_STATISTICS and not usual:
-        path = Path("./stats") / f"{FLAGS.dataset}{FLAGS.img_size}.train.{encoder.name}.npz"
+        # Any folder has that name, so what is in it is part of the file's.
+        content = f"-{data.fingerprint(images())}" if FLAGS.dataset == "image_folder" else ""
+        name = f"{FLAGS.dataset}{FLAGS.img_size}{content}.train.{encoder.name}.npz"
+        path = Path("./stats") / name
     about = {"dataset": FLAGS.dataset, "img_size": FLAGS.img_size}
     if distributed.is_main() and not path.exists():
-        images = data.load(FLAGS.dataset, FLAGS.data_root, FLAGS.img_size)
+        images = images()
         if images.channels != shape[0]:
             raise UserError(
                 f"--dataset={FLAGS.dataset} has {images.channels} channels and the network "
@@ -574,6 +598,8 @@ def build_evaluator(networks: Mapping, net: nn.Module, stream: int = rng.SAMPLIN
     for name in ("num_images", "batch_size"):
         if FLAGS[name].value < 1:
             raise UserError(f"--{name}={FLAGS[name].value}: must be at least 1")
+    if FLAGS.num_workers < 0:
+        raise UserError(f"--num_workers={FLAGS.num_workers}: must not be negative")
     if FLAGS.num_images < 2:
         raise UserError(f"--num_images={FLAGS.num_images}: a covariance needs at least 2 images")
     device = choose_device()
@@ -672,9 +698,16 @@ def train() -> None:
         to_images=to_images(),
     )
     if FLAGS.dry_run:
-        say(estimate.training_plan(trainer, flops_table(net, all_widths())))
+        flops = {width: score.flops(net, width, image_shape(net)) for width in all_widths()}
+        say(estimate.training_plan(trainer, flops))
         return
-    trainer.resume()  # refuses before anything in the folder changes
+    resumed = trainer.resume()  # refuses before anything in the folder changes
+    others = [] if resumed else sorted(p.stem for p in logdir.glob("[!.]*.pt"))
+    if others:
+        raise UserError(
+            f"{logdir} has no {trainer.path.name} but {', '.join(others)}: name the one to go on "
+            "from with --ckpt_name, or another --logdir to start anew"
+        )
     if distributed.is_main():
         write_flagfile(logdir / "flagfile.txt")
     trainer.run()
@@ -704,8 +737,8 @@ def training_scores(net: nn.Module):
     """What --eval_step calls: scores of one width of a network; encoder and statistics once."""
     evaluator = build_evaluator({}, net)
 
-    def scores(net: nn.Module, width: float) -> dict:
-        evaluator.networks = candidates(net, [width])
+    def scores(net: nn.Module, width: float, each_step: Callable[[], None]) -> dict:
+        evaluator.networks, evaluator.each_step = candidates(net, [width]), each_step
         found, _ = evaluator.score([width] * FLAGS.T)
         return {evaluator.encoder.key: found.distance, "images": found.images}
 
@@ -747,7 +780,8 @@ def evaluate_schedule() -> None:
 
 def evaluate_ensemble() -> None:
     """Score a large network that a small one relieves where --end < t < --start."""
-    shared = ("T", "beta_1", "beta_T", "mean_type", "img_size", "num_classes")
+    own = set(NETWORK_FLAGS) - {"T", "num_classes"}
+    shared = [name for name in (*MODEL_FLAGS, "latent_vae") if name not in own]
     small, _ = load_network(FLAGS.small_logdir, FLAGS.small_ch)
     theirs = {"channels": small.settings.in_ch} | {name: FLAGS[name].value for name in shared}
     large, step = load_network(FLAGS.large_logdir)
@@ -771,11 +805,12 @@ def report_scores(
 ) -> None:
     """Score, print, and save LOGDIR/NAME.json and LOGDIR/NAME.png."""
     logdir = writable_folder(FLAGS.logdir)
-    found, images = evaluator.score(schedule, keep=min(256, FLAGS.num_images))
+    unfinished = Unfinished(logdir / f".{name}.unfinished", score_identity(evaluator, schedule))
+    found, images = evaluator.score(schedule, min(256, FLAGS.num_images), unfinished)
     calls, steps = evaluator.evaluations(), len(evaluator.timesteps())
     unit = "step" if len(calls) == steps else "pass"
     flops, full = average(schedule, asked(schedule, calls), costs), costs[1.0]
-    rate = found.images / found.sampling_seconds
+    rate = found.images * distributed.world() / found.sampling_seconds
     score_text = "{:.3f} ± {:.3f}".format(*found.inception_score) if found.inception_score else "-"
     result = {
         "mode": name,
@@ -786,6 +821,7 @@ def report_scores(
         "full_width_gflops": full / 1e9,
         "saving": 1 - flops / full,
         "images_per_second": rate,
+        "processes": distributed.world(),
         "sampler": evaluator.sampler.settings(),
         "seed": FLAGS.seed,
         "device": str(evaluator.device),
@@ -810,6 +846,24 @@ def report_scores(
         write_json(logdir / f"{name}.json", result)
         save_grid(logdir / f"{name}.png", images)
         say(f"saved {logdir / name}.json and {name}.png")
+    unfinished.remove()
+
+
+def score_identity(evaluator: Evaluator, schedule: Schedule) -> str:
+    """What the features of a schedule's images depend on, and how processes share them."""
+    networks = evaluator.networks.items()
+    about = {
+        **{name: FLAGS[name].value for name in MODEL_FLAGS},
+        "networks": {str(key): checkpoint.fingerprint(network) for key, network in networks},
+        "schedule": [str(schedule[t]) for t in range(FLAGS.T)],
+        "entries": getattr(schedule, "timesteps", None),
+        "sampler": evaluator.sampler.settings(),
+        "encoder": evaluator.encoder.name,
+        "images": (evaluator.num_images, evaluator.batch_size, evaluator.seed, evaluator.stream),
+        "processes": distributed.world(),
+        **conditions(evaluator),
+    }
+    return json.dumps(about, sort_keys=True)
 
 
 def conditions(evaluator: Evaluator, found: Scores | None = None) -> dict[str, object]:
@@ -828,11 +882,12 @@ def conditions(evaluator: Evaluator, found: Scores | None = None) -> dict[str, o
     return about
 
 
-def search_identity(evaluator: Evaluator, step: int) -> dict[str, object]:
+def search_identity(evaluator: Evaluator, net: nn.Module, step: int) -> dict[str, object]:
     """What a searched distance depends on."""
     return {
         "checkpoint": FLAGS.ckpt_name,
         "step": step,
+        "weights": checkpoint.fingerprint(net),
         "num_images": FLAGS.num_images,
         "seed": FLAGS.seed,
         "amp": FLAGS.amp,
@@ -863,6 +918,7 @@ def search() -> None:
     flops = flops_table(net, all_widths())
     evaluator = build_evaluator(networks, net, rng.SEARCH)
     evaluator.progress = False
+    evaluator.states = shared_states(evaluator.sampler)
     rungs = ladder(evaluator)
     times = latency_table(folder, evaluator)
     genome = Genome(
@@ -882,13 +938,13 @@ def search() -> None:
     job = Search(
         settings=settings,
         genome=genome,
-        score=shared_scores(evaluator),
+        score=scores_of(evaluator),
         costs=flops if FLAGS.cost == "flops" else scaled,
         objective=lambda distance, cost: (
             settings.fid_weight * distance + settings.macs_weight * cost / 2e6
         ),
         folder=folder,
-        identity=search_identity(evaluator, step),
+        identity=search_identity(evaluator, net, step),
         start=start,
         ladder=rungs,
         on_generation=progress.note,
@@ -995,23 +1051,36 @@ def parse_ladder(sampler: diffusion.Sampler) -> list[tuple[str, int, diffusion.S
 def ladder(evaluator: Evaluator) -> list[Rung]:
     """The rungs of --search_ladder, each scoring with a cheaper copy of `evaluator`."""
     return [
-        Rung(name, shared_scores(replace(evaluator, num_images=images, sampler=sampler)))
+        Rung(name, scores_of(replace(evaluator, num_images=images, sampler=sampler)))
         for name, images, sampler in parse_ladder(evaluator.sampler)
     ]
 
 
-def shared_scores(evaluator: Evaluator):
-    """What the search calls to score schedules: `evaluator`, with shared states."""
-    budget = int(FLAGS.state_memory * 2**30)
-    if budget > 0 and not evaluator.sampler.restartable:
-        say(f"--sampler={evaluator.sampler.sampler} cannot go on from a step: no states are shared")
-        budget = 0
+def shared_states(sampler: diffusion.Sampler) -> SharedStates | None:
+    """Where candidates leave the states that others go on from, as --state_memory says."""
+    if not 0 <= FLAGS.state_memory < math.inf:
+        raise UserError(f"--state_memory={FLAGS.state_memory}: must be a number of GiB, at least 0")
+    if FLAGS.state_memory and not sampler.restartable:
+        say(f"--sampler={sampler.sampler} cannot go on from a step: no states are shared")
+    if not FLAGS.state_memory or not sampler.restartable:
+        return None
+    where = torch.device("cpu") if FLAGS.state_device == "host" else None
+    return SharedStates(int(FLAGS.state_memory * 2**30), where)
+
+
+def scores_of(evaluator: Evaluator):
+    """What the search calls to score schedules."""
+    kept = evaluator.timesteps()
+
+    def with_a_step(schedule: WidthSchedule) -> WidthSchedule:
+        """What --allow_skip leaves without any of a rung's steps gets the last one back."""
+        if any(schedule[t] for t in kept):
+            return schedule
+        widths = [max(schedule.widths), *(0.0 for _ in kept[1:])]
+        return WidthSchedule(widths, kept)
 
     def scores(schedules: Sequence[WidthSchedule]):
-        if budget > 0 and evaluator.states is None:
-            where = torch.device("cpu") if FLAGS.state_device == "host" else None
-            evaluator.states = SharedStates(budget, where)
-        for index, found in evaluator.score_all(schedules):
+        for index, found in evaluator.score_all([*map(with_a_step, schedules)]):
             yield (
                 index,
                 {
@@ -1131,6 +1200,7 @@ COMMANDS = {
     "profile": profile,
     "export_diffusers": export,
 }
+PLANNED = ("train", "search", "eval", "eval_stepaware")  # that --dry_run can tell the cost of
 _others = set(FLAGS)
 define_flags()
 OWN_FLAGS = sorted(set(FLAGS) - _others)
@@ -1140,7 +1210,7 @@ def parse(argv: Sequence[str]) -> list[str]:
     """absl's parser, with one line for a mistake."""
     try:
         rest = FLAGS(argv)
-    except flags.Error as error:
+    except (flags.Error, UnicodeDecodeError) as error:
         complain(UserError(" ".join(str(error).split())))
     return rest
 
@@ -1157,12 +1227,16 @@ def run(argv: Sequence[str]) -> None:
     try:
         if len(argv) > 1:
             raise UserError(f"stray argument {argv[1]!r}: flags start with --")
-        command = COMMANDS[choose_mode(sys.argv[1:])]
+        mode = choose_mode(sys.argv[1:])
+        if FLAGS.dry_run and (mode not in PLANNED or FLAGS.pick >= 0):
+            raise UserError(f"--dry_run: only {', '.join('--' + m for m in PLANNED)} have plans")
+        if FLAGS.slimmable_g16 and not FLAGS["num_groups"].present:
+            FLAGS["num_groups"].parse("16")  # counts as given
         _autoencoder.cache_clear()
         keep_freed()
         diffusion.Sampler(FLAGS.sampler)  # an unknown name should not wait for a checkpoint
         with distributed.group(choose_device()):
-            command()
+            COMMANDS[mode]()
     except UserError as error:
         complain(error)
     except Interrupted as stopped:

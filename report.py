@@ -219,6 +219,7 @@ class SearchResult:
             f"rank correlation with rung {c['rung']}: {c['rank_correlation']:.3f} "
             f"over {c['candidates']} candidates"
             for c in self.search.correlations
+            if c["rank_correlation"] is not None
         ]
         return "\n".join(lines)
 
@@ -255,6 +256,8 @@ class SearchResult:
             return [(c.cost / 1e9, c.distance) for c in candidates]
 
         unit = "average GFLOPs a step"
+        if self.search.costs is not self.flops:
+            unit = "average time of a step, on the scale of full width's GFLOPs"
         plot_front(
             folder / "front.png",
             {

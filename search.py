@@ -368,8 +368,9 @@ class Search:
         again = {c.schedule.widths: c.distance for c in after}
         pairs = [(c.distance, again[c.schedule.widths]) for c in before]
         rho = spearmanr(*zip(*pairs, strict=True)).statistic if len(pairs) > 2 else math.nan
+        known = float(rho) if math.isfinite(rho) else None
         self.correlations.append(
-            {"rung": rung.name or "full", "candidates": len(pairs), "rank_correlation": float(rho)}
+            {"rung": rung.name or "full", "candidates": len(pairs), "rank_correlation": known}
         )
 
     def _scored(
@@ -410,7 +411,8 @@ class Search:
         differing = [
             f"{name}: {before.get(name)} there, {value} here"
             for name, value in self.identity.items()
-            if before.get(name) != value
+            # Logs of earlier versions do not know the weights.
+            if before.get(name, value if name == "weights" else None) != value
         ]
         if differing:
             raise UserError(

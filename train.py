@@ -15,7 +15,7 @@ import shutil
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -128,7 +128,7 @@ class Trainer:
     parallel: bool = False
     compiled: bool = False
     choose_arithmetic: Callable[[], str] | None = None
-    evaluate: Callable[[nn.Module, float], Mapping[str, object]] | None = None
+    evaluate: Callable[[nn.Module, float, Callable], Mapping[str, object]] | None = None
     classes: Classes | None = None
     to_images: Callable[[Tensor], Tensor] = data.to_uint8
     step: int = field(default=0, init=False)
@@ -205,12 +205,15 @@ class Trainer:
             },
         )
         if numbered:
-            kept = self.path.with_name(f"{self.path.stem}_{self.step}.pt")
+            kept = self._numbered()
             kept.unlink(missing_ok=True)
             try:
                 os.link(self.path, kept)  # the next save replaces CKPT_NAME.pt, not this file
             except OSError:
                 shutil.copy2(self.path, kept)
+
+    def _numbered(self) -> Path:
+        return self.path.with_name(f"{self.path.stem}_{self.step}.pt")
 
     def _check_finite(self) -> None:
         """Refuse to go on from, or to save, weights that a bad step has spoilt.
@@ -288,7 +291,8 @@ class Trainer:
         """Train to total_steps. Raises Interrupted after SIGINT or SIGTERM, with all saved."""
         s = self.settings
         resumed = self.resume()
-        if self.step >= s.total_steps:
+        owed = self._owed() if resumed else []
+        if self.step >= s.total_steps and not owed:
             if distributed.is_main():
                 at = f"{self.path} is already at step {self.step} of {s.total_steps}"
                 print(f"{at}; nothing to do", flush=True)
@@ -296,6 +300,9 @@ class Trainer:
         network = self.wrapped()
         batches = self.batches()
         with self._signals(), self._logging(resumed) as writer, self._bar() as bar:
+            self._finish(owed, writer)
+            if self.step >= s.total_steps:
+                return
             since = time.perf_counter()
             steps_since = self.step
             for x_0, labels in batches:
@@ -306,15 +313,41 @@ class Trainer:
                     self._log(writer, bar, rate)
                     since, steps_since = time.perf_counter(), self.step
                 self._stop_if_asked()
-                done = self.step == s.total_steps
-                if done or self.step % s.save_step == 0:
-                    self.save(numbered=True)
-                if s.sample_step and (done or self.step % s.sample_step == 0):
-                    self._show(writer)
-                if self.evaluate and s.eval_step and self.step % s.eval_step == 0:
-                    self._evaluate(writer)
-                if done:
+                self._finish(self._due(), writer)
+                if self.step == s.total_steps:
                     return
+
+    def _due(self) -> list[str]:
+        """What the step just made ends with."""
+        s = self.settings
+        done = self.step == s.total_steps
+        due = {
+            "checkpoint": done or self.step % s.save_step == 0,
+            "samples": s.sample_step and (done or self.step % s.sample_step == 0),
+            "scores": self.evaluate and s.eval_step and self.step % s.eval_step == 0,
+        }
+        return [name for name in due if due[name]]
+
+    def _owed(self) -> list[str]:
+        """What is due at this step and not on the disk, because the run was stopped there."""
+        if not (self.logdir / "train.jsonl").exists():
+            return []  # a checkpoint from elsewhere
+        last = self.settings.shown_widths()[-1]
+        made = {
+            "checkpoint": self._numbered().exists(),
+            "samples": self._grid(last).exists(),
+            "scores": not self._unscored(),
+        }
+        return distributed.gather([name for name in self._due() if not made[name]])[0]
+
+    def _finish(self, due: Sequence[str], writer: object) -> None:
+        """Do what is due at this step."""
+        if "checkpoint" in due:
+            self.save(numbered=True)
+        if "samples" in due:
+            self._show(writer)
+        if "scores" in due:
+            self._evaluate(writer)
 
     def wrapped(self) -> nn.Module:
         """The network as `train_step` wants it: chosen arithmetic, compiled, in parallel."""
@@ -424,9 +457,11 @@ class Trainer:
             if writer is None:
                 continue
             images = torch.cat([part for part in everyone if part is not None])
-            name = f"{self.step}_width_{width:g}.png"
-            grid = save_grid(self.logdir / "sample" / name, images, columns)
+            grid = save_grid(self._grid(width), images, columns)
             writer.add_image(f"sample/width_{width:g}", grid, self.step)
+
+    def _grid(self, width: float) -> Path:
+        return self.logdir / "sample" / f"{self.step}_width_{width:g}.png"
 
     def _drawn(
         self, width: float, network: nn.Module, mine: Tensor, condition: Condition | None
@@ -444,13 +479,13 @@ class Trainer:
             return self.to_images(x_0).cpu()
 
     def _give_way(self) -> None:
-        """Leave a long chain of samples when asked to stop; the last checkpoint stands."""
+        """Leave a long chain of samples when asked to stop; going on begins with it (`_owed`)."""
         if self.signum and distributed.world() == 1:
             self._stop_if_asked()
 
     def _evaluate(self, writer: object) -> None:
-        for width in self.settings.shown_widths():
-            scores = self.evaluate(self.ema.model, width)
+        for width in distributed.gather(self._unscored())[0]:
+            scores = self.evaluate(self.ema.model, width, self._give_way)
             if writer is None:
                 continue
             record = {"step": self.step, "width": width, "scores": scores}
@@ -458,6 +493,12 @@ class Trainer:
             for name, value in scores.items():
                 if isinstance(value, float):
                     writer.add_scalar(f"{name}/width_{width:g}", value, self.step)
+
+    def _unscored(self) -> list[float]:
+        """The widths whose scores at this step are not in the log."""
+        known = read_jsonl(self.logdir / "train_eval.jsonl")
+        scored = {record["width"] for record in known if record["step"] == self.step}
+        return [width for width in self.settings.shown_widths() if width not in scored]
 
 
 def _mix(*numbers: int) -> int:

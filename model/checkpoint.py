@@ -4,6 +4,7 @@ where this project wrote it, settings. Files are data: nothing in them is ever e
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +49,7 @@ def load(path: str | Path) -> dict:
             f"{path} holds more than tensors and plain values, which could carry code, so it was "
             "not loaded; save it again as a dict of state dicts"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # whatever torch's reader makes of damaged bytes
         raise UserError(
             f"{path} is truncated or not a checkpoint ({_first_line(error)}); "
             "take an earlier one with --ckpt_name"
@@ -56,7 +57,22 @@ def load(path: str | Path) -> dict:
     if not isinstance(state, dict) or not {"net_model", "ema_model"} <= state.keys():
         found = ", ".join(map(str, list(state)[:5])) if isinstance(state, dict) else type(state)
         raise UserError(f"{path} has no net_model and ema_model entries (found: {found})")
+    if not isinstance(state.get("settings", {}), dict):
+        raise UserError(f"{path}: its settings are no table of names and values")
+    try:
+        int(state.get("step", 0))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be continued or scored: its step is no number") from error
     return state
+
+
+def fingerprint(net: nn.Module) -> str:
+    """16 hexadecimal digits that other weights would change."""
+    digest = hashlib.sha256()
+    for name, value in net.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def entries(state: object, path: str | Path) -> dict[str, Tensor]:

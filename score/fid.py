@@ -122,6 +122,17 @@ class InceptionScore:
         self._sums += other._sums.to(self._counts.device)
         self.count += other.count
 
+    def state(self) -> dict[str, object]:
+        """Plain values and tensors for a file."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_state(cls, state: dict[str, object]) -> "InceptionScore":
+        """The inverse of `state`."""
+        found = cls(state["total"], state["splits"])
+        vars(found).update(state)
+        return found
+
     def result(self) -> tuple[float, float]:
         """Mean and (population) standard deviation over the splits."""
         if self.count != self.total:

@@ -124,6 +124,7 @@ def start_main(folder: Path, *arguments: object) -> subprocess.Popen:
         [sys.executable, str(ROOT / "main.py"), *map(str, arguments)],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,  # a group of its own, for signals to all of it
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -3,6 +3,7 @@ distance against one computed here."""
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from scipy.linalg import sqrtm
 from torch import Tensor, nn
 
 import diffusion
+import evaluate
+import main
 import rng
 import score
 from errors import UserError
-from evaluate import Evaluator, SharedStates, latency
+from evaluate import Evaluator, SharedStates, Unfinished, latency
 from model import WidthSchedule, candidates
 
 SHAPE = (1, 8, 8)
@@ -177,6 +180,62 @@ def test_latency_is_a_time_an_image(networks: dict) -> None:
 
     assert 0 < latency(network, SHAPE, 4, torch.device("cpu"), seconds=0.001) < 0.01
     assert set(calls) == {(4, *SHAPE)}
+
+
+# --- going on -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", [None, "identity", "file"])
+def test_a_stopped_score_goes_on(
+    evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str | None
+) -> None:
+    monkeypatch.setattr(evaluate, "KEEP_EVERY", 0)
+    evaluator.batch_size, schedule = 2, [0.5] * T
+    expected, images = evaluator.score(schedule, keep=5)
+    steps = []
+
+    def each_step(limit: int) -> None:
+        steps.append(1)
+        if len(steps) > limit:
+            raise KeyboardInterrupt
+
+    place = Unfinished(tmp_path / ".eval", "one")
+    evaluator.each_step = lambda: each_step(2 * T + 3)
+    with pytest.raises(KeyboardInterrupt):
+        evaluator.score(schedule, 5, place)
+    if damage == "identity":
+        place = Unfinished(tmp_path / ".eval", "other")
+    elif damage:
+        next(tmp_path.iterdir()).write_bytes(b"PK half a file")
+    steps.clear()
+    evaluator.each_step = lambda: each_step(1000)
+    found, again = evaluator.score(schedule, 5, place)
+    assert len(steps) == (4 if damage else 2) * T
+    assert found.distance == pytest.approx(expected.distance, rel=1e-12)
+    assert torch.equal(again, images)
+    place.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_inception_scores_go_on() -> None:
+    probabilities = torch.rand(7, 4).softmax(1)
+    whole, half = score.InceptionScore(7, 2), score.InceptionScore(7, 2)
+    whole.update(probabilities)
+    half.update(probabilities[:3])
+    half = score.InceptionScore.from_state(half.state())
+    half.update(probabilities[3:])
+    assert half.result() == pytest.approx(whole.result(), rel=1e-12)
+
+
+def test_a_rung_without_any_of_a_schedules_steps(evaluator: Evaluator) -> None:
+    evaluator.sampler = diffusion.Sampler("ddim", 3)
+    kept = evaluator.timesteps()
+    schedule = WidthSchedule([0.0 if t in kept else 0.5 for t in range(T)])
+    ((_, found),) = main.scores_of(evaluator)([schedule])
+    last = WidthSchedule([0.5 if t == kept[0] else 0.0 for t in range(T)])
+    ((_, expected),) = main.scores_of(evaluator)([last])
+    assert found["distance"] == expected["distance"]
+    assert found["passes"] == evaluator.num_images
 
 
 # --- shared states --------------------------------------------------------------------------------

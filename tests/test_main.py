@@ -13,6 +13,7 @@ import torch
 from absl import flags
 from absl.testing import flagsaver
 from conftest import ROOT, TINY, TRAIN, UPSTREAM, contents, process_main, run_main
+from torchvision.io import write_png
 
 import main
 import score
@@ -193,6 +194,10 @@ def test_unknown_flag(refused: Refused) -> None:
     assert "img_size" in line  # it guesses what was meant
 
 
+def test_flagfile_of_another_kind(refused: Refused, run_folder: Path) -> None:
+    refused("codec can't decode", "--flagfile=run/ckpt.pt", "--train")
+
+
 def test_missing_flagfile(refused: Refused) -> None:
     refused(r"missing\.txt", "--train", "--flagfile=missing.txt")
 
@@ -265,6 +270,37 @@ def test_networks_that_cannot_take_turns(refused: Refused, run_folder: Path, her
     assert run_main(*TRAIN, *other).status == 0
     both = ["--large_logdir=run", "--small_logdir=other", "--small_ch=16", "--eval_ensemble"]
     refused("cannot take turns .T: 20 small, 10 large", *EVAL, *both)
+    refused("--dry_run: only --train, ", *EVAL, *both, "--dry_run")
+    other = ["--logdir=cosine", "--beta_schedule=squaredcos_cap_v2", "--total_steps=1"]
+    assert run_main(*TRAIN, *other, "--sample_step=0").status == 0
+    both[1] = "--small_logdir=cosine"
+    refused("take turns .beta_schedule: squaredcos_cap_v2 small, linear large", *EVAL, *both)
+
+
+def test_sixteen_groups_and_their_flagfile(here: Path, refused: Refused) -> None:
+    others = ("--num_groups", "--ch", "--attn", "--slimmable")
+    train = [a for a in TRAIN if not a.startswith(others)]
+    train += ["--ch=64", "--ch_mult=1", "--attn=0", "--total_steps=1", "--sample_step=0"]
+    assert run_main(*train, "--slimmable_g16", "--logdir=run").status == 0
+    found = run_main("--flagfile=run/flagfile.txt", *EVAL, "--eval", "--assigned_width=0.5")
+    assert found.status == 0, found.err
+    assert run_main(*EVAL, "--eval", "--assigned_width=0.25").status == 0
+    again = run_main("--train", "--flagfile=run/flagfile.txt")
+    assert "nothing to do" in again.out
+    refused("num_groups: 16 there, 32 here", *EVAL, "--eval", "--num_groups=32")
+
+
+def test_search_of_a_network_trained_anew(here: Path, run_folder: Path, refused: Refused) -> None:
+    search = [*EVAL, "--search", "--num_generation=1", "--pop_size=4"]
+    assert run_main(*search).status == 0
+    assert run_main(*TRAIN, "--logdir=other", "--lr=0.1", "--sample_step=0").status == 0
+    os.replace("other/ckpt.pt", "run/ckpt.pt")
+    refused("scored otherwise .weights: ", *search)
+
+
+def test_plan_of_a_plain_network(here: Path) -> None:
+    plain = [a for a in TRAIN if a not in ("--sandwich", "--slimmable_unet")]
+    assert "training: 6 steps × 8 images × 1 widths" in run_main(*plain, "--dry_run").out
 
 
 # --- the network ----------------------------------------------------------------------------------
@@ -335,6 +371,21 @@ def test_checkpoint_of_another_network(refused: Refused, run_folder: Path, mode:
 def test_foreign_checkpoint(refused: Refused, run_folder: Path, content: object) -> None:
     torch.save(content, run_folder / "ckpt.pt")
     refused(r"run/ckpt\.pt", *EVAL, "--eval")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("T", None), ("beta_1", [1]), ("candidate_width", 0.5), ("ch_mult", "ab"), ("img_size", {})],
+)
+def test_settings_of_another_kind(
+    refused: Refused, run_folder: Path, name: str, value: object
+) -> None:
+    state = torch.load(run_folder / "ckpt.pt", weights_only=True)
+    state["settings"][name] = value
+    torch.save(state, run_folder / "ckpt.pt")
+    refused(rf"run/ckpt\.pt: its settings have {name}=", *EVAL, "--eval")
+    torch.save(state | {"settings": [1]}, run_folder / "ckpt.pt")
+    refused("settings are no table", *EVAL, "--eval")
 
 
 def test_flags_that_contradict_the_checkpoint(refused: Refused, run_folder: Path) -> None:
@@ -474,6 +525,22 @@ def test_statistics_that_are_no_npz(refused: Refused, run_folder: Path, here: Pa
     for content in (b"", b"PK\x03\x04 torn", b"text", pickle.dumps({"mu": 1})):
         (here / "stats.npz").write_bytes(content)
         refused("stats.npz is no readable .npz", *EVAL, "--eval")
+
+
+def test_statistics_of_two_folders(run_folder: Path) -> None:
+    evaluate = [a for a in EVAL if not a.startswith("--fid_cache")]
+    evaluate += ["--eval", "--dataset=image_folder", "--img_size=8"]
+    found = []
+    for value in (0, 255, 0):
+        folder = Path(f"images{value}")
+        folder.mkdir(exist_ok=True)
+        for i in range(3):
+            write_png(torch.full((1, 8, 8), value, dtype=torch.uint8), str(folder / f"{i}.png"))
+        result = run_main(*evaluate, f"--data_root={folder}")
+        assert result.status == 0, result.err
+        found.append(json.loads(Path("run/eval.json").read_text())["distance"])
+    assert found[0] == found[2] != found[1]
+    assert len(list(Path("stats").iterdir())) == 2
 
 
 def test_few_images_warn_and_go_on(run_folder: Path) -> None:

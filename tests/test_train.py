@@ -427,20 +427,57 @@ def test_killed_and_resumed(photos: Path, straight: dict) -> None:
     assert {"ckpt_2.pt", "ckpt_4.pt", "ckpt_6.pt", "ckpt_8.pt"} <= set(os.listdir("run"))
 
 
-def test_terminated_process(photos: Path) -> None:
-    long = [*LONG, "--total_steps=100000"]
+@pytest.mark.parametrize("kill", [os.kill, os.killpg])
+def test_terminated_process(photos: Path, kill: Callable) -> None:
+    long = [*LONG, "--total_steps=100000", "--num_workers=1"]
     process = start_main(photos, *long)
     deadline = time.monotonic() + 100
     while not Path("run/train.jsonl").exists() or not Path("run/train.jsonl").stat().st_size:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.terminate()
+    kill(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 143
     assert "Traceback" not in err
     step = int(re.search(r"stopped and saved at step (\d+) of 100000", out)[1])
     assert checkpoint.load("run/ckpt.pt")["step"] == step
+
+
+def test_what_the_last_step_owes_is_made_up_for(here: Path) -> None:
+    command = [*TRAIN, "--logdir=run", "--eval_step=3", "--num_images=70", "--fid_cache=s.npz"]
+    assert run_main(*command).status == 0
+    names = [f"sample/6_width_{width}.png" for width in ("1", "0.25")] + ["ckpt_6.pt"]
+    before = {name: (here / "run" / name).read_bytes() for name in names}
+    for name in names:
+        (here / "run" / name).unlink()
+    scores = Path("run/train_eval.jsonl")
+    lines = scores.read_text().splitlines(keepends=True)
+    scores.write_text("".join(lines[:-1]))
+    assert run_main(*command).status == 0
+    assert {name: (here / "run" / name).read_bytes() for name in names[:2]} == {
+        name: before[name] for name in names[:2]
+    }
+    assert checkpoint.load("run/ckpt_6.pt")["step"] == 6
+    assert scores.read_text() == "".join(lines)
+    assert "nothing to do" in run_main(*command).out
+
+
+def test_scores_in_training_give_way_to_a_signal(tmp_path: Path) -> None:
+    trained = trainer(tmp_path, eval_step=2)
+
+    def scores(net: nn.Module, width: float, each_step: Callable[[], None]) -> dict:
+        trained.signum = signal.SIGTERM
+        each_step()
+        raise AssertionError("not left")
+
+    trained.evaluate = scores
+    with pytest.raises(train.Interrupted, match="saved at step 2 of 4"):
+        trained.run()
+
+
+def test_another_run_in_the_folder_is_left_alone(run_folder: Path, refused: Callable) -> None:
+    refused("run has no other.pt but ckpt: ", *TRAIN, "--logdir=run", "--ckpt_name=other")
 
 
 def test_going_on_with_more_steps(here: Path) -> None:
