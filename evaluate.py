@@ -421,10 +421,11 @@ class Evaluator:
         T = self.noise_schedule.T
         denoise = StepAwareDenoiser(self.networks, schedule, T, self.device)
         keys = {chain.steps[p]: chain.key(p) for p in wanted}
-        mine = self._mine()[made:]
+        mine = self._mine()
         compiled = self.compiled and self.device.type == "cuda"
-        with self._bar(len(mine) * (len(chain.steps) - start)) as bar:
-            for first, end in mine:
+        steps = len(chain.steps) - start
+        with self._bar(len(mine) * steps, made * steps) as bar:
+            for first, end in mine[made:]:
                 indices = torch.arange(first, end, device=self.device)
                 noise = rng.ImageNoise(self.seed, self.stream, indices, self.image_shape, compiled)
                 denoise.condition = self.classes.condition(indices) if self.classes else None
@@ -448,9 +449,10 @@ class Evaluator:
                     images = self.to_images(x_0)
                 yield indices.cpu(), images
 
-    def _bar(self, steps: int) -> tqdm:
+    def _bar(self, steps: int, made: int) -> tqdm:
         return tqdm(
             total=steps,
+            initial=made,
             desc="sample",
             unit="step",
             leave=False,
