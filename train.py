@@ -330,15 +330,15 @@ class Trainer:
 
     def _owed(self) -> list[str]:
         """What is due at this step and not on the disk, because the run was stopped there."""
-        if not (self.logdir / "train.jsonl").exists():
-            return []  # a checkpoint from elsewhere
         last = self.settings.shown_widths()[-1]
         made = {
             "checkpoint": self._numbered().exists(),
             "samples": self._grid(last).exists(),
             "scores": not self._unscored(),
         }
-        return distributed.gather([name for name in self._due() if not made[name]])[0]
+        elsewhere = not (self.logdir / "train.jsonl").exists()  # where the checkpoint comes from
+        owed = [name for name in self._due() if not elsewhere and not made[name]]
+        return distributed.gather(owed)[0]
 
     def _finish(self, due: Sequence[str], writer: object) -> None:
         """Do what is due at this step."""
