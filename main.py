@@ -561,15 +561,15 @@ def statistics(encoder: score.Encoder, shape: tuple[int, int, int]):
     """Mean and covariance of the data set's features, computed and saved where missing."""
     path = Path(FLAGS.fid_cache)
     usual = (FLAGS.dataset, FLAGS.img_size, encoder.name) == ("cifar10", 32, "inception")
-    images = functools.cache(lambda: data.load(FLAGS.dataset, FLAGS.data_root, FLAGS.img_size))
+    load = functools.cache(lambda: data.load(FLAGS.dataset, FLAGS.data_root, FLAGS.img_size))
     if FLAGS.fid_cache == CIFAR10_STATISTICS and not usual:
         # Any folder has that name, so what is in it is part of the file's.
-        content = f"-{data.fingerprint(images())}" if FLAGS.dataset == "image_folder" else ""
+        content = f"-{data.fingerprint(load())}" if FLAGS.dataset == "image_folder" else ""
         name = f"{FLAGS.dataset}{FLAGS.img_size}{content}.train.{encoder.name}.npz"
         path = Path("./stats") / name
     about = {"dataset": FLAGS.dataset, "img_size": FLAGS.img_size}
     if distributed.is_main() and not path.exists():
-        images = images()
+        images = load()
         if images.channels != shape[0]:
             raise UserError(
                 f"--dataset={FLAGS.dataset} has {images.channels} channels and the network "

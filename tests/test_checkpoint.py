@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 from errors import UserError
 from files import save_grid
 from model import EMA
 from model.checkpoint import fill, load, save
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def network(seed: int = 0, middle: int = 3) -> nn.Module:
