@@ -174,6 +174,8 @@ def define_flags() -> None:
     choice("cost", "flops", ["flops", "latency"], "what a step costs: FLOPs, or time measured here")
     real("flops_budget", 0.0, "pareto: share of full width's cost that the chosen schedule may "
          "have; 0: the front's knee")  # fmt: skip
+    real("distance_limit", 0.0, "pareto: the largest distance of interest, as a multiple of the "
+         "least in the first generation; 0: any")  # fmt: skip
     integer("pick", -1, "take this point of the finished search's front as search.txt instead")
     integer("num_segments", 0, "genes, each for a run of steps; 0: one gene a step")
     boolean("level_seeds", False, "two- and three-level schedules in the first population")

@@ -11,7 +11,7 @@ when it is started again, and takes the answers that it has from the log.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,6 +51,7 @@ class SearchSettings:
     level_seeds: bool = False
     search_objective: str = "weighted"
     flops_budget: float = 0.0
+    distance_limit: float = 0.0
     num_segments: int = 0
     ladder_keep: float = 0.25
     surrogate: int = 0
@@ -71,10 +72,14 @@ class SearchSettings:
         for name in ("fid_weight", "macs_weight"):
             if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
                 raise UserError(f"--{name}={getattr(self, name)}: must not be negative")
+        if self.distance_limit and not 1 <= self.distance_limit < math.inf:
+            raise UserError(f"--distance_limit={self.distance_limit}: must be 0 or at least 1")
         if self.search_objective not in OBJECTIVES:
             raise UserError(
                 f"--search_objective={self.search_objective}: one of {', '.join(OBJECTIVES)}"
             )
+        if self.distance_limit and self.search_objective == "weighted":
+            raise UserError("--distance_limit needs --search_objective=pareto")
 
 
 @dataclass(frozen=True)
@@ -229,6 +234,7 @@ class Search:
     on_generation: Callable[[int, Sequence[Candidate]], None] | None = None
     correlations: list[dict] = field(default_factory=list, init=False)
     known: dict[tuple, dict] = field(default_factory=dict, init=False)
+    worst: float = field(default=math.inf, init=False)  # the largest distance of interest
 
     @property
     def log(self) -> Path:
@@ -253,6 +259,7 @@ class Search:
                 schedules = [c.schedule for c in climbing]
                 scored = list(self._scored(rung, schedules, climbing[0].generation, bar))
                 self._compare(rung, climbing, scored)
+                self._limit(scored)
                 candidates = scored
         return candidates
 
@@ -285,6 +292,7 @@ class Search:
         problem = Problem(
             n_var=self.genome.genes,
             n_obj=1 if s.search_objective == "weighted" else 2,
+            n_ieq_constr=1,  # the distance limit
             xl=0,
             xu=len(self.genome.widths) - 1,
             vtype=int,
@@ -302,11 +310,20 @@ class Search:
             schedules = [self.genome.decode(genes) for genes in population.get("X")]
             for candidate in self._scored(rung, schedules, generation, bar):
                 seen.setdefault(candidate.schedule.widths, candidate)
+            if generation == 1:
+                self._limit(seen.values())
             population.set("F", np.array([self._values(seen[c.widths]) for c in schedules]))
+            excess = [seen[c.widths].distance - self.worst for c in schedules]
+            population.set("G", np.maximum(excess, 0)[:, None])
             algorithm.tell(infills=population)
             if self.on_generation:
                 self.on_generation(generation, list(seen.values()))
         return list(seen.values())
+
+    def _limit(self, candidates: Collection[Candidate]) -> None:
+        """Let these candidates of one rung say which distances are of interest."""
+        if self.settings.distance_limit:
+            self.worst = self.settings.distance_limit * min(c.distance for c in candidates)
 
     def _values(self, candidate: Candidate) -> list[float]:
         if self.settings.search_objective == "weighted":
@@ -326,7 +343,8 @@ class Search:
         return SomeStep(genome)._do(None, np.array([*unique, *drawn]))
 
     def _screened(self, genes: np.ndarray, seen: Sequence[Candidate]) -> np.ndarray:
-        """The pop_size rows of `genes` that a ridge regression on the candidates so far likes best.
+        """Which pop_size rows of `genes` a ridge regression on the candidates so far likes best, of
+        those that are not scored yet where there are any.
 
         Its inputs say which width each gene has; costs are exact.
         """
@@ -337,24 +355,29 @@ class Search:
 
         known = inputs(np.array([self.genome.encode(c.schedule) for c in seen]))
         model = Ridge(alpha=1.0).fit(known, np.log([c.distance + 1e-12 for c in seen]))
-        distances = np.exp(model.predict(inputs(genes)))
-        costs = [self._cost(self.genome.decode(row)) for row in genes]
+        schedules = [self.genome.decode(row) for row in genes]
+        scored = {c.schedule.widths for c in seen}
+        new = [i for i, schedule in enumerate(schedules) if schedule.widths not in scored]
+        rows = np.array(new or range(len(genes)))
         guesses = [
-            Candidate(self.genome.decode(row), d, c, 0, {})
-            for row, d, c in zip(genes, distances, costs, strict=True)
+            Candidate(schedules[i], distance, self._cost(schedules[i]), 0, {})
+            for i, distance in zip(rows, np.exp(model.predict(inputs(genes[rows]))), strict=True)
         ]
-        return np.sort(self._ranking(guesses)[: self.settings.pop_size])
+        return np.sort(rows[self._ranking(guesses)[: self.settings.pop_size]])
 
     def _ranking(self, candidates: Sequence[Candidate]) -> np.ndarray:
-        """Indices, the best first: by objective, or by fronts and then the crowding within."""
+        """Indices, the best first: by objective, or by fronts and then the crowding within, those
+        beyond the distance limit last."""
         values = np.array([self._values(c) for c in candidates])
         if values.shape[1] == 1:
             return np.argsort(values[:, 0], kind="stable")
+        good = np.flatnonzero(values[:, 0] <= self.worst)
         order = []
-        for front in NonDominatedSorting().do(values):
-            crowding = calc_crowding_distance(values[front])
-            order += [front[i] for i in np.argsort(-crowding, kind="stable")]
-        return np.array(order)
+        for front in NonDominatedSorting().do(values[good]) if len(good) else ():
+            crowding = calc_crowding_distance(values[good][front])
+            order += [good[front[i]] for i in np.argsort(-crowding, kind="stable")]
+        bad = np.flatnonzero(values[:, 0] > self.worst)
+        return np.array([*order, *bad[np.argsort(values[bad, 0], kind="stable")]])
 
     def _promoted(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The best share, at least a front's worth; uniform widths come along for comparison."""

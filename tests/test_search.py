@@ -17,6 +17,7 @@ from model import WidthSchedule
 from search import (
     Candidate,
     Genome,
+    Rung,
     Search,
     SearchSettings,
     hypervolume,
@@ -149,6 +150,73 @@ def test_an_individual_never_escapes_mutation(algorithms: list, tmp_path: Path) 
 def test_the_shortest_genomes(tmp_path: Path, genes: int) -> None:
     found = make(tmp_path, genome=genome(8, segments=genes), num_generation=4).run()
     assert len({c.schedule.widths for c in found}) == len(found) > 3
+
+
+# --- where candidates are spent -------------------------------------------------------------------
+
+
+def test_candidates_beyond_the_distance_limit_do_not_survive(
+    algorithms: list, tmp_path: Path
+) -> None:
+    found = make(tmp_path, search_objective="pareto", pop_size=12, distance_limit=1.3).run()
+    first = [c.distance for c in found if c.generation == 1]
+    worst = 1.3 * min(first)
+    assert max(first) > worst
+    assert algorithms[0].pop.get("F")[:, 0].max() <= worst
+
+
+@pytest.mark.parametrize("surrogate", [0, 8])
+def test_the_limit_spends_candidates_where_it_matters(tmp_path: Path, surrogate: int) -> None:
+    def of_interest(seed: int, limit: float) -> float:
+        job = make(
+            tmp_path / f"{seed}-{limit}", search_objective="pareto", genome=genome(12),
+            pop_size=12, seed=seed, surrogate=surrogate, distance_limit=limit,
+        )  # fmt: skip
+        later = [c.distance for c in job.run() if c.generation > 1]
+        return np.mean([distance <= 1.3 for distance in later])
+
+    without, limited = (np.mean([of_interest(i, n) for i in range(4)]) for n in (0.0, 1.3))
+    assert limited > without + 0.1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(distance_limit=0.9, search_objective="pareto"),
+        dict(distance_limit=float("inf"), search_objective="pareto"),
+        dict(distance_limit=1.5, search_objective="weighted"),
+    ],
+)
+def test_limits_that_make_no_sense(changes: dict) -> None:
+    with pytest.raises(UserError, match="--distance_limit"):
+        SearchSettings(**changes)
+
+
+def test_a_rung_has_a_limit_of_its_own(tmp_path: Path) -> None:
+    """Distances of other rungs are on another scale."""
+
+    def tenfold(schedules: Sequence[WidthSchedule]) -> Iterator[tuple[int, dict]]:
+        for i, scores in Score()(schedules):
+            yield i, {"distance": 10 * scores["distance"]}
+
+    job = make(tmp_path, search_objective="pareto", distance_limit=1.2)
+    job.ladder = [Rung("coarse", tenfold)]
+    found = job.run()
+    assert job.worst == 1.2 * min(c.distance for c in found)
+
+
+def test_the_surrogate_asks_for_nothing_twice(tmp_path: Path) -> None:
+    score = Score()
+    settings = dict(search_objective="pareto", surrogate=8, num_generation=6, pop_size=8)
+    found = make(tmp_path, score, genome=genome(20), **settings).run()
+    assert len(score.asked) == len(set(score.asked)) == len(found) == 6 * 8
+
+
+def test_the_surrogate_of_a_small_space_ends(tmp_path: Path) -> None:
+    """Every schedule is scored long before the last generation."""
+    settings = dict(search_objective="pareto", surrogate=8, num_generation=20, pop_size=8)
+    found = make(tmp_path, genome=genome(2), **settings).run()
+    assert len({c.schedule.widths for c in found}) == len(found) == 4**2
 
 
 # --- first population -----------------------------------------------------------------------------
