@@ -1,7 +1,7 @@
 """Does it hold on real images? Train, search, score and compare, by one command that resumes.
 
     python -m benchmark.experiment [FOLDER] [--flagfile config/fashion_mnist_14.txt]
-        [--data_root DIR] [--workers N] [--search_images 400] [--seeds 3]
+        [--data_root DIR] [--workers N] [--search_images 400] [--confirm_images 2000] [--seeds 3]
 
 A supernet and a plain network of its size; uniform widths; two-level switches; random schedules;
 searched schedules; other samplers; and, on the digits, the ablations behind the defaults. Every
@@ -26,7 +26,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -152,7 +152,8 @@ class Experiment:
         kind, steps = sampler.split("-")
         command = self._scoring(
             "supernet", folder, "--search", f"--search_dir={folder}", f"--seed={seed + 1}",
-            f"--num_images={self.options.search_images}",
+            f"--search_ladder={self.options.search_images}x{steps}",
+            f"--num_images={self.options.confirm_images}",
             f"--sampler={kind}", f"--sample_steps={steps}",
         )  # fmt: skip
         return Task(f"search-{key}", command, ("supernet", "statistics"))
@@ -332,6 +333,8 @@ class Experiment:
             self.statistics,
         )
 
+        confirming = replace(bench.evaluator, num_images=self.options.confirm_images)
+
         def cost(schedule: WidthSchedule) -> float:
             return average(schedule, bench.timesteps, bench.costs) / bench.costs[1.0]
 
@@ -340,7 +343,10 @@ class Experiment:
             # Much cheaper ones belong to the next budget.
             switches = [s for s in bench.switches() if 0.6 * share < cost(s) <= share]
             found = bench.score_all(switches, bench.evaluator)
-            best = min(found, key=lambda c: c.distance)
+            found.sort(key=lambda c: c.distance)
+            # As a search's candidates, the best quarter is scored again on more images.
+            again = [c.schedule for c in found[: -(-len(found) // 4)]]
+            best = min(bench.score_all(again, confirming), key=lambda c: c.distance)
             self._save(f"switch-{share:g}", best.schedule.expanded(bench.T))
             tried[f"{share:g}"] = len(found)
             random = (
@@ -379,6 +385,7 @@ class Experiment:
             "floor": floor,
             "flags": self.flags,
             "search_images": self.options.search_images,
+            "confirm_images": self.options.confirm_images,
             "scores": {
                 name: {
                     "distance": row["distance"],
@@ -605,6 +612,7 @@ def main() -> None:
     workers = 1 if torch.cuda.is_available() else min(4, len(os.sched_getaffinity(0)))
     parser.add_argument("--workers", type=int, default=workers, help="tasks at a time")
     parser.add_argument("--search_images", type=int, default=400)
+    parser.add_argument("--confirm_images", type=int, default=2000, help="of the best candidates")
     parser.add_argument("--images", type=int, default=10_000, help="of a final score")
     parser.add_argument("--seeds", type=int, default=3)
     parser.set_defaults(speed=speed())

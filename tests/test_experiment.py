@@ -21,7 +21,7 @@ def experiment_of(recipe: Path, tmp_path: Path) -> Experiment:
     return Experiment(
         argparse.Namespace(
             folder=tmp_path, flagfile=recipe, ablations=recipe, data_root="data", workers=2,
-            search_images=20, images=30, seeds=2, speed=(),
+            search_images=20, confirm_images=25, images=30, seeds=2, speed=(),
         )
     )  # fmt: skip
 
