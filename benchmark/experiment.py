@@ -150,10 +150,11 @@ class Experiment:
     def _search(self, key: str, sampler: str, seed: int = 0) -> Task:
         folder = self.folder / f"search-{key}"
         kind, steps = sampler.split("-")
+        images, again = self.options.search_images, self.options.confirm_images
+        rounds = (f"--search_ladder={images}x{steps}",) if again else ()
         command = self._scoring(
             "supernet", folder, "--search", f"--search_dir={folder}", f"--seed={seed + 1}",
-            f"--search_ladder={self.options.search_images}x{steps}",
-            f"--num_images={self.options.confirm_images}",
+            *rounds, f"--num_images={again or images}",
             f"--sampler={kind}", f"--sample_steps={steps}",
         )  # fmt: skip
         return Task(f"search-{key}", command, ("supernet", "statistics"))
@@ -333,8 +334,6 @@ class Experiment:
             self.statistics,
         )
 
-        confirming = replace(bench.evaluator, num_images=self.options.confirm_images)
-
         def cost(schedule: WidthSchedule) -> float:
             return average(schedule, bench.timesteps, bench.costs) / bench.costs[1.0]
 
@@ -343,12 +342,13 @@ class Experiment:
             # Much cheaper ones belong to the next budget.
             switches = [s for s in bench.switches() if 0.6 * share < cost(s) <= share]
             found = bench.score_all(switches, bench.evaluator)
-            found.sort(key=lambda c: c.distance)
-            # As a search's candidates, the best quarter is scored again on more images.
-            again = [c.schedule for c in found[: -(-len(found) // 4)]]
-            best = min(bench.score_all(again, confirming), key=lambda c: c.distance)
+            if again := self.options.confirm_images:  # the best quarter, as in a search
+                found = sorted(found, key=lambda c: c.distance)[: -(-len(found) // 4)]
+                confirming = replace(bench.evaluator, num_images=again)
+                found = bench.score_all([c.schedule for c in found], confirming)
+            best = min(found, key=lambda c: c.distance)
             self._save(f"switch-{share:g}", best.schedule.expanded(bench.T))
-            tried[f"{share:g}"] = len(found)
+            tried[f"{share:g}"] = len(switches)
             random = (
                 s for s in bench.random(100_000, seed=int(100 * share))
                 if 0.9 * share < cost(s) <= share
@@ -612,7 +612,7 @@ def main() -> None:
     workers = 1 if torch.cuda.is_available() else min(4, len(os.sched_getaffinity(0)))
     parser.add_argument("--workers", type=int, default=workers, help="tasks at a time")
     parser.add_argument("--search_images", type=int, default=400)
-    parser.add_argument("--confirm_images", type=int, default=2000, help="of the best candidates")
+    parser.add_argument("--confirm_images", type=int, default=0, help="of the best, again; 0: once")
     parser.add_argument("--images", type=int, default=10_000, help="of a final score")
     parser.add_argument("--seeds", type=int, default=3)
     parser.set_defaults(speed=speed())
