@@ -18,7 +18,6 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,11 +30,10 @@ import distributed
 import rng
 import score
 from classes import Classes
-from files import replacing
+from files import Unfinished
 from model import StepAwareDenoiser, WidthSchedule, asked
 
 Schedule = WidthSchedule | Sequence[Hashable]
-KEEP_EVERY = 60  # seconds between two looks at what a score has come to; see Unfinished
 
 
 @dataclass(frozen=True)
@@ -120,40 +118,21 @@ class _Tally:
     batches: int = 0
     seconds: tuple[float, float] = (0.0, 0.0)
 
+    def state(self) -> dict[str, object]:
+        """What a file keeps."""
+        return dict(vars(self), moments=self.moments.state(), inception=self.inception.state())
 
-@dataclass(frozen=True)
-class Unfinished:
-    """A file with what a score has come to, so that it goes on after a kill.
-
-    identity: what it depends on; a file of another one is ignored, and one that cannot be read.
-    """
-
-    path: Path
-    identity: str
-
-    def _mine(self) -> Path:
-        """Each process has its own."""
-        return self.path.with_name(f"{self.path.name}-{distributed.rank()}.pt")
-
-    def read(self, device: torch.device) -> _Tally | None:
-        try:
-            state = torch.load(self._mine(), map_location=device, weights_only=True)
-            if state.pop("identity") != self.identity:
-                return None
-            state["moments"] = score.Moments.from_state(state["moments"])
-            state["inception"] = score.InceptionScore.from_state(state["inception"])
-            state["first"] = [(index, images.cpu()) for index, images in state["first"]]
-            return _Tally(**state)
-        except Exception:  # none there, or damaged: the images are made anew
-            return None
-
-    def write(self, tally: _Tally) -> None:
-        state = dict(vars(tally), moments=tally.moments.state(), inception=tally.inception.state())
-        with replacing(self._mine()) as temporary:
-            torch.save({"identity": self.identity, **state}, temporary)
-
-    def remove(self) -> None:
-        self._mine().unlink(missing_ok=True)
+    @classmethod
+    def from_state(cls, state: Mapping[str, object]) -> _Tally:
+        """The inverse of `state`."""
+        return cls(
+            **dict(
+                state,
+                moments=score.Moments.from_state(state["moments"]),
+                inception=score.InceptionScore.from_state(state["inception"]),
+                first=[(index, images.cpu()) for index, images in state["first"]],
+            )
+        )
 
 
 @dataclass
@@ -332,9 +311,11 @@ class Evaluator:
         classify: bool = False,
         unfinished: Unfinished | None = None,
     ) -> tuple[Scores, Tensor]:
-        tally = unfinished.read(self.device) if unfinished else None
-        tally = tally or _Tally(score.Moments(), score.InceptionScore(self.num_images))
-        before, saved = tally.seconds, time.monotonic()
+        known = unfinished.read(self.device) if unfinished else None
+        tally = _Tally(score.Moments(), score.InceptionScore(self.num_images))
+        if known:
+            tally = _Tally.from_state(known)
+        before = tally.seconds
         start, wanted = self._plan(chain, branches)
         clock = _Clock(self.device)
         for indices, images in self._sample(schedule, chain, start, wanted, clock, tally.batches):
@@ -348,11 +329,10 @@ class Evaluator:
             if indices[0] < keep:
                 tally.first.append((int(indices[0]), images[: keep - int(indices[0])].cpu()))
             tally.batches += 1
-            if unfinished and time.monotonic() - saved >= KEEP_EVERY:
+            if unfinished and unfinished.due():
                 clock.join()
                 tally.seconds = clock.both(before)
-                unfinished.write(tally)
-                saved = time.monotonic()
+                unfinished.write(tally.state())
         clock.join()
         moments, inception, classified = tally.moments, tally.inception, tally.classified
         first, seconds = tally.first, clock.both(before)

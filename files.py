@@ -7,13 +7,16 @@ import glob
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -107,6 +110,46 @@ def read_jsonl(path: str | Path) -> list:
 def write_jsonl(path: str | Path, records: Iterable[object]) -> None:
     """Replace `path` by these records, whole or not at all."""
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+@dataclass
+class Unfinished:
+    """A file with what long work has come to, so that it goes on after a kill.
+
+    identity: what it depends on; a file of another one is ignored, and one that cannot be read.
+    every: seconds between two looks that are kept.
+    """
+
+    path: Path
+    identity: str
+    every: float = 60.0
+    _kept: float = field(default_factory=time.monotonic, init=False)
+
+    def read(self, device: str | torch.device = "cpu") -> dict | None:
+        """The state that `write` got, its tensors on `device`; None where there is none."""
+        import torch
+
+        try:
+            state = torch.load(self.path, map_location=device, weights_only=True)
+            return state["state"] if state["identity"] == self.identity else None
+        except Exception:  # none there, or damaged: the work begins anew
+            return None
+
+    def due(self) -> bool:
+        """Whether it is time to write."""
+        return time.monotonic() - self._kept >= self.every
+
+    def write(self, state: Mapping[str, object]) -> None:
+        """Keep this: tensors, numbers, and tuples, lists and dictionaries of them."""
+        import torch
+
+        with replacing(self.path) as temporary:
+            torch.save({"identity": self.identity, "state": dict(state)}, temporary)
+        self._kept = time.monotonic()
+
+    def remove(self) -> None:
+        """The work is done."""
+        self.path.unlink(missing_ok=True)
 
 
 def writable_folder(path: str | Path) -> Path:

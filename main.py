@@ -32,8 +32,8 @@ import rng
 import score
 from classes import Classes
 from errors import UserError
-from evaluate import Evaluator, Schedule, Scores, SharedStates, Unfinished, latency
-from files import read_json, save_grid, writable_folder, write_json, write_text
+from evaluate import Evaluator, Schedule, Scores, SharedStates, latency
+from files import Unfinished, read_json, save_grid, writable_folder, write_json, write_text
 from model import (
     SlimmableUNet,
     UNetSettings,
@@ -577,16 +577,23 @@ def statistics(encoder: score.Encoder, shape: tuple[int, int, int]):
                 f"--dataset={FLAGS.dataset} has {images.channels} channels and the network "
                 f"{shape[0]}; name the data set that it was trained on"
             )
+        identity = {**about, "encoder": encoder.name, "content": data.fingerprint(images)}
+        unfinished = Unfinished(path.with_name(f".{path.name}.unfinished.pt"), json.dumps(identity))
+        known = unfinished.read()
+        moments = score.Moments.from_state(known) if known else score.Moments()
         moments = score.statistics_of(
-            data.everything(images, FLAGS.batch_size, FLAGS.num_workers),
+            data.everything(images, FLAGS.batch_size, FLAGS.num_workers, moments.count),
             encoder,
             len(images),
             f"statistics of {FLAGS.dataset} ({encoder.name})",
+            moments,
+            unfinished,
         )
         score.save_statistics(
             path, moments.mean, moments.covariance, encoder=encoder.name, count=moments.count,
             **about,
         )  # fmt: skip
+        unfinished.remove()
     distributed.gather(None)  # the others wait for the file
     return score.load_statistics(path, encoder.dim or math.prod(shape), encoder.name, **about)
 
@@ -807,7 +814,8 @@ def report_scores(
 ) -> None:
     """Score, print, and save LOGDIR/NAME.json and LOGDIR/NAME.png."""
     logdir = writable_folder(FLAGS.logdir)
-    unfinished = Unfinished(logdir / f".{name}.unfinished", score_identity(evaluator, schedule))
+    kept = logdir / f".{name}.unfinished-{distributed.rank()}.pt"
+    unfinished = Unfinished(kept, score_identity(evaluator, schedule))
     found, images = evaluator.score(schedule, min(256, FLAGS.num_images), unfinished)
     calls, steps = evaluator.evaluations(), len(evaluator.timesteps())
     unit = "step" if len(calls) == steps else "pass"

@@ -194,13 +194,21 @@ def statistics_of(
     encoder: Callable[[torch.Tensor], torch.Tensor],
     total: int,
     description: str,
+    moments: Moments | None = None,
+    unfinished: files.Unfinished | None = None,
 ) -> Moments:
-    """Images (B, C, H, W) uint8 → features → moments, under a progress bar of `total` images."""
-    moments = Moments()
-    with tqdm(total=total, desc=description, unit="img", dynamic_ncols=True) as bar:
+    """Images (B, C, H, W) uint8 → features → moments, under a progress bar of `total` images.
+
+    moments: of the images before these. unfinished: where the moments are kept now and then.
+    """
+    moments = Moments() if moments is None else moments
+    bar = tqdm(total=total, initial=moments.count, desc=description, unit="img", dynamic_ncols=True)
+    with bar:
         for images in batches:
             moments.update(encoder(images))
             bar.update(len(images))
+            if unfinished and unfinished.due():
+                unfinished.write(moments.state())
     return moments
 
 

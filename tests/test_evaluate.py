@@ -13,12 +13,12 @@ from scipy.linalg import sqrtm
 from torch import Tensor, nn
 
 import diffusion
-import evaluate
 import main
 import rng
 import score
 from errors import UserError
-from evaluate import Evaluator, SharedStates, Unfinished, latency
+from evaluate import Evaluator, SharedStates, latency
+from files import Unfinished
 from model import WidthSchedule, candidates
 
 SHAPE = (1, 8, 8)
@@ -186,10 +186,7 @@ def test_latency_is_a_time_an_image(networks: dict) -> None:
 
 
 @pytest.mark.parametrize("damage", [None, "identity", "file"])
-def test_a_stopped_score_goes_on(
-    evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str | None
-) -> None:
-    monkeypatch.setattr(evaluate, "KEEP_EVERY", 0)
+def test_a_stopped_score_goes_on(evaluator: Evaluator, tmp_path: Path, damage: str | None) -> None:
     evaluator.batch_size, schedule = 2, [0.5] * T
     expected, images = evaluator.score(schedule, keep=5)
     steps = []
@@ -199,12 +196,12 @@ def test_a_stopped_score_goes_on(
         if len(steps) > limit:
             raise KeyboardInterrupt
 
-    place = Unfinished(tmp_path / ".eval", "one")
+    place = Unfinished(tmp_path / ".eval.pt", "one", every=0)
     evaluator.each_step = lambda: each_step(2 * T + 3)
     with pytest.raises(KeyboardInterrupt):
         evaluator.score(schedule, 5, place)
     if damage == "identity":
-        place = Unfinished(tmp_path / ".eval", "other")
+        place = Unfinished(tmp_path / ".eval.pt", "other", every=0)
     elif damage:
         next(tmp_path.iterdir()).write_bytes(b"PK half a file")
     steps.clear()

@@ -4,7 +4,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,8 @@ from absl.testing import flagsaver
 from conftest import ROOT, TINY, TRAIN, UPSTREAM, contents, process_main, run_main
 from torchvision.io import write_png
 
+import data
+import files
 import main
 import score
 from model import SlimmableUNet, WidthSchedule, average
@@ -541,6 +543,34 @@ def test_statistics_of_two_folders(run_folder: Path) -> None:
         found.append(json.loads(Path("run/eval.json").read_text())["distance"])
     assert found[0] == found[2] != found[1]
     assert len(list(Path("stats").iterdir())) == 2
+
+
+def test_stopped_statistics_go_on(
+    run_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = [*EVAL, "--eval", "--batch_size=500"]
+    assert run_main(*evaluate).status == 0
+    whole = dict(np.load("stats.npz"))
+    Path("stats.npz").unlink()
+    starts, everything = [], data.everything
+
+    def stopping(dataset: object, size: int, workers: int, start: int) -> Iterator[torch.Tensor]:
+        starts.append(start)
+        for i, images in enumerate(everything(dataset, size, workers, start)):
+            if len(starts) == 1 and i == 2:
+                raise KeyboardInterrupt
+            yield images
+
+    monkeypatch.setattr(data, "everything", stopping)
+    monkeypatch.setattr(files.Unfinished, "due", lambda self: True)
+    assert run_main(*evaluate).status != 0
+    assert not Path("stats.npz").exists()
+    assert run_main(*evaluate).status == 0
+    assert starts == [0, 1000]
+    again = dict(np.load("stats.npz"))
+    assert again.keys() == whole.keys()
+    assert all(np.array_equal(again[key], whole[key]) for key in whole)
+    assert not list(Path().glob(".stats*"))
 
 
 def test_few_images_warn_and_go_on(run_folder: Path) -> None:
