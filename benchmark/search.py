@@ -64,8 +64,9 @@ def arms(generations: int, population: int, images: int, steps: int) -> list[Arm
         Arm("+ segments", segments, states),
         Arm("+ level seeds", seeds, states),
         Arm("+ ladder", seeds, states, rung),
-        Arm("+ surrogate", replace(seeds, surrogate=4), states),
-        Arm("+ ladder + surrogate", replace(seeds, surrogate=4), states, rung),
+        Arm("+ surrogate", replace(seeds, surrogate=64), states),
+        Arm("+ surrogate + limit", replace(seeds, surrogate=64, distance_limit=1.5), states),
+        Arm("+ ladder + surrogate", replace(seeds, surrogate=64), states, rung),
     ]
 
 
@@ -86,7 +87,8 @@ class Bench:
         state = checkpoint.load(path)
         known = state["settings"]
         names = SlimmableUNet.__init__.__annotations__.keys() - {"return"}
-        net = SlimmableUNet(**{name: known[name] for name in names})
+        # Checkpoints of earlier versions do not know all of them.
+        net = SlimmableUNet(**{name: known[name] for name in names if name in known})
         checkpoint.fill(net, state["ema_model"], path)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         net = net.to(device).eval()
