@@ -357,13 +357,16 @@ def test_resume_from_any_line(tmp_path: Path, objective: str) -> None:
         assert len(set(lines(folder))) == len(log)
 
 
-def test_killed_again_and_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, dict(search_objective="pareto", surrogate=8, distance_limit=1.2)]
+)
+def test_killed_again_and_again(tmp_path: Path, changes: dict) -> None:
     (tmp_path / "whole").mkdir()
-    expected = summary(make(tmp_path / "whole").run())
+    expected = summary(make(tmp_path / "whole", **changes).run())
     (tmp_path / "cut").mkdir()
     for _ in range(100):
         try:
-            found = make(tmp_path / "cut", Score(limit=3)).run()
+            found = make(tmp_path / "cut", Score(limit=3), **changes).run()
             break
         except KeyboardInterrupt:
             continue
