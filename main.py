@@ -821,7 +821,6 @@ def report_scores(
     unit = "step" if len(calls) == steps else "pass"
     flops, full = average(schedule, asked(schedule, calls), costs), costs[1.0]
     rate = found.images * distributed.world() / found.sampling_seconds
-    score_text = "{:.3f} ± {:.3f}".format(*found.inception_score) if found.inception_score else "-"
     result = {
         "mode": name,
         "checkpoint": FLAGS.ckpt_name,
@@ -842,7 +841,9 @@ def report_scores(
         },
     }
     say(f"{found.label}: {found.distance:.6g}")
-    say(f"Inception Score ({found.encoder}): {score_text}")
+    if found.inception_score:
+        mean, deviation = found.inception_score
+        say(f"Inception Score ({found.encoder}): {mean:.3f} ± {deviation:.3f}")
     say(
         f"average {flops / 1e9:.4f} GFLOPs a {unit}, full width {full / 1e9:.4f} "
         f"({100 * (1 - flops / full):.1f} % saved)"
