@@ -106,6 +106,7 @@ class Experiment:
             *(self._score(f"width-{width:g}", main) for width in WIDTHS),
             *(self._score(f"switch-{share:g}", main) for share in BUDGETS),
             self._score("plain", main),
+            self._score("again", main),
             *near,
             *ablations,
             *itertools.chain(*more, *far, *more_ablations),
@@ -172,6 +173,9 @@ class Experiment:
         if name == "plain":
             flags += ["--eval", "--slimmable_unet=false", "--sandwich=false"]
             needs.append("plain")
+        elif name == "again":  # full width on other noise: what differences mean nothing
+            flags += ["--eval", "--seed=1"]
+            needs.append("supernet")
         elif name.startswith("width-"):
             flags += ["--eval", f"--assigned_width={name.removeprefix('width-')}"]
             needs.append("supernet")
@@ -491,6 +495,8 @@ class Experiment:
             return "full width" if rest == ["1"] else f"width {rest[0]}"
         if kind == "plain":
             return "plain network, trained alone"
+        if kind == "again":
+            return "full width, other noise"
         of = "draws" if kind == "random" else "seeds"
         several = f", {count} {of}" if count > 1 else ""
         budget = f"≤ {100 * float(rest[0]):.0f} % of the FLOPs"
