@@ -579,7 +579,7 @@ def statistics(encoder: score.Encoder, shape: tuple[int, int, int]):
             )
         identity = {**about, "encoder": encoder.name, "content": data.fingerprint(images)}
         unfinished = Unfinished(path.with_name(f".{path.name}.unfinished.pt"), json.dumps(identity))
-        known = unfinished.read()
+        known = unfinished.read(choose_device())
         moments = score.Moments.from_state(known) if known else score.Moments()
         moments = score.statistics_of(
             data.everything(images, FLAGS.batch_size, FLAGS.num_workers, moments.count),
