@@ -44,6 +44,7 @@ from report import plot_front, plot_schedule, table
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 BUDGETS = (0.5, 0.3)  # shares of full width's FLOPs
+AGAIN = ("width-1", "searched-0.5-0", "switch-0.5")  # on other noise too: what differences mean
 # Seeds and trainings of each variant; the published settings come first.
 ABLATIONS = {
     "as published": (),
@@ -106,7 +107,7 @@ class Experiment:
             *(self._score(f"width-{width:g}", main) for width in WIDTHS),
             *(self._score(f"switch-{share:g}", main) for share in BUDGETS),
             self._score("plain", main),
-            self._score("again", main),
+            *(self._score(f"again-{name}", main) for name in AGAIN),
             *near,
             *ablations,
             *itertools.chain(*more, *far, *more_ablations),
@@ -162,20 +163,19 @@ class Experiment:
 
     def _score(self, name: str, sampler: str) -> Task:
         """The final score of a schedule (or of the plain network) with a sampler."""
-        logdir = self.folder / "runs" / sampler / name
+        task, logdir = f"{sampler}/{name}", self.folder / "runs" / sampler / name
         kind, steps = sampler.split("-")
         flags = [
             f"--sampler={kind}",
             f"--sample_steps={steps}",
             f"--num_images={self.options.images}",
+            f"--seed={int(name.startswith('again-'))}",
         ]
+        name = name.removeprefix("again-")
         needs = ["statistics"]
         if name == "plain":
             flags += ["--eval", "--slimmable_unet=false", "--sandwich=false"]
             needs.append("plain")
-        elif name == "again":  # full width on other noise: what differences mean nothing
-            flags += ["--eval", "--seed=1"]
-            needs.append("supernet")
         elif name.startswith("width-"):
             flags += ["--eval", f"--assigned_width={name.removeprefix('width-')}"]
             needs.append("supernet")
@@ -184,7 +184,7 @@ class Experiment:
             key = name.split("-", 2)[-1]  # searched-SHARE-KEY
             needs.append(f"search-{key}" if name.startswith("searched") else "baselines")
         net = "plain" if name == "plain" else "supernet"
-        return Task(f"{sampler}/{name}", self._scoring(net, logdir, *flags), tuple(needs))
+        return Task(task, self._scoring(net, logdir, *flags), tuple(needs))
 
     def _ablations(self, seed: int) -> Iterator[Task]:
         """Trainings that differ in one setting, each scored at all widths."""
@@ -496,7 +496,7 @@ class Experiment:
         if kind == "plain":
             return "plain network, trained alone"
         if kind == "again":
-            return "full width, other noise"
+            return self._described(name.removeprefix("again-"), 1, sampler) + ", other noise"
         of = "draws" if kind == "random" else "seeds"
         several = f", {count} {of}" if count > 1 else ""
         budget = f"≤ {100 * float(rest[0]):.0f} % of the FLOPs"
