@@ -20,8 +20,8 @@ ARGUMENTS = {
     **dict.fromkeys(("inputs", "gradients"), [POINTER] * 3 + [LONG] * 5),
     "winograd": [POINTER] * 7 + [LONG] * 8,
     "pointwise": [POINTER] * 4 + [LONG] * 3,
-    "norm_silu": [POINTER] * 5 + [LONG] * 5 + [ctypes.c_float],
-    "norm_silu_backward": [POINTER] * 7 + [LONG] * 5,
+    "norm": [POINTER] * 5 + [LONG] * 6 + [ctypes.c_float],
+    "norm_backward": [POINTER] * 7 + [LONG] * 6,
 }
 
 _active: ContextVar[bool] = ContextVar("native", default=False)

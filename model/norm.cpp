@@ -1,9 +1,9 @@
-// Group norm followed by SiLU for images (n, pixels, c) in which the channels of one pixel are
-// neighbours. Each thread takes `block` channels, whole groups, of one image.
+// Group norm, followed by SiLU or not, for images (n, pixels, c) in which the channels of one pixel
+// are neighbours. Each thread takes `block` channels, whole groups, of one image.
 
 typedef float Vector __attribute__((vector_size(32), aligned(4)));
 typedef int Integers __attribute__((vector_size(32), aligned(4)));
-enum { LANES = 8, MOST = 512 };
+enum { LANES = 8, MOST = 2048 };
 
 // e^x for |x| < 87 to 2 units in the last place: 2^n by the exponent's bits, the rest by a
 // polynomial (Cephes).
@@ -43,9 +43,9 @@ static inline void fill(float *values, long count, float value) {
 }
 
 // moments (2, n, c): mean and 1 / deviation of the group that each channel is in.
-extern "C" void norm_silu(const float *x, const float *weight, const float *bias, float *moments,
-                          float *y, long n, long pixels, long c, long size, long block,
-                          float eps) {
+extern "C" void norm(const float *x, const float *weight, const float *bias, float *moments,
+                     float *y, long n, long pixels, long c, long size, long block, long silu,
+                     float eps) {
 #pragma omp parallel for collapse(2)
     for (long i = 0; i < n; i++)
         for (long start = 0; start < c; start += block) {
@@ -69,17 +69,16 @@ extern "C" void norm_silu(const float *x, const float *weight, const float *bias
             for (long p = 0; p < pixels; p++)
                 EACH_CHANNEL {
                     Vector z = (PIXEL(from) - AT(mean)) * AT(scale) * AT(w) + AT(b);
-                    PIXEL(to) = z * sigmoid(z);
+                    PIXEL(to) = silu ? z * sigmoid(z) : z;
                 }
         }
 }
 
 // after, before: the gradients of y and x. sums (2, n, c): what each image adds to the gradients
 // of weight and bias.
-extern "C" void norm_silu_backward(const float *x, const float *weight, const float *bias,
-                                   const float *moments, const float *after, float *before,
-                                   float *sums, long n, long pixels, long c, long size,
-                                   long block) {
+extern "C" void norm_backward(const float *x, const float *weight, const float *bias,
+                              const float *moments, const float *after, float *before, float *sums,
+                              long n, long pixels, long c, long size, long block, long silu) {
 #pragma omp parallel for collapse(2)
     for (long i = 0; i < n; i++)
         for (long start = 0; start < c; start += block) {
@@ -93,8 +92,11 @@ extern "C" void norm_silu_backward(const float *x, const float *weight, const fl
             for (long p = 0; p < pixels; p++)
                 EACH_CHANNEL {
                     Vector h = (PIXEL(from) - AT(mean)) * AT(scale);
-                    Vector z = h * AT(w) + AT(b), s = sigmoid(z);
-                    Vector d = PIXEL(g) * s * (1.0f + z * (1.0f - s));
+                    Vector d = PIXEL(g);
+                    if (silu) {
+                        Vector z = h * AT(w) + AT(b), s = sigmoid(z);
+                        d *= s * (1.0f + z * (1.0f - s));
+                    }
                     PIXEL(to) = d;
                     AT(dw) += d * h;
                     AT(db) += d;

@@ -144,8 +144,13 @@ class SlimmableGroupNorm(Slimmable, nn.GroupNorm):
         """Scale and shift (c,) at `width`."""
         return self.inputs.take(self.weight, width), self.inputs.take(self.bias, width)
 
-    def forward(self, x: Tensor, width: float) -> Tensor:
-        return F.group_norm(x, self.num_groups, *self.slice(width), self.eps)
+    def forward(self, x: Tensor, width: float, silu: bool = False) -> Tensor:
+        """silu: whether that follows."""
+        weight, bias = self.slice(width)
+        if native.wanted() and norm.fits(weight, self.num_groups):
+            return norm.norm(x, weight, bias, self.num_groups, self.eps, silu)
+        out = F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        return F.silu(out) if silu else out
 
     def cut(self, width: float) -> SlimmableGroupNorm:
         """A dense layer of its own that holds a copy of what `width` uses."""
@@ -173,18 +178,8 @@ class SlimmableSequential(Slimmable, nn.Sequential):
         layers = list(self)
         while layers:
             layer = layers.pop(0)
-            if layers and isinstance(layers[0], nn.SiLU) and _fuses(layer, width):
-                x = norm.norm_silu(x, *layer.slice(width), layer.num_groups, layer.eps)
-                layers.pop(0)
+            if isinstance(layer, SlimmableGroupNorm) and layers and isinstance(layers[0], nn.SiLU):
+                x, _ = layer(x, width, silu=True), layers.pop(0)
             else:
                 x = layer(x, width) if isinstance(layer, Slimmable) else layer(x)
         return x
-
-
-def _fuses(layer: nn.Module, width: float) -> bool:
-    """Whether `layer` is a group norm that takes the SiLU after it along."""
-    return (
-        native.wanted()
-        and isinstance(layer, SlimmableGroupNorm)
-        and norm.fits(layer.slice(width)[0], layer.num_groups)
-    )
