@@ -16,8 +16,8 @@ class WinogradConv2d(Slimmable):
         self.register_buffer("kernel", winograd.transformed(layer.weight.detach()))
         self.register_buffer("bias", layer.bias.detach())
 
-    def forward(self, x: Tensor, width: float = 1.0) -> Tensor:
-        return winograd.convolve(x, self.kernel, self.bias)
+    def forward(self, x: Tensor, width: float = 1.0, plus: Tensor | None = None) -> Tensor:
+        return winograd.convolve(x, self.kernel, self.bias, plus)
 
 
 def replace_layers(network: nn.Module) -> None:

@@ -18,7 +18,7 @@ import torch
 POINTER, LONG = ctypes.c_void_p, ctypes.c_long
 ARGUMENTS = {
     **dict.fromkeys(("inputs", "gradients"), [POINTER] * 3 + [LONG] * 5),
-    "winograd": [POINTER] * 7 + [LONG] * 8,
+    "winograd": [POINTER] * 8 + [LONG] * 10,
     "pointwise": [POINTER] * 4 + [LONG] * 3,
     "norm": [POINTER] * 5 + [LONG] * 6 + [ctypes.c_float],
     "norm_backward": [POINTER] * 7 + [LONG] * 6,

@@ -102,11 +102,14 @@ class SlimmableConv2d(Slimmable, nn.Conv2d):
         weight = self.inputs.take(self.outputs.take(self.weight, width), width, dim=1)
         return weight, self.outputs.take(self.bias, width)
 
-    def forward(self, x: Tensor, width: float) -> Tensor:
+    def forward(self, x: Tensor, width: float, plus: Tensor | None = None) -> Tensor:
+        """plus: what is added to the output, (B, C, H, W) or (B, C, 1, 1)."""
         weight, bias = self.slice(width)
         if native.wanted() and winograd.fits(self, weight):
-            return winograd.convolution(x, weight, bias)
-        return self._conv_forward(x, weight, bias)
+            return winograd.convolution(x, weight, bias, plus)
+        out = self._conv_forward(x, weight, bias)
+        # Into what has just been made: one tensor less to write and to keep.
+        return out if plus is None else out.add_(plus)
 
     def cut(self, width: float) -> SlimmableConv2d:
         """A dense layer of its own that holds a contiguous copy of what `width` uses."""
@@ -174,12 +177,14 @@ class Dropout(nn.Dropout):
 class SlimmableSequential(Slimmable, nn.Sequential):
     """Layers in a row; those that can narrow are told the width."""
 
-    def forward(self, x: Tensor, width: float) -> Tensor:
+    def forward(self, x: Tensor, width: float, plus: Tensor | None = None) -> Tensor:
+        """plus: what the last layer, a convolution, adds to its output."""
         layers = list(self)
         while layers:
             layer = layers.pop(0)
+            more = {} if layers or plus is None else {"plus": plus}
             if isinstance(layer, SlimmableGroupNorm) and layers and isinstance(layers[0], nn.SiLU):
-                x, _ = layer(x, width, silu=True), layers.pop(0)
-            else:
-                x = layer(x, width) if isinstance(layer, Slimmable) else layer(x)
+                layers.pop(0)
+                more = {"silu": True}
+            x = layer(x, width, **more) if isinstance(layer, Slimmable) else layer(x)
         return x

@@ -211,9 +211,7 @@ class Attention(nn.Module):
         )
         h = F.scaled_dot_product_attention(q, k, v)  # scaled by the sliced C
         h = h[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
-        h = self.proj(h, width)
-        h += x
-        return h
+        return self.proj(h, width, plus=x)
 
 
 class ResBlock(nn.Module):
@@ -248,11 +246,8 @@ class ResBlock(nn.Module):
             _initialise(self.shortcut)
 
     def forward(self, x: Tensor, temb: Tensor, width: float) -> Tensor:
-        # Sums go into what a convolution has just made: one tensor less to write and to keep.
-        h = self.block1(x, width)
-        h += self.temb_proj(temb, width)[:, :, None, None]
-        h = self.block2(h, width)
-        h += self.shortcut(x, width)
+        h = self.block1(x, width, plus=self.temb_proj(temb, width)[:, :, None, None])
+        h = self.block2(h, width, plus=self.shortcut(x, width))
         return self.attn(h, width)
 
 

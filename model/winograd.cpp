@@ -85,8 +85,9 @@ extern "C" void gradients(const float *image, float *tiles, const float *zeros, 
     scatter<spread, 4, 0, 1>(image, tiles, zeros, n, h, w, c, stride);
 }
 
-static void outputs(float *image, const float *tiles, const float *bias, long n, long h,
-                        long w, long c, long stride) {
+// Adds `bias` and what `plus` has for each image, its pixels `plus_pixel` floats apart.
+static void outputs(float *image, const float *tiles, const float *bias, const float *plus,
+                    long plus_image, long plus_pixel, long n, long h, long w, long c, long stride) {
     long high = (h + 3) / 4, wide = (w + 3) / 4;
 #pragma omp parallel for
     for (long p = 0; p < n * high * wide; p++) {
@@ -100,9 +101,12 @@ static void outputs(float *image, const float *tiles, const float *bias, long n,
             }
             for (long r = 0; r < 4 && y + r < h; r++) {
                 output(half[r], done, 1);
-                for (long s = 0; s < 4 && x + s < w; s++)
-                    *(Vector *)(image + ((i * h + y + r) * w + x + s) * c + k) =
-                        done[s] + *(const Vector *)(bias + k);
+                for (long s = 0; s < 4 && x + s < w; s++) {
+                    long pixel = (y + r) * w + x + s;
+                    *(Vector *)(image + (i * h * w + pixel) * c + k) =
+                        done[s] + *(const Vector *)(bias + k) +
+                        *(const Vector *)(plus + i * plus_image + pixel * plus_pixel + k);
+                }
             }
         }
     }
@@ -143,15 +147,17 @@ static void products(const float *v, const float *u, float *m, const float *zero
 }
 
 // `step` images at a time; v and m have room for the entries of their tiles.
-extern "C" void winograd(const float *image, const float *kernel, const float *bias, float *out,
-                         const float *zeros, float *v, float *m, long n, long h, long w, long c,
-                         long k, long step, long v_stride, long m_stride) {
-    for (; n > 0; n -= step, image += step * h * w * c, out += step * h * w * k) {
+extern "C" void winograd(const float *image, const float *kernel, const float *bias,
+                         const float *plus, float *out, const float *zeros, float *v, float *m,
+                         long n, long h, long w, long c, long k, long plus_image, long plus_pixel,
+                         long step, long v_stride, long m_stride) {
+    for (; n > 0; n -= step) {
         if (n < step) step = n;
         long tiles = step * ((h + 3) / 4) * ((w + 3) / 4);
         scatter<input, 6, 1, ROWS>(image, v, zeros, step, h, w, c, v_stride);
         products(v, kernel, m, zeros, tiles, c, k, v_stride, m_stride);
-        outputs(out, m, bias, step, h, w, k, m_stride);
+        outputs(out, m, bias, plus, plus_image, plus_pixel, step, h, w, k, m_stride);
+        image += step * h * w * c, plus += step * plus_image, out += step * h * w * k;
     }
 }
 

@@ -83,21 +83,25 @@ def _batches(images: Tensor, tiles: int) -> Iterator[slice]:
 
 
 @torch.compiler.disable  # its loops are opaque to torch.compile
-def convolve(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
-    """x (B, C, H, W), kernel from `transformed`, bias (K,) -> (B, K, H, W), channels last."""
+def convolve(x: Tensor, kernel: Tensor, bias: Tensor, plus: Tensor | None = None) -> Tensor:
+    """x (B, C, H, W), kernel from `transformed`, bias (K,) -> (B, K, H, W), channels last.
+
+    plus: (B, K, H, W) or (B, K, 1, 1), added to that."""
     library, images = native.library(), native.nhwc(x)
     # No view, so that sums can go into it.
     out = torch.empty(len(x), len(bias), *x.shape[2:], memory_format=torch.channels_last)
-    tensors = [t.data_ptr() for t in (images, kernel, bias, out)]
     (n, h, w, c), k = images.shape, len(bias)
     if len(kernel) == 1:
-        library.pointwise(*tensors, n * h * w, c, k)
-        return out
+        library.pointwise(*(t.data_ptr() for t in (images, kernel, bias, out)), n * h * w, c, k)
+        return out if plus is None else out.add_(plus)
+    zeros = _zeros(max(c, k))
+    plus = zeros.expand(n, 1, 1, -1) if plus is None else native.nhwc(plus)
+    apart = plus.stride(0), k if plus.shape[1:3] == images.shape[1:3] else 0
     step = max(1, min(TILES // _tiles(images), n))
     rows = -(-step * _tiles(images) // ROWS) * ROWS
     v, m = _matrices(rows, c), _matrices(rows, k)
-    tensors += [t.data_ptr() for t in (_zeros(c), v, m)]
-    library.winograd(*tensors, n, h, w, c, k, step, v.stride(0), m.stride(0))
+    tensors = [t.data_ptr() for t in (images, kernel, bias, plus, out, zeros, v, m)]
+    library.winograd(*tensors, n, h, w, c, k, *apart, step, v.stride(0), m.stride(0))
     return out
 
 
@@ -118,24 +122,32 @@ def _kernel_gradient(x: Tensor, gradient: Tensor, size: int) -> Tensor:
 
 
 class _Convolution(torch.autograd.Function):
-    """`convolve` of x, weight (K, C, k, k) and bias, with gradients of the same kind."""
+    """`convolve` of x, weight (K, C, k, k), bias and plus, with gradients of the same kind."""
 
     @staticmethod
-    def forward(ctx: object, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(
+        ctx: object, x: Tensor, weight: Tensor, bias: Tensor, plus: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return convolve(x, transformed(weight), bias.contiguous())
+        ctx.everywhere = plus is not None and plus.shape[2:] != x.shape[2:]
+        return convolve(x, transformed(weight), bias.contiguous(), plus)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         before = None
         if ctx.needs_input_grad[0]:
             turned = transformed(weight.transpose(0, 1).flip(2, 3))
             before = convolve(gradient, turned, _zeros(x.shape[1]))
-        return before, _kernel_gradient(x, gradient, weight.shape[2]), gradient.sum((0, 2, 3))
+        kernel, each = _kernel_gradient(x, gradient, weight.shape[2]), gradient.sum((2, 3))
+        plus = None
+        if ctx.needs_input_grad[3]:
+            plus = each[:, :, None, None] if ctx.everywhere else gradient
+        return before, kernel, each.sum(0), plus
 
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x (B, C, H, W), weight (K, C, k, k), bias (K,) -> (B, K, H, W), differentiable once."""
-    return _Convolution.apply(x, weight, bias)
+def convolution(x: Tensor, weight: Tensor, bias: Tensor, plus: Tensor | None = None) -> Tensor:
+    """x (B, C, H, W), weight (K, C, k, k), bias (K,), plus as in `convolve` -> (B, K, H, W),
+    differentiable once."""
+    return _Convolution.apply(x, weight, bias, plus)

@@ -62,6 +62,19 @@ def test_convolution_and_gradients(
     check_with_gradients(found, expected, inputs, exact)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_what_is_added(size: int, shape: tuple[int, int, int, int, int], everywhere: bool) -> None:
+    n, _, k, h, w = shape
+    inputs = [*drawn(*shape, size), torch.randn(n, k, *((1, 1) if everywhere else (h, w)))]
+    exact = [v.double().requires_grad_() for v in inputs]
+    inputs = [v.requires_grad_() for v in inputs]
+    found = winograd.convolution(*inputs)
+    expected = F.conv2d(*exact[:3], padding=size // 2) + exact[3]
+    check_with_gradients(found, expected, inputs, exact)
+
+
 def test_an_image_does_not_depend_on_its_batch() -> None:
     x, weight, bias = drawn(9, 32, 32, 24, 24)
     kernel = winograd.transformed(weight)
