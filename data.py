@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import sets
 from errors import UserError
+from files import alone_in
 
 # An in-memory set up to this size lives on the training device, where picking a batch is free.
 RESIDENT_BYTES = 2 * 2**30
@@ -172,6 +173,7 @@ def _cifar10(root: Path, img_size: int, train: bool) -> Images:
 
     # The files are pickles; torchvision opens them only after their MD5 sums agree.
     raw = _download(
+        root,
         lambda: CIFAR10(str(root), train=train, download=True),
         f"cifar10: put cifar-10-python.tar.gz (or its folder cifar-10-batches-py) into {root}",
     )
@@ -193,6 +195,7 @@ def _fashion_mnist(root: Path, img_size: int, train: bool) -> Images:
             labels = _read_idx_gz(beside, 1).long()
     else:
         raw = _download(
+            root,
             lambda: FashionMNIST(str(root), train=train, download=True),
             f"fashion_mnist: put {stem}.gz into {root} (or into {raw_folder})",
         )
@@ -289,10 +292,12 @@ def load(name: str, root: str | Path, img_size: int, train: bool = True) -> AnyS
     return _LOADERS[name](Path(root).expanduser(), img_size, train)
 
 
-def _download(fetch: Callable, remedy: str):
-    """Call `fetch`; where it can't get or use its files, say which file to put where."""
+def _download(root: Path, fetch: Callable, remedy: str):
+    """Call `fetch`, in one process at a time: several would unpack into each other's files. Where
+    it can't get or use its files, say which file to put where."""
     try:
-        return fetch()
+        with alone_in(root):
+            return fetch()
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise UserError(f"{remedy}; downloading or reading it failed ({reason})") from error
@@ -402,14 +407,16 @@ def batch_labels(
 
 
 def everything(
-    dataset: AnySet, batch_size: int, num_workers: int = 0, start: int = 0
+    dataset: AnySet, batch_size: int, num_workers: int = 0, start: int = 0, stop: int | None = None
 ) -> Iterator[torch.Tensor]:
-    """Every image from `start` on once, in order, never flipped: uint8 (≤ batch_size, C, H, W) on
-    the CPU."""
+    """Every image from `start` up to `stop` (all) once, in order, never flipped: uint8
+    (≤ batch_size, C, H, W) on the CPU."""
+    stop = len(dataset) if stop is None else stop
+    if start >= stop:
+        return iter(())
     if dataset.tensor is not None:
-        return iter(dataset.tensor[start:].split(batch_size) if start < len(dataset) else ())
-    indices = torch.arange(start, len(dataset)).split(batch_size) if start < len(dataset) else ()
-    return _decode(dataset, indices, num_workers, False)
+        return iter(dataset.tensor[start:stop].split(batch_size))
+    return _decode(dataset, torch.arange(start, stop).split(batch_size), num_workers, False)
 
 
 def fingerprint(dataset: AnySet) -> str:

@@ -152,6 +152,30 @@ class Unfinished:
         self.path.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """A block that one process of this machine at a time is in, for this folder; the others wait.
+
+    Makes the folder, and takes it away again where nothing was put into it. Where it cannot be
+    locked, as some systems and network disks have it, none waits.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, ImportError):
+            import fcntl
+
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            stack.callback(_remove_empty, folder)
+            lock = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, lock)  # what unlocks it; so does a kill
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _remove_empty(folder: str | Path) -> None:
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
+
+
 def writable_folder(path: str | Path) -> Path:
     """`path` as a folder that exists and takes files, or UserError."""
     path = Path(path)

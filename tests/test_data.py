@@ -5,11 +5,14 @@ import hashlib
 import itertools
 import pickle
 import struct
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import data
@@ -122,6 +125,30 @@ def test_failed_download_says_which_file_goes_where(monkeypatch, tmp_path, name,
     assert str(tmp_path) in str(caught.value)
     assert "no route to host" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_one_process_downloads_and_the_others_wait(tmp_path):
+    """Each would see the other's half of a file, as torchvision's do when they unpack together."""
+    root = tmp_path / "new"
+    code = f"""
+import pathlib, time
+import data
+found = pathlib.Path({str(root)!r}) / "found"
+def fetch():
+    if not found.exists():
+        found.write_text("ha")
+        time.sleep(1)
+        found.write_text("half and half")
+        print("made")
+    print(found.read_text())
+data._download(found.parent, fetch, "")
+"""
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = sorted(process.communicate(timeout=60)[0] for process in started)
+    assert said == ["half and half\n", "made\nhalf and half\n"]
 
 
 def test_cifar10_from_its_archive(monkeypatch, tmp_path):
