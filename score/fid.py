@@ -196,14 +196,21 @@ def statistics_of(
     description: str,
     moments: Moments | None = None,
     unfinished: files.Unfinished | None = None,
+    progress: bool = True,
 ) -> Moments:
     """Images (B, C, H, W) uint8 → features → moments, under a progress bar of `total` images.
 
     moments: of the images before these. unfinished: where the moments are kept now and then.
     """
     moments = Moments() if moments is None else moments
-    bar = tqdm(total=total, initial=moments.count, desc=description, unit="img", dynamic_ncols=True)
-    with bar:
+    with tqdm(
+        total=total,
+        initial=moments.count,
+        desc=description,
+        unit="img",
+        dynamic_ncols=True,
+        disable=not progress,
+    ) as bar:
         for images in batches:
             moments.update(encoder(images))
             bar.update(len(images))

@@ -123,11 +123,17 @@ def test_training_has_the_same_loss_curve(here: Path) -> None:
 
 def test_evaluation_has_the_same_images_and_distance(run_folder: Path) -> None:
     here = run_folder.parent
-    found, pictures, said = [], [], []
+    found, pictures, said, statistics = [], [], [], []
+    (here / "stats.npz").unlink(missing_ok=True)
     for run in (run_main, functools.partial(two, here)):
         said.append(run(*EVAL, "--eval", "--logdir=run").out)
         found.append(json.loads((run_folder / "eval.json").read_text()))
         pictures.append((run_folder / "eval.png").read_bytes())
+        statistics.append(dict(np.load(here / "stats.npz")))
+        (here / "stats.npz").unlink()
+    for key in ("mu", "sigma", "count"):
+        np.testing.assert_allclose(statistics[1][key], statistics[0][key], rtol=1e-9, atol=1e-12)
+    assert not list(here.glob(".stats*"))
     assert found[1]["distance"] == pytest.approx(found[0]["distance"], rel=1e-9)
     assert pictures[0] == pictures[1]
     assert found[1]["passes"] == found[0]["passes"] == 24 * 10

@@ -554,9 +554,9 @@ def test_stopped_statistics_go_on(
     Path("stats.npz").unlink()
     starts, everything = [], data.everything
 
-    def stopping(dataset: object, size: int, workers: int, start: int) -> Iterator[torch.Tensor]:
-        starts.append(start)
-        for i, images in enumerate(everything(dataset, size, workers, start)):
+    def stopping(*args: object) -> Iterator[torch.Tensor]:
+        starts.append(args[3])
+        for i, images in enumerate(everything(*args)):
             if len(starts) == 1 and i == 2:
                 raise KeyboardInterrupt
             yield images
