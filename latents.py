@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
 import math
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
+import distributed
 from errors import UserError
 from files import read_json, write_json
 
@@ -165,14 +168,13 @@ def encoded(
     path: Path,
     batch_size: int,
     num_workers: int,
-    make: bool = True,
 ) -> data.Images:
-    """`dataset` in latents, out of the file `path`; where it is missing and `make` says so, it is
-    made first. Raises UserError where another autoencoder made it, or from other images."""
+    """`dataset` in latents, out of the file `path`; where it is missing, it is made first, by all
+    processes. Raises UserError where another autoencoder made it, or from other images."""
     check_channels(dataset, autoencoder)
     about = identity(dataset, autoencoder, img_size)
     shape = (len(dataset), *autoencoder.shape(img_size))
-    if make and not path.exists():
+    if not distributed.gather(path.exists())[0]:
         _make(dataset, autoencoder, about, shape, path, batch_size, num_workers)
     known = read_json(_beside(path))
     known = known if isinstance(known, dict) else {}
@@ -228,40 +230,82 @@ def _make(
     num_workers: int,
 ) -> None:
     """Write the latents to a file of another name, going on with what a stopped run left there,
-    and rename it when it is whole."""
-    partial = path.with_name(f".{path.stem}.partial.npy")
+    and rename it when it is whole. Each process writes its share; the first joins them."""
+    names = ["", *(f"-{rank}" for rank in range(1, distributed.world()))]
+    parts = [path.with_name(f".{path.stem}.partial{name}.npy") for name in names]
+    mine, share = parts[distributed.rank()], distributed.share(len(dataset))
+    header = _header(shape) if distributed.is_main() else b""
     image_bytes = 2 * math.prod(shape[1:])
+    about = about | {"processes": len(parts)}  # others would have other shares
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        going_on = partial.exists() and _beside(path).exists() and read_json(_beside(path)) == about
-        with open(partial, "rb+" if going_on else "wb+") as file:
-            np.lib.format.write_array_header_1_0(
-                file, {"descr": "<f2", "fortran_order": False, "shape": shape}
-            )
-            header = file.tell()
-            done = max(0, os.fstat(file.fileno()).st_size - header) // image_bytes
-            file.truncate(header + done * image_bytes)
+        going_on = _beside(path).exists() and read_json(_beside(path)) == about
+        going_on = distributed.gather(going_on)[0] and mine.exists()
+        with open(mine, "rb+" if going_on else "wb+") as file:
+            file.write(header)
+            there = max(0, os.fstat(file.fileno()).st_size - len(header)) // image_bytes
+            done = min(there, share.stop - share.start)
+            file.truncate(len(header) + done * image_bytes)
             file.seek(0, os.SEEK_END)
-            write_json(_beside(path), about)
-            for latents in _latents(dataset, autoencoder, done, batch_size, num_workers):
+            if distributed.is_main():
+                write_json(_beside(path), about)
+            part = slice(share.start + done, share.stop)
+            for latents in _latents(dataset, autoencoder, part, done, batch_size, num_workers):
                 file.write(latents.tobytes())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        distributed.gather(None)  # every share is there
+        if distributed.is_main():
+            _join(mine, parts[1:])
+            os.replace(mine, path)
+            for other in parts[1:]:
+                other.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; see --latent_cache"
         ) from error
+    distributed.gather(None)  # the others wait for the file
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    """What an .npy of float16 begins with."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": "<f2", "fortran_order": False, "shape": shape}
+    )
+    return file.getvalue()
+
+
+def _join(first: Path, others: Sequence[Path]) -> None:
+    """Append the others to the first."""
+    if not others:
+        return
+    with open(first, "ab") as whole:
+        for other in others:
+            with open(other, "rb") as file:
+                shutil.copyfileobj(file, whole, 2**24)
+        whole.flush()
+        os.fsync(whole.fileno())
 
 
 def _latents(
-    dataset: data.AnySet, autoencoder: Autoencoder, start: int, batch_size: int, num_workers: int
+    dataset: data.AnySet,
+    autoencoder: Autoencoder,
+    part: slice,
+    done: int,
+    batch_size: int,
+    num_workers: int,
 ) -> Iterator[np.ndarray]:
-    """Latents of the images from `start` on, in batches, float16, with a progress bar."""
+    """Latents of these images in batches, float16, with a progress bar that `done` are on."""
     with tqdm(
-        total=len(dataset), initial=start, desc="encode", unit="image", dynamic_ncols=True
+        total=done + part.stop - part.start,
+        initial=done,
+        desc="encode",
+        unit="image",
+        dynamic_ncols=True,
+        disable=not distributed.is_main(),
     ) as bar:
-        for images in data.everything(dataset, batch_size, num_workers, start):
+        for images in data.everything(dataset, batch_size, num_workers, part.start, part.stop):
             latents = autoencoder.encode(images).half()
             if not bool(latents.isfinite().all()):
                 raise UserError(

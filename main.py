@@ -757,11 +757,7 @@ def training_set() -> data.AnySet:
     if FLAGS.dry_run and not path.exists():
         say(f"before training, {len(dataset)} images are encoded into {path}")
         return latents.sample(dataset, vae, FLAGS.batch_size)
-    common = (dataset, vae, FLAGS.img_size, path, FLAGS.batch_size, FLAGS.num_workers)
-    if distributed.is_main():
-        latents.encoded(*common)
-    distributed.gather(None)  # the others wait for the file
-    return latents.encoded(*common, make=False)
+    return latents.encoded(dataset, vae, FLAGS.img_size, path, FLAGS.batch_size, FLAGS.num_workers)
 
 
 def training_scores(net: nn.Module):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, TRAIN, Result, run_main
 from PIL import Image
+from test_latents import write_autoencoder
 
 import distributed
 from model import checkpoint
@@ -138,6 +139,17 @@ def test_evaluation_has_the_same_images_and_distance(run_folder: Path) -> None:
     assert pictures[0] == pictures[1]
     assert found[1]["passes"] == found[0]["passes"] == 24 * 10
     assert said[1].count("Fréchet") == said[0].count("Fréchet") > 0
+
+
+def test_latents_are_the_same(here: Path) -> None:
+    write_autoencoder(here / "vae")
+    train = [*TRAIN, "--img_size=16", "--latent_vae=vae", "--total_steps=1", "--sample_step=0"]
+    assert run_main(*train, "--latent_cache=one.npy", "--logdir=one").status == 0
+    two(here, *train, "--latent_cache=two.npy", "--logdir=two")
+    one, both = (np.load(here / f"{name}.npy").astype(float) for name in ("one", "two"))
+    np.testing.assert_allclose(both, one, atol=2e-3, rtol=2e-3)
+    assert sorted(p.name for p in here.glob("*two.*")) == ["two.npy", "two.npy.json"]
+    assert not list(here.glob(".*.npy"))
 
 
 def test_search_finds_the_same(run_folder: Path) -> None:
