@@ -231,7 +231,9 @@ class Trainer:
     def train_step(self, network: nn.Module, x_0: Tensor, labels: Tensor | None = None) -> None:
         """One update on a batch; labels (B,) where there are classes. `network` wraps self.net."""
         s, rank, world = self.settings, distributed.rank(), distributed.world()
-        torch.manual_seed(_mix(s.seed, self.step, rank))  # dropout's
+        # Dropout's. On a CPU every process draws all masks, see model/slimmable.py.
+        together = self.device.type == "cpu" and not self._compiles()
+        torch.manual_seed(_mix(s.seed, self.step, 0 if together else rank))
         mine = slice(rank * len(x_0), (rank + 1) * len(x_0))
         places = torch.arange(mine.start, mine.stop, device=self.device)
         draw = torch.Generator().manual_seed(_mix(s.seed, self.step, -1))
@@ -355,12 +357,15 @@ class Trainer:
             default = "bfloat16" if self.settings.amp == "bf16" else "float32"
             self.arithmetic = self.choose_arithmetic() if self.choose_arithmetic else default
         # Not as CUDA graphs: gradients add up over the passes, and a graph's would be overwritten.
-        compiled = self.compiled and self.arithmetic != "winograd"  # see Candidate
-        net = compile_network(self.net) if compiled else self.net
+        net = compile_network(self.net) if self._compiles() else self.net
         if distributed.world() > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             return nn.parallel.DistributedDataParallel(net, device_ids=ids)
         return nn.DataParallel(net) if self.parallel else net
+
+    def _compiles(self) -> bool:
+        """Whether the steps' network is compiled; see Candidate."""
+        return self.compiled and self.arithmetic != "winograd"
 
     def _bar(self) -> tqdm:
         return tqdm(

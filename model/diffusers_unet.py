@@ -30,6 +30,7 @@ from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from torch import Tensor, nn
 
 from errors import UserError
+from model.slimmable import replace_dropout
 from model.step_aware_unet import Leading, fit, set_heads
 
 CLASSES = ("UNet2DModel", "UNet2DConditionModel")
@@ -343,6 +344,7 @@ class SlimmableDiffusersUNet(nn.Module):
         if type(model).__name__ not in CLASSES:
             raise UserError(f"a {type(model).__name__} is not one of {', '.join(CLASSES)}")
         self.model = model
+        replace_dropout(model)
         self.plan = _Planner(model)()
         config = json.loads(model.to_json_string())
         self.settings = DiffusersSettings(

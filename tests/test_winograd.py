@@ -10,7 +10,6 @@ import arithmetic
 from model import candidates, dense, native, norm, winograd
 from model.slimmable import (
     Channels,
-    Dropout,
     SlimmableConv2d,
     SlimmableGroupNorm,
     SlimmableSequential,
@@ -140,31 +139,6 @@ def test_only_a_norm_before_silu_takes_it_along() -> None:
         row = SlimmableSequential(*layers(), *after)
         with native.active():
             assert off(row(x, 1.0), row.double()(x.double(), 1.0)) < 1e-4
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_dropout(layout: torch.memory_format) -> None:
-    layer, x = Dropout(0.3), torch.full((5, 7, 33, 31), 2.0).to(memory_format=layout)
-    x.requires_grad_()
-    with native.active():
-        torch.manual_seed(0)
-        found = layer(x)
-        torch.manual_seed(0)
-        assert torch.equal(layer(x), found)
-        assert not torch.equal(layer(x), found)
-        found.sum().backward()
-        assert torch.equal(layer.eval()(x), x)
-    assert torch.equal(x.grad * 2, found)
-    dropped = found == 0
-    torch.testing.assert_close(
-        found[~dropped], (2 / 0.7 * torch.ones(())).expand(int((~dropped).sum()))
-    )
-    # Neighbours share a draw's bits: they, too, have to be independent.
-    for many in (dropped, dropped.flatten()[::4]):
-        share = many.double().mean()
-        assert abs(share - 0.3) < 5 * (0.21 / many.numel()) ** 0.5
-    both = (dropped.flatten()[1:] & dropped.flatten()[:-1]).double().mean()
-    assert abs(both - 0.09) < 0.01
 
 
 # --- the network ----------------------------------------------------------------------------------
