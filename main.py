@@ -8,12 +8,14 @@ The only file that knows flags: it turns them into settings and calls what does 
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import math
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -1229,6 +1231,7 @@ COMMANDS = {
     "profile": profile,
     "export_diffusers": export,
 }
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 PLANNED = ("train", "search", "eval", "eval_stepaware")  # that --dry_run can tell the cost of
 _others = set(FLAGS)
 define_flags()
@@ -1242,6 +1245,12 @@ def parse(argv: Sequence[str]) -> list[str]:
     except (flags.Error, UnicodeDecodeError) as error:
         complain(UserError(" ".join(str(error).split())))
     return rest
+
+
+def thread_failed(args: threading.ExceptHookArgs) -> None:
+    """Tensorboard's thread tells the main one of a full disk, which then says so in one line."""
+    if getattr(args.exc_value, "errno", None) not in DISK_FULL:
+        threading.__excepthook__(args)
 
 
 def complain(error: UserError) -> None:
@@ -1263,11 +1272,16 @@ def run(argv: Sequence[str]) -> None:
             FLAGS["num_groups"].parse("16")  # counts as given
         _autoencoder.cache_clear()
         keep_freed()
+        threading.excepthook = thread_failed
         diffusion.Sampler(FLAGS.sampler)  # an unknown name should not wait for a checkpoint
         with distributed.group(choose_device()):
             COMMANDS[mode]()
     except UserError as error:
         complain(error)
+    except OSError as error:  # a library's, such as tensorboard's; our own files say more
+        if error.errno not in DISK_FULL:
+            raise
+        complain(UserError(f"cannot write {error.filename or 'a file'}: {error.strerror}"))
     except Interrupted as stopped:
         say(str(stopped))
         sys.exit(128 + stopped.signum)

@@ -1,5 +1,6 @@
 """What a user can get wrong, each through main.py; flags, flagfiles and released files."""
 
+import errno
 import json
 import os
 import pickle
@@ -614,6 +615,17 @@ def test_folder_that_cannot_be_written(
     else:
         both = [*TINY, *EVAL, "--large_logdir=run", "--small_logdir=run", "--small_ch=16"]
         refused("cannot write in file", *both, "--eval_ensemble", "--logdir=file")
+
+
+def test_a_full_disk_is_one_line(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.compat.tensorflow_stub.io import gfile
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(gfile.LocalFileSystem, "_write", full)  # tensorboard's, in its own thread
+    result = run_main(*TRAIN, "--logdir=run")
+    assert result.error == "error: cannot write a file: No space left on device"
 
 
 def test_statistics_that_cannot_be_saved(refused: Refused, run_folder: Path, here: Path) -> None:
