@@ -324,9 +324,11 @@ def use_parallel() -> bool:
         return False
     count = torch.cuda.device_count()
     if count < 2:
-        say(f"--parallel: {count} GPUs are visible, so the work stays on one device")
+        say_once(f"--parallel: {count} GPUs are visible, so the work stays on one device")
     elif choose_device().index != 0:
-        say(f"--parallel begins at the first GPU: --device={FLAGS.device} is the only one at work")
+        say_once(
+            f"--parallel begins at the first GPU: --device={FLAGS.device} is the only one at work"
+        )
         return False
     return count > 1
 
@@ -335,6 +337,9 @@ def say(text: str) -> None:
     """Print, once for all processes."""
     if distributed.is_main():
         print(text, flush=True)
+
+
+say_once = functools.cache(say)
 
 
 # --- what the modes are made of -------------------------------------------------------------------
@@ -1271,6 +1276,7 @@ def run(argv: Sequence[str]) -> None:
         if FLAGS.slimmable_g16 and not FLAGS["num_groups"].present:
             FLAGS["num_groups"].parse("16")  # counts as given
         _autoencoder.cache_clear()
+        say_once.cache_clear()
         keep_freed()
         threading.excepthook = thread_failed
         diffusion.Sampler(FLAGS.sampler)  # an unknown name should not wait for a checkpoint

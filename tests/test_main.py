@@ -639,10 +639,12 @@ def test_device_that_is_not_there(refused: Refused, run_folder: Path, device: st
 
 
 def test_parallel_without_gpus_says_so_once(run_folder: Path) -> None:
-    result = run_main(*EVAL, "--eval", "-parallel")
-    assert result.status == 0, result.err
-    if torch.cuda.device_count() < 2:
-        assert result.out.count("--parallel: ") == 1
+    both = ["--eval_ensemble", "--large_logdir=run", "--small_logdir=run", "--small_ch=16"]
+    for mode in (["--eval"], [*TINY, *both]):
+        result = run_main(*EVAL, *mode, "-parallel")
+        assert result.status == 0, result.err
+        if torch.cuda.device_count() < 2:
+            assert result.out.count("--parallel: ") == 1
 
 
 # --- processes of their own -----------------------------------------------------------------------
