@@ -152,28 +152,58 @@ class Unfinished:
         self.path.unlink(missing_ok=True)
 
 
+_locks: set[int] = set()  # of folders that this process is alone in
+
+
+def _let_go() -> None:
+    """A child has its parent's locks, and one that outlives a killed parent would keep them."""
+    for lock in _locks:
+        os.close(lock)
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
 @contextlib.contextmanager
-def alone_in(folder: str | Path) -> Iterator[None]:
-    """A block that one process of this machine at a time is in, for this folder; the others wait.
+def alone_in(folder: str | Path, wait: bool = True) -> Iterator[None]:
+    """A block that one process of this machine at a time is in, for this folder; the others wait,
+    or raise UserError.
 
     Makes the folder, and takes it away again where nothing was put into it. Where it cannot be
     locked, as some systems and network disks have it, none waits.
     """
+    folder = Path(folder)
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, ImportError):
             import fcntl
 
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            stack.callback(_remove_empty, folder)
+            missing = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, lock)  # what unlocks it; so does a kill
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            stack.callback(_unlock, lock)
+            stack.callback(_remove_empty, missing)
+            _locks.add(lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another process is at work in {folder}: stop it or let it end, or name "
+                    "another folder"
+                ) from error
         yield
 
 
-def _remove_empty(folder: str | Path) -> None:
+def _unlock(lock: int) -> None:
+    _locks.discard(lock)
+    os.close(lock)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
     with contextlib.suppress(OSError):
-        os.rmdir(folder)
+        for folder in folders:
+            folder.rmdir()
 
 
 def writable_folder(path: str | Path) -> Path:

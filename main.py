@@ -8,6 +8,7 @@ The only file that knows flags: it turns them into settings and calls what does 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
@@ -35,7 +36,15 @@ import score
 from classes import Classes
 from errors import UserError
 from evaluate import Evaluator, Schedule, Scores, SharedStates, latency
-from files import Unfinished, read_json, save_grid, writable_folder, write_json, write_text
+from files import (
+    Unfinished,
+    alone_in,
+    read_json,
+    save_grid,
+    writable_folder,
+    write_json,
+    write_text,
+)
 from model import (
     SlimmableUNet,
     UNetSettings,
@@ -939,7 +948,7 @@ def search_identity(evaluator: Evaluator, net: nn.Module, step: int) -> dict[str
 
 def search() -> None:
     """Search a width schedule for the supernet in LOGDIR and write LOGDIR/search.txt."""
-    folder = Path(FLAGS.search_dir or Path(FLAGS.logdir) / "search")
+    folder = search_folder()
     if FLAGS.pick >= 0:
         pick(folder)
         return
@@ -1046,6 +1055,11 @@ def decoder_seconds(shape: tuple[int, int, int], batch: int) -> float:
     """Seconds an image of decoding latents of this shape."""
     decode = autoencoder().to_images
     return latency(lambda latents, t: decode(latents), shape, batch, choose_device())
+
+
+def search_folder() -> Path:
+    """Where the search keeps what it has scored, and its results."""
+    return Path(FLAGS.search_dir or Path(FLAGS.logdir) / "search")
 
 
 def search_txt(folder: Path) -> Path:
@@ -1265,6 +1279,14 @@ def complain(error: UserError) -> None:
     sys.exit(2)
 
 
+def alone_at_work(mode: str) -> contextlib.AbstractContextManager:
+    """Two runs that add to the same files, of which one was forgotten, would spoil them."""
+    folders = {"train": lambda: FLAGS.logdir, "search": search_folder}
+    if mode not in folders or FLAGS.dry_run or FLAGS.pick >= 0 or not distributed.is_main():
+        return contextlib.nullcontext()
+    return alone_in(folders[mode](), wait=False)
+
+
 def run(argv: Sequence[str]) -> None:
     """Dispatch to the mode."""
     try:
@@ -1280,7 +1302,7 @@ def run(argv: Sequence[str]) -> None:
         keep_freed()
         threading.excepthook = thread_failed
         diffusion.Sampler(FLAGS.sampler)  # an unknown name should not wait for a checkpoint
-        with distributed.group(choose_device()):
+        with distributed.group(choose_device()), alone_at_work(mode):
             COMMANDS[mode]()
     except UserError as error:
         complain(error)

@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import re
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from absl import flags
 from absl.testing import flagsaver
-from conftest import ROOT, TINY, TRAIN, UPSTREAM, contents, process_main, run_main
+from conftest import ROOT, TINY, TRAIN, UPSTREAM, contents, process_main, run_main, start_main
 from torchvision.io import write_png
 
 import data
@@ -662,6 +664,26 @@ def test_real_processes_end_without_traceback(run_folder: Path, here: Path) -> N
         assert re.search(match, result.error)
         assert result.err == result.error + "\n"
     assert contents(here) == before
+
+
+def test_a_run_is_alone_in_its_folder(refused: Refused, run_folder: Path, here: Path) -> None:
+    first = start_main(here, *TRAIN, "--total_steps=100000", "--logdir=first")
+    try:
+        for _ in range(600):
+            if (here / "first" / "ckpt.pt").exists() or first.poll() is not None:
+                break
+            time.sleep(0.1)
+        os.kill(first.pid, signal.SIGSTOP)
+        refused("another process is at work in first", *TRAIN, "--logdir=first")
+        assert run_main(*TRAIN, "--logdir=second").status == 0
+    finally:
+        first.kill()
+        first.communicate()
+    assert run_main(*TRAIN, "--logdir=first", "--total_steps=3").status == 0
+    with files.alone_in("run/search"):
+        refused("another process is at work in run/search", *EVAL, "--search")
+    refused("no checkpoint", *EVAL, "--search", "--logdir=nothing")
+    assert not Path("nothing").exists()
 
 
 def test_recipes_hold_neither_modes_nor_machines() -> None:
