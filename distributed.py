@@ -5,8 +5,10 @@ itself by its rank, never by its place on a machine, so several machines are not
 """
 
 import contextlib
+import ctypes
 import datetime
 import os
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -63,6 +65,7 @@ def group(device: torch.device) -> Iterator[None]:
     if not launched():
         yield
         return
+    _end_with_launcher()
     _store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=PATIENCE)
@@ -77,6 +80,12 @@ def group(device: torch.device) -> Iterator[None]:
         ) from error
     # Not after an error: taking the group down would wait for processes that are no longer there.
     dist.destroy_process_group()
+
+
+def _end_with_launcher() -> None:
+    """Have the system send SIGTERM when torchrun is gone, which else would leave us at work."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, on Linux
 
 
 def _is_loss(error: RuntimeError) -> bool:

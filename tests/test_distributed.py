@@ -18,6 +18,7 @@ from PIL import Image
 from test_latents import write_autoencoder
 
 import distributed
+import files
 from model import checkpoint
 
 EVAL = [*TINY, "--num_images=24", "--batch_size=6", "--fid_cache=stats.npz"]
@@ -201,6 +202,19 @@ def test_a_process_that_dies_takes_the_job_down(tmp_path: Path) -> None:
     more = [f"--total_steps={saved + 3}"]
     two(tmp_path, *train, *more)
     assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["step"] == saved + 3
+
+
+def test_without_torchrun_the_processes_end(tmp_path: Path) -> None:
+    train = [*TRAIN, "--total_steps=100000", "--sample_step=0", "--logdir=run"]
+    process = start(tmp_path, *train)
+    wait_for(tmp_path / "run" / "ckpt.pt", process)
+    workers = ranks(process).values()
+    process.kill()
+    process.communicate(timeout=60)  # they hold its pipes until they end
+    stats = [path for worker in workers if (path := Path(f"/proc/{worker}/stat")).exists()]
+    assert all(path.read_text().rpartition(")")[2].split()[0] == "Z" for path in stats)
+    with files.alone_in(tmp_path / "run", wait=False):
+        assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["step"] > 0
 
 
 def test_sigterm_saves(tmp_path: Path) -> None:
