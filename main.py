@@ -92,6 +92,9 @@ def define_flags() -> None:
     choice("skip_slicing", "leading", ["leading", "segments"],
            "columns that serve the skip at a narrow width: the leading ones of [h, skip] "
            "(published), or the leading ones of each segment")  # fmt: skip
+    choice("norm_groups", "fixed", ["fixed", "proportional"],
+           "what a group norm keeps at a narrow width: its number of groups (published), or the "
+           "channels of each group, without which narrow widths are hardly of use")  # fmt: skip
     integer("num_classes", 0, "classes of a class-conditional network; 0: not conditional")
     # Diffusion
     real("beta_1", 1e-4, "first β")
@@ -217,7 +220,7 @@ def define_flags() -> None:
 
 # What a checkpoint says of its network; a flag that is given must agree with it.
 NETWORK_FLAGS = ("T", "ch", "ch_mult", "attn", "num_res_blocks", "num_groups", "skip_slicing",
-                 "num_classes")  # fmt: skip
+                 "norm_groups", "num_classes")  # fmt: skip
 MODEL_FLAGS = (
     *NETWORK_FLAGS, "beta_1", "beta_T", "beta_schedule", "mean_type", "img_size", "precond",
     "P_mean", "P_std", "sigma_data",
@@ -448,7 +451,7 @@ def network_from_diffusers() -> nn.Module:
         raise UserError("--init_diffusers: such a model has no classes; leave --num_classes out")
     if FLAGS.precond != "none":
         raise UserError("--init_diffusers: such a model was trained with --precond=none")
-    net = diffusers_unet.SlimmableDiffusersUNet.from_pretrained(folder, FLAGS.T)
+    net = diffusers_unet.SlimmableDiffusersUNet.from_pretrained(folder, FLAGS.T, FLAGS.norm_groups)
     config = net.settings.config
     if net.conditioning():
         raise UserError(f"{folder}: the model needs {net.conditioning()[0]}; images have none here")
@@ -475,7 +478,7 @@ def network_from_settings(known: Mapping[str, object]) -> nn.Module:
 def given_network() -> nn.Module | None:
     """The diffusers network that LOGDIR or --init_diffusers has; None where there is neither."""
     path = Path(FLAGS.logdir) / f"{FLAGS.ckpt_name}.pt"
-    known = checkpoint.load(path).get("settings", {}) if path.exists() else {}
+    known = checkpoint.settings(checkpoint.load(path)) if path.exists() else {}
     if known.get("kind") == "diffusers":
         agree_with(known, path)
         return network_from_settings(known)
@@ -493,7 +496,7 @@ def load_network(logdir: str, ch: int | None = None) -> tuple[nn.Module, int]:
     """The EMA network of LOGDIR/CKPT_NAME.pt, and the step it was saved at."""
     path = Path(logdir) / f"{FLAGS.ckpt_name}.pt"
     state = checkpoint.load(path)
-    known = dict(state.get("settings", {}))
+    known = checkpoint.settings(state)
     if ch is not None:
         known.pop("ch", None)
     agree_with(known, path)

@@ -159,7 +159,7 @@ class Trainer:
         if not self.path.exists():
             return False
         state = checkpoint.load(self.path)
-        known = state.get("settings", {})
+        known = checkpoint.settings(state)
         differing = [
             f"{name}: {known[name]} there, {value} here"
             for name, value in self.identity.items()

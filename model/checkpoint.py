@@ -16,6 +16,8 @@ from errors import UserError
 from files import replacing
 
 FORMAT = 1
+# What a file that does not say so is: released ones, and those older than the setting.
+UNSAID = {"skip_slicing": "leading", "norm_groups": "fixed"}
 
 
 def save(path: str | Path, state: Mapping[str, object]) -> None:
@@ -64,6 +66,11 @@ def load(path: str | Path) -> dict:
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} cannot be continued or scored: its step is no number") from error
     return state
+
+
+def settings(state: Mapping[str, object]) -> dict[str, object]:
+    """What a checkpoint says of its network and training."""
+    return {**UNSAID, **state.get("settings", {})}
 
 
 def fingerprint(net: nn.Module) -> str:

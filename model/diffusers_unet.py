@@ -5,10 +5,11 @@ the leading channels of every stream. It has no arithmetic of its own: a width r
 forward on a shallow copy of the model whose layers hold slices of the weights. The copy lives for
 one call, so a width is never state: threads, replicas and gradient checkpointing are safe.
 
-How a stream narrows: `channels·width`, rounded up to what the group norms on it divide; group
-norms keep their number of groups. [h, skip] inputs, GEGLU's halves and scale–shift projections keep
-the leading channels of each part. Attention keeps whole leading heads where width·heads is whole,
-otherwise the leading part of every head. Image channels, sinusoids and text embeddings stay whole.
+How a stream narrows: `channels·width`, rounded up to what the group norms on it divide; group norms
+keep their number of groups, or the size of each (norm_groups="proportional"). [h, skip] inputs,
+GEGLU's halves and scale–shift projections keep the leading channels of each part. Attention keeps
+whole leading heads where width·heads is whole, otherwise the leading part of every head. Image
+channels, sinusoids and text embeddings stay whole.
 """
 
 from __future__ import annotations
@@ -84,12 +85,17 @@ class Plan:
 
     cuts: dict[str, Cut] = field(default_factory=dict)
     norms: list[tuple[str, int, Side]] = field(default_factory=list)  # name, groups, channels
+    proportional: bool = False  # norms keep the size of a group, not the number of groups
     quanta: dict[int, int] = field(default_factory=dict)  # channels -> what they round up to
 
     def kept(self, channels: int, width: float) -> int:
         """How many of a stream's `channels` stay at `width`."""
         quantum = self.quanta.get(channels, 1)
         return min(channels, _ceil(channels * width / quantum) * quantum)
+
+    def unit(self, groups: int, side: Side) -> int:
+        """What must divide the channels of a norm that has `groups` groups at full width."""
+        return side.total // groups if self.proportional else groups
 
     def count(self, side: Side, width: float) -> int:
         """How many entries of `side` stay at `width`."""
@@ -137,8 +143,8 @@ def _default_cut(name: str, layer: nn.Module) -> Cut:
 class _Planner:
     """Walks a model once and collects its Plan. Layers that no rule names are one stream a side."""
 
-    def __init__(self, model: ModelMixin) -> None:
-        self.model, self.plan = model, Plan()
+    def __init__(self, model: ModelMixin, proportional: bool) -> None:
+        self.model, self.plan = model, Plan(proportional=proportional)
         self.special: dict[int, Cut] = {}
         temb = (model.time_embedding.linear_2.out_features,)
         self.temb = temb * 2 if getattr(model.config, "class_embeddings_concat", False) else temb
@@ -160,7 +166,8 @@ class _Planner:
         for _, groups, side in self.plan.norms:
             if len(side.blocks) == 1:
                 channels = side.blocks[0]
-                self.plan.quanta[channels] = math.lcm(self.plan.quanta.get(channels, 1), groups)
+                unit = self.plan.unit(groups, side)
+                self.plan.quanta[channels] = math.lcm(self.plan.quanta.get(channels, 1), unit)
         return self.plan
 
     def _leaf(self, name: str, module: nn.Module) -> None:
@@ -296,6 +303,10 @@ def _narrow(
         return new
 
     narrow = copy(model, "")
+    if plan.proportional:
+        for name, groups, side in plan.norms:
+            norm = narrow.get_submodule(name)
+            norm.num_groups = plan.count(side, width) // plan.unit(groups, side)
     if isinstance(getattr(narrow, "class_embedding", None), nn.Identity):
         narrow.class_embedding = Leading(narrow.time_embedding.linear_2.out_features)
     return narrow
@@ -310,6 +321,7 @@ class DiffusersSettings:
     levels: int
     class_name: str
     config: dict = field(hash=False)
+    norm_groups: str = "fixed"
 
     def check_image_size(self, size: int) -> None:
         """Raise UserError where the levels cannot halve an image of `size` pixels a side."""
@@ -335,17 +347,18 @@ class SlimmableDiffusersUNet(nn.Module):
     """The supernet: `net(x, t, width)` predicts with the leading `width` of every stream.
 
     model: a UNet2DModel or UNet2DConditionModel, which the supernet takes over. T: the timesteps it
-    was trained with. x (B, in_ch, H, W), t (B,) -> (B, out_ch, H, W). Raises UserError where a
+    was trained with. norm_groups: see UNetSettings; width 1 is the same with both.
+    x (B, in_ch, H, W), t (B,) -> (B, out_ch, H, W). Raises UserError where a
     layer is of a kind that cannot be narrowed.
     """
 
-    def __init__(self, model: ModelMixin, T: int = 1000) -> None:
+    def __init__(self, model: ModelMixin, T: int = 1000, norm_groups: str = "fixed") -> None:
         super().__init__()
         if type(model).__name__ not in CLASSES:
             raise UserError(f"a {type(model).__name__} is not one of {', '.join(CLASSES)}")
         self.model = model
         replace_dropout(model)
-        self.plan = _Planner(model)()
+        self.plan = _Planner(model, norm_groups == "proportional")()
         config = json.loads(model.to_json_string())
         self.settings = DiffusersSettings(
             T=T,
@@ -353,6 +366,7 @@ class SlimmableDiffusersUNet(nn.Module):
             levels=len(config["block_out_channels"]),
             class_name=type(model).__name__,
             config={k: v for k, v in config.items() if not k.startswith("_")},
+            norm_groups=norm_groups,
         )
 
     def forward(self, x: Tensor, t: Tensor, width: float = 1.0, **conditioning: object) -> Tensor:
@@ -374,17 +388,18 @@ class SlimmableDiffusersUNet(nn.Module):
             return
         plan = self.plan
         for name, groups, side in plan.norms:
-            channels = plan.count(side, width)
+            channels, unit = plan.count(side, width), plan.unit(groups, side)
             if channels == side.total:
                 raise UserError(
                     f"width {width} cannot narrow the {channels} channels of {name}, which stay "
-                    f"a multiple of {plan.quanta.get(channels, groups)} for its groups; ask for a "
+                    f"a multiple of {plan.quanta.get(channels, unit)} for its groups; ask for a "
                     "smaller width"
                 )
-            if channels % groups:
+            if channels % unit:
+                of = f"groups of {unit}" if plan.proportional else f"{unit} groups"
                 raise UserError(
-                    f"width {width} leaves {channels} channels in {name}, which {groups} groups do "
-                    "not divide; change the widths"
+                    f"width {width} leaves {channels} channels in {name}, which {of} do not "
+                    "divide; change the widths"
                 )
         for name, module in self.model.named_modules():
             self._check_module(name, module, width)
@@ -440,6 +455,7 @@ class SlimmableDiffusersUNet(nn.Module):
             "class": self.settings.class_name,
             "config": self.settings.config,
             "T": self.settings.T,
+            "norm_groups": self.settings.norm_groups,
         }
 
     @classmethod
@@ -447,16 +463,19 @@ class SlimmableDiffusersUNet(nn.Module):
         """A network with fresh weights from `settings_dict()`'s values."""
         try:
             name, config, T = settings["class"], settings["config"], settings["T"]
+            groups = settings.get("norm_groups", "fixed")
             if name not in CLASSES:
                 raise UserError(f"a {name} is not one of {', '.join(CLASSES)}")
-            return cls(getattr(diffusers, name).from_config(dict(config)), int(T))
+            return cls(getattr(diffusers, name).from_config(dict(config)), int(T), groups)
         except UserError:
             raise
         except Exception as error:  # whatever diffusers makes of odd values
             raise UserError(f"not the settings of a diffusers network: {error!r}") from error
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, T: int | None = None) -> SlimmableDiffusersUNet:
+    def from_pretrained(
+        cls, directory: str | Path, T: int | None = None, norm_groups: str = "fixed"
+    ) -> SlimmableDiffusersUNet:
         """Read a model folder, or a pipeline folder that holds one as unet/. Never downloads.
 
         T: trained timesteps; None asks the pipeline's scheduler, and takes 1000 where there is
@@ -491,7 +510,7 @@ class SlimmableDiffusersUNet(nn.Module):
             raise UserError(
                 f"{folder}: the weights have no entry {sorted(info['missing_keys'])[0]}"
             )
-        return cls(model.float(), int(T))
+        return cls(model.float(), int(T), norm_groups)
 
     def conditioning(self) -> list[str]:
         """What the model needs beside x and t."""

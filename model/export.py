@@ -34,11 +34,16 @@ def _shapes(network: nn.Module) -> dict[str, list[int]]:
     return {name: list(value.shape) for name, value in network.state_dict().items()}
 
 
+def _groups(network: nn.Module) -> dict[str, int]:
+    """Groups of each group norm, by its name."""
+    norms = [(n, m) for n, m in network.named_modules() if hasattr(m, "num_groups")]
+    return {name: norm.num_groups for name, norm in norms}
+
+
 def _spec(network: nn.Module) -> tuple[dict, nn.Module]:
     """What step_aware_unet.build takes, and the module whose state dict fills the result."""
     if isinstance(network, SlimmableUNet) and not hasattr(network.time_embedding, "timembedding"):
-        groups = network.settings.num_groups
-        return {"kind": "ddsm", "shapes": _shapes(network), "num_groups": groups}, network
+        return {"kind": "ddsm", "shapes": _shapes(network), "num_groups": _groups(network)}, network
     if isinstance(network, DenseDiffusersUNet):
         model = network.model
         config = json.loads(model.to_json_string())
@@ -48,6 +53,7 @@ def _spec(network: nn.Module) -> tuple[dict, nn.Module]:
             "config": {k: v for k, v in config.items() if not k.startswith("_")},
             "shapes": _shapes(model),
             "heads": {n: m.heads for n, m in model.named_modules() if isinstance(m, Attention)},
+            "num_groups": _groups(model),
         }
         return spec, model
     raise UserError(f"cannot export a {type(network).__name__}; it takes what `subnet` returns")

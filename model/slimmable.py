@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import distributed
+from errors import UserError
 from model import native, norm, winograd
 
 
@@ -138,11 +139,30 @@ class SlimmableLinear(Slimmable, nn.Linear):
 
 
 class SlimmableGroupNorm(Slimmable, nn.GroupNorm):
-    """A group norm that keeps its number of groups at every width."""
+    """A group norm of the leading channels.
 
-    def __init__(self, num_groups: int, inputs: Channels) -> None:
+    It keeps its number of groups at every width, as published, or, where `proportional`, the number
+    of channels in a group: a width then has the leading width·groups groups. A narrow width that
+    keeps the number has few channels in each; a group of one channel erases that channel's mean.
+    Groups are consecutive channels of the input, so where it is [h, skip] and a group's size does
+    not divide h, one group has channels of both.
+    """
+
+    def __init__(self, num_groups: int, inputs: Channels, proportional: bool = False) -> None:
         nn.GroupNorm.__init__(self, num_groups, inputs.total)
-        self.inputs = inputs
+        self.inputs, self.proportional = inputs, proportional
+
+    def groups(self, width: float) -> int:
+        """How many groups there are at `width`; UserError where they do not divide its channels."""
+        channels, groups = self.inputs.count(width), self.num_groups
+        if self.proportional:
+            size = self.inputs.total // self.num_groups
+            if channels % size:
+                raise UserError(f"{channels} channels, which groups of {size} do not divide")
+            groups = channels // size
+        if channels % groups:
+            raise UserError(f"{channels} channels, which {groups} groups do not divide")
+        return groups
 
     def slice(self, width: float) -> tuple[Tensor, Tensor]:
         """Scale and shift (c,) at `width`."""
@@ -150,16 +170,16 @@ class SlimmableGroupNorm(Slimmable, nn.GroupNorm):
 
     def forward(self, x: Tensor, width: float, silu: bool = False) -> Tensor:
         """silu: whether that follows."""
-        weight, bias = self.slice(width)
-        if native.wanted() and norm.fits(weight, self.num_groups):
-            return norm.norm(x, weight, bias, self.num_groups, self.eps, silu)
-        out = F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        (weight, bias), groups = self.slice(width), self.groups(width)
+        if native.wanted() and norm.fits(weight, groups):
+            return norm.norm(x, weight, bias, groups, self.eps, silu)
+        out = F.group_norm(x, groups, weight, bias, self.eps)
         return F.silu(out) if silu else out
 
     def cut(self, width: float) -> SlimmableGroupNorm:
         """A dense layer of its own that holds a copy of what `width` uses."""
         with torch.device("meta"):
-            layer = SlimmableGroupNorm(self.num_groups, self.inputs.at(width))
+            layer = SlimmableGroupNorm(self.groups(width), self.inputs.at(width))
         return _filled(layer, *self.slice(width))
 
 

@@ -28,6 +28,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 Shapes = Mapping[str, Sequence[int]]
+Groups = int | Mapping[str, int]  # of all group norms, as older folders have it, or of each
 
 
 class Leading(nn.Module):
@@ -74,10 +75,16 @@ def set_heads(attention: Attention, heads: int) -> None:
         attention.scale = (attention.inner_dim // heads) ** -0.5
 
 
-def rebuild(class_name: str, config: dict, shapes: Shapes, heads: Mapping[str, int]) -> nn.Module:
+def rebuild(
+    class_name: str,
+    config: dict,
+    shapes: Shapes,
+    heads: Mapping[str, int],
+    num_groups: Mapping[str, int],
+) -> nn.Module:
     """The diffusers model of this class and config, cut to these shapes; weights are unset.
 
-    heads: attention layer -> how many heads it keeps.
+    heads: attention layer -> how many heads it keeps. num_groups: group norm -> its groups.
     """
     if class_name not in ("UNet2DModel", "UNet2DConditionModel"):
         raise ValueError(f"unknown network class {class_name}")
@@ -91,6 +98,8 @@ def rebuild(class_name: str, config: dict, shapes: Shapes, heads: Mapping[str, i
         fit(module)
     for name, count in heads.items():
         set_heads(model.get_submodule(name), count)
+    for name, count in num_groups.items():
+        model.get_submodule(name).num_groups = count
     if isinstance(getattr(model, "class_embedding", None), nn.Identity):
         model.class_embedding = Leading(model.time_embedding.linear_2.weight.shape[0])
     return model
@@ -101,8 +110,9 @@ def _conv(shapes: Shapes, name: str, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, out, kernel, stride=stride, padding=kernel // 2)
 
 
-def _norm(shapes: Shapes, name: str, groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, shapes[f"{name}.weight"][0])
+def _norm(shapes: Shapes, name: str, groups: Groups) -> nn.GroupNorm:
+    count = groups if isinstance(groups, int) else groups[name]
+    return nn.GroupNorm(count, shapes[f"{name}.weight"][0])
 
 
 class _TimeTable(nn.Module):
@@ -119,7 +129,7 @@ class _TimeTable(nn.Module):
 class _Attention(nn.Module):
     """One head over all pixels, (B, C, H, W) -> the same, with a residual connection."""
 
-    def __init__(self, shapes: Shapes, name: str, groups: int) -> None:
+    def __init__(self, shapes: Shapes, name: str, groups: Groups) -> None:
         super().__init__()
         self.group_norm = _norm(shapes, f"{name}.group_norm", groups)
         self.proj_q = _conv(shapes, f"{name}.proj_q")
@@ -140,7 +150,7 @@ class _Attention(nn.Module):
 class _Block(nn.Module):
     """(B, in, H, W), t (B,) -> (B, out, H, W)."""
 
-    def __init__(self, shapes: Shapes, name: str, groups: int) -> None:
+    def __init__(self, shapes: Shapes, name: str, groups: Groups) -> None:
         super().__init__()
         self.block1 = nn.Sequential(
             _norm(shapes, f"{name}.block1.0", groups),
@@ -180,7 +190,7 @@ class DenseUNet(nn.Module):
     Timesteps are rounded to trained ones.
     """
 
-    def __init__(self, shapes: Shapes, num_groups: int) -> None:
+    def __init__(self, shapes: Shapes, num_groups: Groups) -> None:
         super().__init__()
 
         def layers(part: str) -> nn.ModuleList:
@@ -220,7 +230,8 @@ def build(spec: Mapping) -> nn.Module:
     """The network that an entry of config.json's `networks` describes; weights are unset."""
     if spec["kind"] == "ddsm":
         return DenseUNet(spec["shapes"], spec["num_groups"])
-    return rebuild(spec["class"], dict(spec["config"]), spec["shapes"], spec["heads"])
+    groups = spec.get("num_groups", {})  # older folders keep the config's
+    return rebuild(spec["class"], dict(spec["config"]), spec["shapes"], spec["heads"], groups)
 
 
 def key(width: float) -> str:

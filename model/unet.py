@@ -8,8 +8,9 @@ Yang et al., "Denoising Diffusion Step-aware Models" (ICLR 2024).
 from __future__ import annotations
 
 import copy
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -28,6 +29,8 @@ from model.slimmable import (
 )
 
 SKIP_SLICING = ("leading", "segments")
+NORM_GROUPS = ("fixed", "proportional")
+Norm = Callable[[Channels], SlimmableGroupNorm]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class UNetSettings:
     in_ch: image channels. skip_slicing: which columns serve the skip of [h, skip] at a narrow
     width, "leading" (published: the leading ones of the whole) or "segments" (the leading ones of
     the skip's own segment). num_classes: of a class-conditional network; 0 for one without classes.
+    norm_groups: what a group norm keeps at a narrow width, its number of groups ("fixed",
+    published) or the channels of each ("proportional").
     """
 
     T: int = 1000
@@ -51,6 +56,7 @@ class UNetSettings:
     in_ch: int = 3
     skip_slicing: str = "leading"
     num_classes: int = 0
+    norm_groups: str = "fixed"
 
     def __post_init__(self) -> None:
         for name in ("T", "ch", "num_res_blocks", "num_groups", "in_ch"):
@@ -73,6 +79,8 @@ class UNetSettings:
             raise UserError(f"--num_classes={self.num_classes}: must not be negative")
         if self.skip_slicing not in SKIP_SLICING:
             raise UserError(f"--skip_slicing={self.skip_slicing}: one of {SKIP_SLICING}")
+        if self.norm_groups not in NORM_GROUPS:
+            raise UserError(f"--norm_groups={self.norm_groups}: one of {NORM_GROUPS}")
 
     def check_image_size(self, size: int) -> None:
         """Raise UserError where the levels cannot halve an image of `size` pixels a side."""
@@ -191,10 +199,10 @@ class _TimeTable(nn.Module):
 class Attention(nn.Module):
     """One head over all pixels, (B, C, H, W) -> the same, with a residual connection."""
 
-    def __init__(self, ch: int, num_groups: int) -> None:
+    def __init__(self, ch: int, norm: Norm) -> None:
         super().__init__()
         outer, inner = Channels((ch,)), Channels((ch,), divisor=1)
-        self.group_norm = SlimmableGroupNorm(num_groups, outer)
+        self.group_norm = norm(outer)
         self.proj_q = SlimmableConv2d(outer, inner, 1)
         self.proj_k = SlimmableConv2d(outer, inner, 1)
         self.proj_v = SlimmableConv2d(outer, inner, 1)
@@ -218,19 +226,19 @@ class ResBlock(nn.Module):
     """(B, in, H, W), time embedding (B, tdim) -> (B, out, H, W)."""
 
     def __init__(
-        self, inputs: Channels, out_ch: int, tdim: int, dropout: float, attn: bool, num_groups: int
+        self, inputs: Channels, out_ch: int, tdim: int, dropout: float, attn: bool, norm: Norm
     ) -> None:
         super().__init__()
         outputs = Channels((out_ch,))
         self.block1 = SlimmableSequential(
-            SlimmableGroupNorm(num_groups, inputs), nn.SiLU(), SlimmableConv2d(inputs, outputs, 3)
+            norm(inputs), nn.SiLU(), SlimmableConv2d(inputs, outputs, 3)
         )
         # It is added to the convolution's output, so the convolution's rounding counts.
         self.temb_proj = SlimmableSequential(
             nn.SiLU(), SlimmableLinear(Channels((tdim,), divisor=16), outputs)
         )
         self.block2 = SlimmableSequential(
-            SlimmableGroupNorm(num_groups, outputs),
+            norm(outputs),
             nn.SiLU(),
             Dropout(dropout),
             SlimmableConv2d(outputs, outputs, 3),
@@ -238,7 +246,7 @@ class ResBlock(nn.Module):
         self.shortcut = (
             SlimmableConv2d(inputs, outputs, 1) if inputs.total != out_ch else SlimmableSequential()
         )
-        self.attn = Attention(out_ch, num_groups) if attn else SlimmableSequential()
+        self.attn = Attention(out_ch, norm) if attn else SlimmableSequential()
         _initialise(self.block1[2])
         _initialise(self.temb_proj[1])
         _initialise(self.block2[3], gain=1e-5)
@@ -295,17 +303,21 @@ class SlimmableUNet(nn.Module):
         in_ch: int = 3,
         skip_slicing: str = "leading",
         num_classes: int = 0,
+        norm_groups: str = "fixed",
     ) -> None:
         super().__init__()
         self.settings = s = UNetSettings(
             T, ch, tuple(ch_mult), tuple(attn), num_res_blocks, dropout, num_groups, in_ch,
-            skip_slicing, num_classes,
+            skip_slicing, num_classes, norm_groups,
         )  # fmt: skip
+        norm = functools.partial(
+            SlimmableGroupNorm, num_groups, proportional=norm_groups == "proportional"
+        )
         image = Channels((in_ch,), divisor=None)
 
         def block(blocks: tuple[int, ...], out: int, attention: bool) -> ResBlock:
             inputs = Channels(blocks, apart=s.skip_slicing == "segments")
-            return ResBlock(inputs, out, 4 * ch, s.dropout, attention, s.num_groups)
+            return ResBlock(inputs, out, 4 * ch, s.dropout, attention, norm)
 
         self.time_embedding = TimeEmbedding(T, ch)
         self.head = SlimmableConv2d(image, Channels((ch,)), 3)
@@ -333,7 +345,7 @@ class SlimmableUNet(nn.Module):
                 self.upblocks.append(UpSample(now))
 
         self.tail = SlimmableSequential(
-            SlimmableGroupNorm(s.num_groups, Channels((now,))),
+            norm(Channels((now,))),
             nn.SiLU(),
             SlimmableConv2d(Channels((now,)), image, 3),
         )
@@ -367,13 +379,13 @@ class SlimmableUNet(nn.Module):
             raise UserError(f"width {width}: a width must be in (0, 1]")
         for name, layer in self.named_modules():
             if isinstance(layer, SlimmableGroupNorm):
-                channels = layer.inputs.count(width)
-                if channels % layer.num_groups:
+                try:
+                    layer.groups(width)
+                except UserError as error:
                     raise UserError(
-                        f"width {width} leaves {channels} channels in {name}, which "
-                        f"{layer.num_groups} groups do not divide; change --num_groups, --ch or "
+                        f"width {width} leaves in {name}: {error}; change --num_groups, --ch or "
                         "the widths"
-                    )
+                    ) from error
 
     def parameter_count(self, width: float) -> int:
         """How many parameters `width` uses, the frozen time table included."""

@@ -216,6 +216,29 @@ def test_every_conditional_option(name):
     check_network(UNet2DConditionModel, {**CROSS, **CONDITIONAL[name]})
 
 
+@pytest.mark.parametrize("name", ["default", "scale_shift", "attention conv samplers"])
+def test_proportional_groups(name):
+    config = {**BASE, **UNCONDITIONAL[name]}
+    torch.manual_seed(0)
+    model = UNet2DModel(**config)
+    net = SlimmableDiffusersUNet(model, norm_groups="proportional").eval()
+    x, t = batch()
+    with torch.no_grad():
+        assert torch.equal(net(x, t, 1), model(x, t).sample)
+        for width in (0.75, 0.5, 0.25):
+            net.check_width(width)
+            dense = net.subnet(width)
+            torch.testing.assert_close(dense(x, t), net(x, t, width))
+            norms = [m for m in dense.modules() if isinstance(m, torch.nn.GroupNorm)]
+            full = [m for m in model.modules() if isinstance(m, torch.nn.GroupNorm)]
+            for narrow, wide in zip(norms, full, strict=True):
+                size = wide.num_channels // wide.num_groups
+                assert narrow.num_channels == size * narrow.num_groups
+    again = SlimmableDiffusersUNet.from_settings(json.loads(json.dumps(net.settings_dict())))
+    assert again.settings.norm_groups == "proportional"
+    assert SlimmableDiffusersUNet(model).settings.norm_groups == "fixed"
+
+
 def test_flops_fall_with_width_for_conditional_networks_too():
     configs = [(UNet2DModel, BASE), (UNet2DModel, {**BASE, "num_class_embeds": 5})]
     configs += [(UNet2DConditionModel, {**CROSS, **CONDITIONAL["text_time"]})]

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import subprocess
@@ -41,13 +42,13 @@ np.savez(out, **arrays)
 """
 
 
-def own_network() -> SlimmableUNet:
+def own_network(norm_groups: str = "fixed") -> SlimmableUNet:
     torch.manual_seed(0)
-    net = SlimmableUNet(T, 32, [1, 2], [1], 1, 0.1, num_groups=8)
+    net = SlimmableUNet(T, 32, [1, 2], [1], 1, 0.1, num_groups=8, norm_groups=norm_groups)
     return jiggle(net)
 
 
-def diffusers_network() -> SlimmableDiffusersUNet:
+def diffusers_network(norm_groups: str = "fixed") -> SlimmableDiffusersUNet:
     torch.manual_seed(0)
     model = UNet2DModel(
         sample_size=SIZE,
@@ -60,7 +61,7 @@ def diffusers_network() -> SlimmableDiffusersUNet:
         norm_num_groups=8,
         attention_head_dim=8,
     )
-    return jiggle(SlimmableDiffusersUNet(model, T))
+    return jiggle(SlimmableDiffusersUNet(model, T, norm_groups))
 
 
 def jiggle(net: torch.nn.Module) -> torch.nn.Module:
@@ -70,7 +71,12 @@ def jiggle(net: torch.nn.Module) -> torch.nn.Module:
     return net.eval()
 
 
-NETWORKS = {"own": own_network, "diffusers": diffusers_network}
+NETWORKS = {
+    "own": own_network,
+    "diffusers": diffusers_network,
+    "own, proportional": functools.partial(own_network, "proportional"),
+    "diffusers, proportional": functools.partial(diffusers_network, "proportional"),
+}
 
 
 def subnets(net: torch.nn.Module) -> dict[float, torch.nn.Module]:
@@ -145,7 +151,7 @@ def test_any_timestep_takes_the_width_of_the_nearest_trained_one(kind):
     with torch.no_grad():
         out = full(x, torch.tensor(4.2)).sample
         again = full(x, torch.tensor([4.2, 4.2]), return_dict=False)[0]
-        exact = net(x, torch.tensor([4, 4]) if kind == "own" else torch.tensor([4.2, 4.2]))
+        exact = net(x, torch.tensor([4, 4]) if kind.startswith("own") else torch.tensor([4.2, 4.2]))
         torch.testing.assert_close(out, again)
         torch.testing.assert_close(out, exact, atol=1e-5, rtol=0)
         with pytest.raises(ValueError, match="several widths"):

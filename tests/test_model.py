@@ -165,7 +165,9 @@ def test_width_that_groups_do_not_divide_is_one_clear_error() -> None:
     net = tiny_network(ch=32, num_groups=16)
     net.check_width(0.5)
     for call in (net.check_width, net.subnet):
-        with pytest.raises(UserError, match=r"width 0\.25 leaves 8 channels .* 16 groups") as error:
+        with pytest.raises(
+            UserError, match=r"width 0\.25 leaves .* 8 channels, .* 16 groups"
+        ) as error:
             call(0.25)
         assert "\n" not in str(error.value)
     for width in (0, -0.5, 1.5, float("nan")):
@@ -210,6 +212,61 @@ def test_segments_of_one_layer() -> None:
     weight = torch.cat([conv.weight[:16, :16], conv.weight[:16, 32:40]], dim=1)
     expected = nn.functional.conv2d(x, weight, conv.bias[:16], padding=1)
     assert torch.equal(conv(x, 0.5), expected)
+
+
+@pytest.mark.parametrize("width", [0.75, 0.5, 0.25])
+@pytest.mark.parametrize(
+    ("blocks", "apart"), [((32,), False), ((64, 64), False), ((64, 64), True), ((128, 64), True)]
+)
+@torch.no_grad()
+def test_a_proportional_group_sees_the_same_channels(
+    width: float, blocks: tuple[int, ...], apart: bool
+) -> None:
+    """So its output is that of full width, wherever no group has channels of both segments."""
+    inputs = Channels(blocks, apart=apart)
+    layer = SlimmableGroupNorm(8 if len(blocks) < 2 or blocks[0] == 64 else 12, inputs, True)
+    nn.init.normal_(layer.weight)
+    x = torch.randn(2, inputs.total, 4, 4) + torch.randn(inputs.total)[:, None, None]
+    # "leading" takes the norm's leading channels whatever the segments are, as the weights are.
+    kept = inputs.take(x, width, 1)
+    torch.testing.assert_close(layer(kept, width), inputs.take(layer(x, 1.0), width, 1))
+    fixed = SlimmableGroupNorm(layer.num_groups, inputs)
+    fixed.load_state_dict(layer.state_dict())
+    assert torch.equal(fixed(x, 1.0), layer(x, 1.0))
+    assert not torch.allclose(fixed(kept, width), layer(kept, width), atol=0.1)
+
+
+@torch.no_grad()
+def test_a_group_that_straddles_keeps_its_size() -> None:
+    """96 channels in 8 groups of 12: one of them has channels of h (64) and of the skip (32)."""
+    layer = SlimmableGroupNorm(8, Channels((64, 32), apart=True), True)
+    x = torch.randn(2, 48, 4, 4)  # 32 of h, 16 of the skip
+    assert layer.groups(0.5) == 4
+    torch.testing.assert_close(layer(x, 0.5), nn.functional.group_norm(x, 4))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("slicing", ["leading", "segments"])
+@torch.no_grad()
+def test_proportional_groups(width: float, slicing: str, batch: tuple) -> None:
+    net = tiny_network(ch=32, num_groups=8, norm_groups="proportional", skip_slicing=slicing)
+    fixed = tiny_network(ch=32, num_groups=8, skip_slicing=slicing)
+    net.check_width(width)
+    out = net(*batch, width)
+    torch.testing.assert_close(net.subnet(width)(*batch), out, rtol=1e-4, atol=1e-5)
+    winograd = candidates(net, [width], "winograd")[width](*batch)
+    torch.testing.assert_close(winograd, out, rtol=1e-3, atol=1e-4)
+    if width == 1:
+        assert torch.equal(out, fixed(*batch))
+    else:
+        assert not torch.allclose(out, fixed(*batch, width), atol=0.01)
+    assert net.settings == UNetSettings(**net.settings_dict() | {"ch_mult": (1, 2), "attn": (1,)})
+
+
+def test_width_that_proportional_groups_do_not_divide() -> None:
+    net = tiny_network(norm_groups="proportional")  # 48 channels of [h, skip] in groups of 12
+    with pytest.raises(UserError, match=r"0\.25 leaves in upblocks\S+: 16 channels, .* of 12"):
+        net.check_width(0.25)
 
 
 @pytest.mark.parametrize("width", [1.0, 0.5])
@@ -365,6 +422,7 @@ def test_dropout_of_other_networks_is_replaced() -> None:
         ({"ch": 24, "num_groups": 16}, "24 channels.*--num_groups=16"),
         ({"in_ch": 0}, "--in_ch=0"),
         ({"skip_slicing": "both"}, "--skip_slicing=both"),
+        ({"norm_groups": "all"}, "--norm_groups=all"),
     ],
 )
 def test_settings_errors(change: dict, message: str) -> None:

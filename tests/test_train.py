@@ -538,6 +538,23 @@ def test_released_checkpoint_goes_on(run_folder: Path) -> None:
     assert same(checkpoint.load(run_folder / "ckpt.pt")["ema_model"], went_on["ema_model"])
 
 
+@pytest.mark.parametrize("flag", ["--norm_groups=proportional", "--skip_slicing=segments"])
+@pytest.mark.parametrize("settings", ["none", "older"])
+def test_checkpoint_that_does_not_say_is_as_published(
+    run_folder: Path, refused: Callable, flag: str, settings: str
+) -> None:
+    """Released files have no settings; older ones of ours do not know all of them."""
+    state = torch.load(run_folder / "ckpt.pt", weights_only=True)
+    known = state.pop("settings")
+    if settings == "older":
+        name = flag.removeprefix("--").split("=")[0]
+        state["settings"] = {n: v for n, v in known.items() if n != name}
+    torch.save(state, run_folder / "ckpt.pt")
+    refused(flag[2:13], *TRAIN, "--notrain", "--profile", "--logdir=run", flag)
+    if "skip" in flag:  # so narrow a network as this one has no proportional groups
+        refused(flag[2:13], *TRAIN, "--logdir=run", "--total_steps=8", flag)
+
+
 @pytest.mark.parametrize("entry", ["optim", "sched", "step"])
 def test_checkpoint_that_cannot_go_on(run_folder: Path, refused: Callable, entry: str) -> None:
     state = torch.load(run_folder / "ckpt.pt", weights_only=True)
