@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from errors import UserError
+from runtime.errors import UserError
 
 MEAN_TYPES = ("epsilon", "xprev", "xstart", "v")
 VAR_TYPES = ("fixedlarge", "fixedsmall")
@@ -540,7 +540,7 @@ class Sampler:
             if not getattr(self, name) >= 0:
                 raise UserError(f"--{name}={getattr(self, name)}: must not be negative")
         if not self.restartable:
-            import schedulers  # diffusers takes seconds to import
+            from sampling import schedulers  # diffusers takes seconds to import
 
             schedulers.check(self)
         elif self.scheduler_options:
@@ -583,7 +583,7 @@ class Sampler:
             return schedule.edm_timesteps(steps, self.rho)
         if self.skips:
             return schedule.timesteps(steps, self.timestep_spacing)
-        import schedulers
+        from sampling import schedulers
 
         calls, order = schedulers.calls(self, schedule)
         return sorted(calls[::order])
@@ -598,7 +598,7 @@ class Sampler:
         """(timestep of the step, timestep that the network is shown) of each call of the network,
         in order. timesteps: as for a call of the sampler."""
         if not self.restartable:
-            import schedulers
+            from sampling import schedulers
 
             self.entries(schedule)
             calls, order = schedulers.calls(self, schedule)
@@ -640,7 +640,7 @@ class Sampler:
                 observe(t, x)
 
         if not self.restartable:
-            import schedulers
+            from sampling import schedulers
 
             if start or timesteps not in (None, self.timesteps(schedule)[::-1]):
                 raise ValueError(f"{self.sampler} runs from its start to its end")

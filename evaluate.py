@@ -24,14 +24,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import data
 import diffusion
-import distributed
-import rng
 import score
-from classes import Classes
-from files import Unfinished
+from dataset import images as data
 from model import StepAwareDenoiser, WidthSchedule, asked
+from runtime import processes as distributed
+from runtime.files import Unfinished
+from sampling import noise as rng
+from sampling.conditioning import Classes
 
 Schedule = WidthSchedule | Sequence[Hashable]
 
@@ -439,33 +439,6 @@ class Evaluator:
             dynamic_ncols=True,
             disable=not (self.progress and distributed.is_main()),
         )
-
-
-@torch.inference_mode()
-def latency(
-    network: nn.Module,
-    image_shape: tuple[int, int, int],
-    batch_size: int,
-    device: torch.device,
-    seconds: float = 1.0,
-) -> float:
-    """Seconds an image of one call network(x, t): the median of calls over about `seconds`."""
-    draw = torch.Generator(device).manual_seed(0)  # the run's own random numbers are left alone
-    x = torch.randn(batch_size, *image_shape, device=device, generator=draw)
-    t = torch.zeros(batch_size, dtype=torch.long, device=device)
-
-    def call() -> float:
-        start = time.perf_counter()
-        network(x, t)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    call()  # the first call also allocates and compiles
-    times = [call()]
-    while sum(times) < seconds and len(times) < 1000:
-        times.append(call())
-    return float(np.median(times)) / batch_size
 
 
 class _Clock:

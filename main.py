@@ -25,18 +25,28 @@ import torch
 from absl import app, flags
 from torch import nn
 
-import arithmetic
-import classes
-import data
 import diffusion
-import distributed
-import estimate
-import rng
 import score
-from classes import Classes
-from errors import UserError
-from evaluate import Evaluator, Schedule, Scores, SharedStates, latency
-from files import (
+from commands import plan as estimate
+from dataset import images as data
+from evaluate import Evaluator, Schedule, Scores, SharedStates
+from model import (
+    SlimmableUNet,
+    UNetSettings,
+    WidthSchedule,
+    arithmetic,
+    asked,
+    average,
+    candidates,
+    check_compiler,
+    checkpoint,
+    keep_freed,
+)
+from model.networks import latency
+from report import SearchProgress, SearchResult, read_front, table
+from runtime import processes as distributed
+from runtime.errors import UserError
+from runtime.files import (
     Unfinished,
     alone_in,
     read_json,
@@ -45,18 +55,9 @@ from files import (
     write_json,
     write_text,
 )
-from model import (
-    SlimmableUNet,
-    UNetSettings,
-    WidthSchedule,
-    asked,
-    average,
-    candidates,
-    check_compiler,
-    checkpoint,
-    keep_freed,
-)
-from report import SearchProgress, SearchResult, read_front, table
+from sampling import conditioning as classes
+from sampling import noise as rng
+from sampling.conditioning import Classes
 from search import Genome, Rung, Search, SearchSettings, warm_start
 from train import Interrupted, Trainer, TrainSettings
 
@@ -359,7 +360,7 @@ say_once = functools.cache(say)
 
 @functools.lru_cache(maxsize=1)
 def _autoencoder(folder: str, device: torch.device):
-    from latents import Autoencoder
+    from dataset.latents import Autoencoder
 
     return Autoencoder(folder, device)
 
@@ -443,7 +444,7 @@ def check_network(net: nn.Module) -> nn.Module:
 
 def network_from_diffusers() -> nn.Module:
     """The UNet in --init_diffusers as a supernet; flags take what its scheduler says of it."""
-    from model import diffusers_unet  # diffusers takes seconds to import
+    from model.diffusers import supernet as diffusers_unet  # diffusers takes seconds to import
 
     folder = Path(FLAGS.init_diffusers)
     agree_with(diffusers_unet.trained_diffusion(folder), folder)
@@ -470,7 +471,7 @@ def network_from_diffusers() -> nn.Module:
 
 def network_from_settings(known: Mapping[str, object]) -> nn.Module:
     """A diffusers network with fresh weights, as a checkpoint's settings describe it."""
-    from model.diffusers_unet import SlimmableDiffusersUNet
+    from model.diffusers.supernet import SlimmableDiffusersUNet
 
     return check_network(SlimmableDiffusersUNet.from_settings(known))
 
@@ -769,7 +770,7 @@ def training_set() -> data.AnySet:
     classes.check(FLAGS.num_classes, FLAGS.dataset, dataset.labels, dataset.classes)
     if not FLAGS.latent_vae:
         return dataset
-    import latents
+    from dataset import latents
 
     vae, usual = autoencoder(), Path("latents") / f"{FLAGS.dataset}{FLAGS.img_size}.npy"
     path = Path(FLAGS.latent_cache or Path(FLAGS.data_root).expanduser() / usual)
@@ -1219,7 +1220,7 @@ def profile() -> None:
 
 def export() -> None:
     """Write the EMA network and its width schedule as a folder for diffusers."""
-    from model.export import export_diffusers
+    from model.diffusers.export import export_diffusers
 
     net, step = load_network(FLAGS.logdir)
     if FLAGS.latent_vae or getattr(net.settings, "num_classes", 0):

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-import distributed
-from errors import UserError
 from evaluate import Evaluator
-from files import read_json, replacing, save_grid, write_json
 from model import WidthSchedule, average
+from runtime import processes as distributed
+from runtime.errors import UserError
+from runtime.files import read_json, replacing, save_grid, write_json
 from search import Candidate, Search, hypervolume, pareto_front
 
 

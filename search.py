@@ -27,10 +27,10 @@ from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-import distributed
-from errors import UserError
-from files import append_jsonl, read_jsonl, write_jsonl
 from model import WidthSchedule, asked, average
+from runtime import processes as distributed
+from runtime.errors import UserError
+from runtime.files import append_jsonl, read_jsonl, write_jsonl
 
 OBJECTIVES = ("weighted", "pareto")
 

@@ -25,14 +25,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import data
 import diffusion
-import distributed
-import rng
-from classes import Classes
-from errors import UserError
-from files import append_jsonl, read_jsonl, save_grid, write_jsonl
-from model import EMA, Condition, StepAwareDenoiser, candidates, checkpoint, compile_network, native
+from dataset import images as data
+from model import EMA, Condition, StepAwareDenoiser, candidates, checkpoint, compile_network
+from model.cpu import native
+from runtime import processes as distributed
+from runtime.errors import UserError
+from runtime.files import append_jsonl, read_jsonl, save_grid, write_jsonl
+from sampling import noise as rng
+from sampling.conditioning import Classes
 
 
 @dataclass(frozen=True)

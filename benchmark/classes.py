@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from sklearn.svm import SVC
 
-import data
 import diffusion
 import score
 from benchmark.machine import describe
-from classes import Classes
+from dataset import images as data
 from evaluate import Evaluator
-from files import save_grid, write_json
 from model import SlimmableUNet, UNetSettings, candidates, checkpoint
 from report import table
+from runtime.files import save_grid, write_json
+from sampling.conditioning import Classes
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, IMAGES = 1000, 1000

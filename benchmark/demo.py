@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 from benchmark.machine import describe
-from files import read_json, write_json
 from model import WidthSchedule
 from report import plot_front, plot_schedule, table
+from runtime.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = (1.0, 0.75, 0.5, 0.25)

@@ -31,15 +31,15 @@ from pathlib import Path
 
 import torch
 
-import data
 import diffusion
 import score
 from benchmark.machine import describe
 from benchmark.search import Bench
-from errors import UserError
-from files import append_jsonl, read_json, read_jsonl, write_json
+from dataset import images as data
 from model import WidthSchedule, average, compiling
 from report import plot_front, plot_schedule, table
+from runtime.errors import UserError
+from runtime.files import append_jsonl, read_json, read_jsonl, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = (1.0, 0.75, 0.5, 0.25)

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from tqdm import trange
 
-import data
 import score
 from benchmark.machine import describe
-from files import read_json, write_json
-from latents import Autoencoder
+from dataset import images as data
+from dataset.latents import Autoencoder
 from report import table
+from runtime.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE, AUTOENCODER_STEPS, STEPS, IMAGES = 16, 400, 600, 500

@@ -22,17 +22,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import arithmetic
-import data
 import diffusion
-import rng
 import score
 from benchmark import naive
 from benchmark.machine import describe
-from evaluate import Evaluator, latency
-from files import write_json
-from model import StepAwareDenoiser, average, candidates, keep_freed
+from dataset import images as data
+from evaluate import Evaluator
+from model import StepAwareDenoiser, arithmetic, average, candidates, keep_freed
+from model.networks import latency
 from report import table
+from runtime.files import write_json
+from sampling import noise as rng
 from train import Trainer, TrainSettings
 
 # Of the released schedule's 1000 entries 534 are 0.5, 274 are 1, 181 are 0.75 and 11 are 0.25.

@@ -26,16 +26,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import data
 import diffusion
-import distributed
 import score
 from benchmark import naive
 from benchmark.machine import describe
-from evaluate import Evaluator, latency
-from files import read_json, write_json
+from dataset import images as data
+from evaluate import Evaluator
 from model import WidthSchedule, candidates
+from model.networks import latency
 from report import table
+from runtime import processes as distributed
+from runtime.files import read_json, write_json
 from train import Trainer, TrainSettings
 
 BATCH = 50

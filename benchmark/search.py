@@ -23,15 +23,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import data
 import diffusion
-import rng
 import score
 from benchmark.machine import describe
+from dataset import images as data
 from evaluate import Evaluator, SharedStates
-from files import read_json, write_json
 from model import SlimmableUNet, WidthSchedule, average, candidates, checkpoint
 from report import table
+from runtime.files import read_json, write_json
+from sampling import noise as rng
 from search import Candidate, Genome, Rung, Search, SearchSettings, hypervolume, pareto_front
 
 

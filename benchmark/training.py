@@ -14,14 +14,13 @@ from pathlib import Path
 
 import torch
 
-import arithmetic
 import diffusion
 from benchmark import naive
 from benchmark.machine import describe
 from benchmark.sampling import NOT_MEASURED, seconds
-from files import write_json
-from model import keep_freed
+from model import arithmetic, keep_freed
 from report import table
+from runtime.files import write_json
 from train import Trainer, TrainSettings
 
 

@@ -1,19 +1,11 @@
 """The slimmable network, its width schedules and its checkpoints. Sees tensors, nothing else."""
 
-from model import native
-from model.allocator import keep_freed
 from model.compiling import check_compiler, compile_network
+from model.cpu.allocator import keep_freed
+from model.denoiser import Condition, StepAwareDenoiser
 from model.ema import EMA
-from model.stepaware import (
-    ARITHMETIC,
-    Candidate,
-    Condition,
-    StepAwareDenoiser,
-    WidthSchedule,
-    asked,
-    average,
-    candidates,
-)
+from model.networks import ARITHMETIC, Candidate, candidates, latency
+from model.schedule import WidthSchedule, asked, average
 from model.unet import SlimmableUNet, UNetSettings
 
 __all__ = [
@@ -31,5 +23,5 @@ __all__ = [
     "check_compiler",
     "compile_network",
     "keep_freed",
-    "native",
+    "latency",
 ]

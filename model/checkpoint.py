@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
-from files import replacing
+from runtime.errors import UserError
+from runtime.files import replacing
 
 FORMAT = 1
 # What a file that does not say so is: released ones, and those older than the setting.

@@ -7,8 +7,8 @@ import importlib.util
 import torch
 from torch import nn
 
-from errors import UserError
-from model.native import compiler
+from model.cpu.native import compiler
+from runtime.errors import UserError
 
 # A network is compiled for each of its widths, and each width's subnet counts as one more version
 # of the same code; torch's own limit is 8.

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import distributed
-from errors import UserError
-from model import native, norm, winograd
+from model.cpu import native, norm, winograd
+from runtime import processes as distributed
+from runtime.errors import UserError
 
 
 def round_channels(channels: float, divisor: int) -> int:

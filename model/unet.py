@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError
 from model.slimmable import (
     Channels,
     Dropout,
@@ -27,6 +26,7 @@ from model.slimmable import (
     SlimmableLinear,
     SlimmableSequential,
 )
+from runtime.errors import UserError
 
 SKIP_SLICING = ("leading", "segments")
 NORM_GROUPS = ("fixed", "proportional")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from errors import UserError
+from runtime.errors import UserError
 
 # The shortest side that efficientnet_lite0 sees: its stride, so one position is left at the end.
 # Measured with 600 Fashion-MNIST images of 32×32 and 900 digits of 8×8 against the other half of

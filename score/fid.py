@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import files
-from errors import UserError
+from runtime import files
+from runtime.errors import UserError
 
 Array = np.ndarray | torch.Tensor
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 from conftest import golden_network, tiny_network
 
-import arithmetic
-from errors import UserError
-from model import candidates, check_compiler
+from model import arithmetic, candidates, check_compiler
+from runtime.errors import UserError
 from train import TrainSettings
 
 CPU = torch.device("cpu")

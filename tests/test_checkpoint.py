@@ -13,10 +13,10 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from errors import UserError
-from files import save_grid
 from model import EMA
 from model.checkpoint import fill, load, save
+from runtime.errors import UserError
+from runtime.files import save_grid
 
 
 def network(seed: int = 0, middle: int = 3) -> nn.Module:

@@ -13,13 +13,13 @@ import torch
 from conftest import TRAIN, fill_by_recipe, run_main
 from torch import Tensor
 
-import data
 import diffusion
 import main
-import rng
-from classes import Classes, parse
-from errors import UserError
+from dataset import images as data
 from model import Condition, SlimmableUNet, StepAwareDenoiser, candidates, checkpoint
+from runtime.errors import UserError
+from sampling import noise as rng
+from sampling.conditioning import Classes, parse
 
 Refused = Callable[..., str]
 SETTINGS = dict(

@@ -15,8 +15,8 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import data
-from errors import UserError
+from dataset import images as data
+from runtime.errors import UserError
 
 
 def first(n, batches):
@@ -132,7 +132,7 @@ def test_one_process_downloads_and_the_others_wait(tmp_path):
     root = tmp_path / "new"
     code = f"""
 import pathlib, time
-import data
+from dataset import images as data
 found = pathlib.Path({str(root)!r}) / "found"
 def fetch():
     if not found.exists():

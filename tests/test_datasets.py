@@ -10,10 +10,10 @@ import torch
 from conftest import ROOT, TRAIN, run_main
 from PIL import Image
 
-import data
 import main
-import sets
-from errors import UserError
+from dataset import images as data
+from dataset import sets
+from runtime.errors import UserError
 
 
 def picture(path: Path, value: int = 128, size: tuple[int, int] = (12, 10)) -> None:

@@ -14,11 +14,11 @@ import torch
 from conftest import run_main
 from torch import nn
 
-import data
-import rng
+from dataset import images as data
 from diffusion import NoiseSchedule, Sampler
 from model import checkpoint
-from model.diffusers_unet import SlimmableDiffusersUNet, order_by_importance
+from model.diffusers.supernet import SlimmableDiffusersUNet, order_by_importance
+from sampling import noise as rng
 from train import Trainer, TrainSettings
 
 UNET = dict(

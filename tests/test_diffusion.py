@@ -12,8 +12,8 @@ from torch import Tensor
 
 import diffusion
 from diffusion import NoiseSchedule, loss, sample_ddim, sample_ddpm, sample_edm
-from errors import UserError
 from model import StepAwareDenoiser, candidates
+from runtime.errors import UserError
 
 MEAN, DEVIATION = 0.1, 0.2  # of the Gaussian data: far enough inside [−1, 1] not to be clipped
 STANDARD = NoiseSchedule(1e-4, 0.02, 1000)

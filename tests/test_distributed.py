@@ -17,9 +17,9 @@ from conftest import ROOT, TINY, TRAIN, Result, run_main
 from PIL import Image
 from test_latents import write_autoencoder
 
-import distributed
-import files
 from model import checkpoint
+from runtime import files
+from runtime import processes as distributed
 
 EVAL = [*TINY, "--num_images=24", "--batch_size=6", "--fid_cache=stats.npz"]
 SEARCH = [

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 import diffusion
 import main
-import rng
 import score
-from errors import UserError
-from evaluate import Evaluator, SharedStates, latency
-from files import Unfinished
+from evaluate import Evaluator, SharedStates
 from model import WidthSchedule, candidates
+from model.networks import latency
+from runtime.errors import UserError
+from runtime.files import Unfinished
+from sampling import noise as rng
 
 SHAPE = (1, 8, 8)
 WIDTHS = (0.25, 0.5, 1.0)

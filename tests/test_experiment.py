@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from benchmark import experiment
 from benchmark.experiment import Experiment, Task
-from errors import UserError
+from runtime.errors import UserError
 
 
 def experiment_of(recipe: Path, tmp_path: Path) -> Experiment:
@@ -114,7 +114,7 @@ def test_first_rows(tmp_path: Path) -> None:
     import torch
     from torchvision.io import read_image
 
-    from files import save_grid
+    from runtime.files import save_grid
 
     images = torch.arange(256, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 6, 6)
     grids = [tmp_path / "a.png", tmp_path / "b.png"]

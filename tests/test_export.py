@@ -10,10 +10,10 @@ import torch
 from diffusers import UNet2DModel
 
 from diffusion import NoiseSchedule, sample_ddim, sample_ddpm
-from errors import UserError
 from model import SlimmableUNet, StepAwareDenoiser, WidthSchedule
-from model.diffusers_unet import SlimmableDiffusersUNet
-from model.export import export_diffusers, step_aware
+from model.diffusers.export import export_diffusers, step_aware
+from model.diffusers.supernet import SlimmableDiffusersUNet
+from runtime.errors import UserError
 
 T, SIZE = 20, 8
 BETAS = (1e-3, 0.2, T)

@@ -16,13 +16,13 @@ from conftest import ROOT, TRAIN, run_main
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
 import diffusion
-import latents
 import main
-from errors import UserError
-from latents import Autoencoder
+from dataset import images as data
+from dataset import latents
+from dataset.latents import Autoencoder
 from model import checkpoint
+from runtime.errors import UserError
 
 Refused = Callable[..., str]
 BLOCKS = dict(

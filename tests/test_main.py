@@ -18,11 +18,11 @@ from absl.testing import flagsaver
 from conftest import ROOT, TINY, TRAIN, UPSTREAM, contents, process_main, run_main, start_main
 from torchvision.io import write_png
 
-import data
-import files
 import main
 import score
+from dataset import images as data
 from model import SlimmableUNet, WidthSchedule, average
+from runtime import files
 
 Refused = Callable[..., str]
 EVAL = ["--logdir=run", "--device=cpu", "--num_images=70", "--batch_size=70"]

@@ -8,8 +8,6 @@ import torch
 from conftest import GOLDEN, SMALL, golden_network, tiny_network
 from torch import nn
 
-import distributed
-from errors import UserError
 from model import Candidate, SlimmableUNet, UNetSettings, candidates
 from model.slimmable import (
     Channels,
@@ -21,6 +19,8 @@ from model.slimmable import (
     round_channels,
 )
 from model.unet import ResBlock, sinusoids
+from runtime import processes as distributed
+from runtime.errors import UserError
 
 CIFAR = dict(T=1000, ch=128, ch_mult=[1, 2, 2, 2], attn=[1], num_res_blocks=2, dropout=0.1)
 WIDTHS = (1.0, 0.75, 0.5, 0.25)

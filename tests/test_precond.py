@@ -16,7 +16,7 @@ from torch import Tensor
 
 import diffusion
 from diffusion import EDMSchedule, Sampler, sample_edm
-from errors import UserError
+from runtime.errors import UserError
 
 LEVELS = EDMSchedule(1000)
 MEAN, DEVIATION = 0.2, 0.3

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from rng import SAMPLING, SEARCH, TRAINING, ImageNoise, normal, philox
+from sampling.noise import SAMPLING, SEARCH, TRAINING, ImageNoise, normal, philox
 
 SHAPE = (3, 8, 8)
 

@@ -17,13 +17,13 @@ from conftest import ROOT, TINY, run_main, tiny_network
 from torch import Tensor
 
 import diffusion
-import rng
-import schedulers
 import score
 from diffusion import EDMSchedule, NoiseSchedule, Sampler
-from errors import UserError
 from evaluate import Evaluator, SharedStates
 from model import StepAwareDenoiser, WidthSchedule, asked, average, candidates
+from runtime.errors import UserError
+from sampling import noise as rng
+from sampling import schedulers
 
 STANDARD = NoiseSchedule(1e-4, 0.02, 1000)
 SHORT = NoiseSchedule(1e-3, 0.3, 10)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-import data
 import score
-from errors import UserError
+from dataset import images as data
+from runtime.errors import UserError
 from score import features as score_features
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"

@@ -12,8 +12,8 @@ from pymoo.core.population import Population
 
 import main
 import search
-from errors import UserError
 from model import WidthSchedule
+from runtime.errors import UserError
 from search import (
     Candidate,
     Genome,

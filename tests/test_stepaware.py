@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from errors import UserError
 from model import StepAwareDenoiser, WidthSchedule, average
+from runtime.errors import UserError
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 

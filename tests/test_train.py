@@ -16,11 +16,11 @@ from conftest import ROOT, TRAIN, contents, run_main, start_main
 from torch import nn
 from torchvision.io import read_image, write_png
 
-import data
 import diffusion
 import train
-from errors import UserError
+from dataset import images as data
 from model import SlimmableUNet, checkpoint
+from runtime.errors import UserError
 from train import Trainer, TrainSettings
 
 SHAPE = (1, 8, 8)

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from conftest import tiny_network
 from torch import Tensor, nn
 
-import arithmetic
-from model import candidates, dense, native, norm, winograd
+from model import arithmetic, candidates
+from model.cpu import dense, native, norm, winograd
 from model.slimmable import (
     Channels,
     SlimmableConv2d,

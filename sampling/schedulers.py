@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from errors import UserError
+from runtime.errors import UserError
 
 if TYPE_CHECKING:
     from diffusion import Denoiser, Noise, NoiseSchedule, Observer, Sampler

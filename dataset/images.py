@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-import sets
-from errors import UserError
-from files import alone_in
+from dataset import sets
+from runtime.errors import UserError
+from runtime.files import alone_in
 
 # An in-memory set up to this size lives on the training device, where picking a batch is free.
 RESIDENT_BYTES = 2 * 2**30

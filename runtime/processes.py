@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from errors import UserError
+from runtime.errors import UserError
 
 # How long a process waits for the others: for rank 0 while it writes, or for a candidate of full
 # width that another scores. The loss of a process is seen at once, by torchrun and, on CPUs, by the

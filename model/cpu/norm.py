@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from model import native
+from model.cpu import native
 
 CHANNELS = 32  # that one thread normalises at least: two cache lines of every pixel
 MOST = 2048  # see norm.cpp

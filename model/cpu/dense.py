@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from model import winograd
+from model.cpu import winograd
 from model.slimmable import Slimmable
 
 

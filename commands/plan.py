@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from errors import UserError
-from evaluate import latency
+from model.networks import latency
+from runtime.errors import UserError
 from train import Trainer
 
 

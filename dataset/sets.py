@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError
+from runtime.errors import UserError
 
 # Images of each split. AFHQ's second version is slightly smaller than its first: that one counts.
 COUNTS = {

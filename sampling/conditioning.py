@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import rng
-from errors import UserError
 from model import Condition
+from runtime.errors import UserError
+from sampling import noise as rng
 
 _STREAM = 2**31  # of the classes: far from the streams of noise
 

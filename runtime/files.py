@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from errors import UserError
+from runtime.errors import UserError
 
 if TYPE_CHECKING:
     import torch

@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import data
-import distributed
-from errors import UserError
-from files import read_json, write_json
+from dataset import images as data
+from runtime import processes as distributed
+from runtime.errors import UserError
+from runtime.files import read_json, write_json
 
 KINDS = ("AutoencoderKL", "VQModel")
 DECODED = 2**22  # pixels that are decoded at once: a decoder's activations are large

@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import distributed
-from errors import UserError
-from evaluate import latency
-from files import read_json, write_json
-from model import ARITHMETIC, Candidate, native
+from model import ARITHMETIC, Candidate
+from model.cpu import native
+from model.networks import latency
+from runtime import processes as distributed
+from runtime.errors import UserError
+from runtime.files import read_json, write_json
 
 AMP = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}
 CPU_CHOICES = ("float32", "winograd", "bfloat16")

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from model import native
+from model.cpu import native
 
 PANEL, ROWS = 16, 6  # output channels and tiles that are multiplied together; see winograd.cpp
 TILES = 256  # at a time, so that what lies between the transforms stays in the cache

@@ -30,9 +30,9 @@ from diffusers.models.normalization import AdaGroupNorm
 from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from torch import Tensor, nn
 
-from errors import UserError
+from model.diffusers.step_aware_unet import Leading, fit, set_heads
 from model.slimmable import replace_dropout
-from model.step_aware_unet import Leading, fit, set_heads
+from runtime.errors import UserError
 
 CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 WEIGHTS = "diffusion_pytorch_model"

@@ -18,12 +18,12 @@ from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from errors import UserError
-from model import step_aware_unet
-from model.diffusers_unet import DenseDiffusersUNet
-from model.step_aware_unet import StepAwareUNet, key
-from model.stepaware import WidthSchedule
+from model.diffusers import step_aware_unet
+from model.diffusers.step_aware_unet import StepAwareUNet, key
+from model.diffusers.supernet import DenseDiffusersUNet
+from model.schedule import WidthSchedule
 from model.unet import SlimmableUNet
+from runtime.errors import UserError
 
 # Our names -> diffusers'
 PREDICTION = {"epsilon": "epsilon", "xstart": "sample", "v": "v_prediction"}

@@ -1,0 +1,1 @@
+"""Images: named sets, folders, batches, latents."""

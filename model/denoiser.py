@@ -1,0 +1,71 @@
+"""The denoiser that a sampler calls: a set of candidate networks and a schedule that names one of
+them per timestep.
+
+Slices of one supernet are the usual candidates; separately trained networks are the same thing with
+other candidates. No sampler is known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.schedule import WidthSchedule, asked_at
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The class of each image of a batch, labels (B,) long, and how strongly it is asked for.
+
+    The answer is without + guidance·(with − without), of the network with the class and with the
+    `null` class (Ho and Salimans 2022, with guidance = 1 + w): 1 is the network with the class, 0
+    the one without; any other number takes both, in one batch of 2·B.
+    """
+
+    labels: Tensor
+    null: int
+    guidance: float = 1.0
+
+    def ask(self, network: Callable[..., Tensor], x: Tensor, t: Tensor) -> Tensor:
+        """x (B, C, H, W), t (B,) -> like x."""
+        if self.guidance == 1:
+            return network(x, t, self.labels)
+        nothing = torch.full_like(self.labels, self.null)
+        if self.guidance == 0:
+            return network(x, t, nothing)
+        labels = torch.cat([self.labels, nothing])
+        with_class, without = network(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
+        return without + self.guidance * (with_class - without)
+
+
+class StepAwareDenoiser:
+    """`denoise(x, t)`: the network that the schedule names for t, at x (B, C, H, W).
+
+    A sampler that calls it more than once a step says so by `begin`, for schedules that have one
+    entry a step. `condition`: the classes of the batch that is denoised, where there are classes.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[Hashable, Callable[[Tensor, Tensor], Tensor]],
+        schedule: WidthSchedule | Sequence[Hashable],
+        T: int,
+        device: torch.device | str,
+    ) -> None:
+        self.networks, self.schedule = networks, schedule
+        # Every timestep lies on the device already, so a step copies nothing from the host.
+        self._timesteps = torch.arange(T, device=device)
+        self._step: int | None = None
+        self.condition: Condition | None = None
+
+    def begin(self, step: int) -> None:
+        """A sampler's step begins at timestep `step`."""
+        self._step = step
+
+    def __call__(self, x: Tensor, t: int) -> Tensor:
+        asked = t if self._step is None else asked_at(self.schedule, self._step, t)
+        network, time = self.networks[self.schedule[asked]], self._timesteps[t].expand(len(x))
+        return self.condition.ask(network, x, time) if self.condition else network(x, time)

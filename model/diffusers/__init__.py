@@ -1,0 +1,1 @@
+"""Networks of diffusers: as supernets, and exported to its pipelines."""

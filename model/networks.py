@@ -1,0 +1,102 @@
+"""Candidate networks: dense, in an arithmetic, compiled or not, ready to sample with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model.compiling import compile_network
+from model.cpu import native
+from model.cpu.dense import replace_layers
+
+
+class Supernet(Protocol):
+    """What can be cut to a width."""
+
+    def subnet(self, width: float) -> nn.Module: ...
+
+
+# What a candidate computes in. Winograd is float32 with fewer multiplications, on a CPU.
+ARITHMETIC = {
+    "float32": torch.float32,
+    "winograd": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class Candidate(nn.Module):
+    """A dense network ready for sampling: channels last, float32 in and out.
+
+    arithmetic: a key of ARITHMETIC; weights are cast once, here. compiled: by torch.compile, with
+    CUDA graphs on a GPU; not with Winograd's loops, at each of which a compiled graph would end.
+    """
+
+    def __init__(
+        self, network: nn.Module, arithmetic: str = "float32", compiled: bool = False
+    ) -> None:
+        super().__init__()
+        self.arithmetic, self.dtype = arithmetic, ARITHMETIC[arithmetic]
+        network = network.to(dtype=self.dtype, memory_format=torch.channels_last)
+        if arithmetic == "winograd":
+            replace_layers(network)
+        self.compiled, self._batch = compiled and arithmetic != "winograd", 0
+        self.network = compile_network(network, graphs=True) if self.compiled else network
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W) float32, t and labels (B,) long -> like x."""
+        count, inputs = len(x), [x, t] if labels is None else [x, t, labels]
+        if self.compiled:
+            # Another size would be compiled anew, so a run's last, smaller batch is filled up.
+            self._batch = max(self._batch, count)
+            more = self._batch - count
+            inputs = [torch.cat([v, v[:1].expand(more, *v.shape[1:])]) for v in inputs]
+        x, t, *labels = inputs
+        x = x.to(self.dtype, memory_format=torch.channels_last)
+        with native.active(self.arithmetic == "winograd"):
+            out = self.network(x, t, **({"labels": labels[0]} if labels else {}))[:count]
+        # A CUDA graph writes its next result over this one, hence a copy.
+        return out.to(torch.float32, memory_format=torch.contiguous_format, copy=self.compiled)
+
+
+def candidates(
+    net: Supernet,
+    widths: Iterable[float],
+    arithmetic: str | Mapping[float, str] = "float32",
+    compiled: bool = False,
+) -> dict[float, Candidate]:
+    """A dense candidate network for each width; `arithmetic` is for all or by width."""
+    named = {w: arithmetic if isinstance(arithmetic, str) else arithmetic[w] for w in widths}
+    return {w: Candidate(net.subnet(w), named[w], compiled) for w in named}
+
+
+@torch.inference_mode()
+def latency(
+    network: nn.Module,
+    image_shape: tuple[int, int, int],
+    batch_size: int,
+    device: torch.device,
+    seconds: float = 1.0,
+) -> float:
+    """Seconds an image of one call network(x, t): the median of calls over about `seconds`."""
+    draw = torch.Generator(device).manual_seed(0)  # the run's own random numbers are left alone
+    x = torch.randn(batch_size, *image_shape, device=device, generator=draw)
+    t = torch.zeros(batch_size, dtype=torch.long, device=device)
+
+    def call() -> float:
+        start = time.perf_counter()
+        network(x, t)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    call()  # the first call also allocates and compiles
+    times = [call()]
+    while sum(times) < seconds and len(times) < 1000:
+        times.append(call())
+    return float(np.median(times)) / batch_size

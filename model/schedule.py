@@ -1,0 +1,119 @@
+"""Width schedules: which width each timestep has, their files, and what a schedule costs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from runtime.errors import UserError
+from runtime.files import write_text
+
+
+class WidthSchedule:
+    """The width of each timestep: `schedule[t]`.
+
+    `widths` has one entry a timestep, entry 0 for t = 0 (the last, least noisy step). With
+    `timesteps`, it has one entry for each of those instead, entry 0 for the smallest; any other
+    t, also a fractional one, has the width of the nearest. Such an entry is for a sampler's step:
+    where the step calls the network twice, as Heun's does, it is for both calls (see `asked`).
+    """
+
+    def __init__(self, widths: Iterable[float], timesteps: Sequence[int] | None = None) -> None:
+        self.widths = tuple(widths)
+        self.timesteps = None if timesteps is None else tuple(sorted(timesteps))
+        keys = range(len(self.widths)) if timesteps is None else self.timesteps
+        self._at = dict(zip(keys, self.widths, strict=True))
+
+    def __getitem__(self, t: float) -> float:
+        if t in self._at:
+            return self._at[t]
+        return self._at[min(self._at, key=lambda known: abs(known - t))]
+
+    def expanded(self, T: int) -> WidthSchedule:
+        """The same schedule with an entry for each of T timesteps."""
+        return WidthSchedule([self[t] for t in range(T)])
+
+    def __len__(self) -> int:
+        return len(self.widths)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, WidthSchedule) and self._at == other._at
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._at.items()))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        T: int,
+        candidates: Sequence[float],
+        timesteps: Sequence[int] | None = None,
+    ) -> WidthSchedule:
+        """Read a JSON list of T widths, or of one width for each of a sampler's `timesteps`.
+
+        Raises UserError for a file that is no JSON list of numbers, another length, or a width
+        that is not among `candidates`. Nothing in the file is executed.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise UserError(
+                f"no width schedule at {path}; run --search first, or name one with --schedule"
+            ) from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the width schedule {path}: {error}") from error
+        try:
+            widths = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path} is not JSON ({error}); a width schedule is one list, [1, 0.75, …]"
+            ) from error
+        if not isinstance(widths, list) or not all(
+            isinstance(w, (int, float)) and not isinstance(w, bool) for w in widths
+        ):
+            raise UserError(f"{path} is not a list of numbers; a width schedule is [1, 0.75, …]")
+        # Steps that a sampler was asked for can meet: the file may name them all, or each once.
+        lengths = {T} if timesteps is None else {T, len(timesteps), len(set(timesteps))}
+        if len(widths) not in lengths:
+            raise UserError(
+                f"{path} has {len(widths)} entries; expected "
+                + " (every timestep) or ".join(str(n) for n in sorted(lengths, reverse=True))
+                + (" (one for each sampler step)" if len(lengths) > 1 else " (every timestep)")
+            )
+        for i, width in enumerate(widths):
+            if width not in candidates:
+                names = ", ".join(f"{c:g}" for c in candidates)
+                raise UserError(
+                    f"{path}: entry {i} is width {width}, which is no candidate ({names}); "
+                    "see --candidate_width and --min_width"
+                )
+        if len(widths) == T:
+            return cls(map(float, widths))
+        keys = timesteps if len(widths) == len(timesteps) else set(timesteps)
+        return cls(map(float, widths), keys)
+
+    def save(self, path: str | Path) -> None:
+        """Write the schedule as one JSON line, whole or not at all."""
+        write_text(path, json.dumps([int(w) if w == int(w) else w for w in self.widths]) + "\n")
+
+
+def asked_at(schedule: WidthSchedule | Sequence[Hashable], step: int, t: int) -> int:
+    """The timestep whose entry is for a call at t in the step that begins at `step`."""
+    return step if getattr(schedule, "timesteps", None) is not None else t
+
+
+def asked(
+    schedule: WidthSchedule | Sequence[Hashable], evaluations: Iterable[tuple[int, int]]
+) -> list[int]:
+    """The same for each of a sampler's `evaluations`, pairs of (step, t)."""
+    return [asked_at(schedule, step, t) for step, t in evaluations]
+
+
+def average(
+    schedule: WidthSchedule, timesteps: Iterable[int], cost: Mapping[float, float]
+) -> float:
+    """The mean over `timesteps` of what each one's width costs."""
+    return math.fsum(costs := [cost[schedule[t]] for t in timesteps]) / len(costs)

@@ -1,0 +1,1 @@
+"""What every part stands on: files, processes, errors. Knows nothing of images or networks."""
