@@ -1,16 +1,10 @@
 """Scores of images: encoders, streaming statistics, Fréchet distance, Inception Score, FLOPs."""
 
 from score.features import ENCODERS, Encoder, encoder
-from score.fid import (
-    Gaussian,
-    InceptionScore,
-    Moments,
-    frechet_distance,
-    load_statistics,
-    save_statistics,
-    statistics_of,
-)
+from score.fid import Gaussian, Moments, frechet_distance
 from score.flops import flops
+from score.inception import InceptionScore
+from score.statistics import load_statistics, save_statistics, statistics_of
 
 __all__ = [
     "ENCODERS",
