@@ -1,0 +1,42 @@
+"""What a stored result depends on, and whether it is what is wanted now.
+
+For every file that work continues or uses again: checkpoints, search logs, latents, statistics,
+latency tables, generated images. This file knows neither their formats nor what the names mean.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from runtime.errors import UserError
+
+
+def agree(
+    path: str | Path,
+    stored: Mapping[str, object],
+    wanted: Mapping[str, object],
+    remedy: str,
+    ignore: Iterable[str] = (),
+    defaults: Mapping[str, object] | None = None,
+) -> None:
+    """Raise UserError, which names every entry that differs, unless `stored` is as `wanted`.
+
+    remedy: what the user can do about it, a clause. ignore: names that may differ. defaults: what
+    an entry is where `stored` lacks it; one that has no default is passed over there. Entries that
+    only `stored` has are passed over, too. Tuples equal lists, as JSON knows no tuples.
+    """
+    stored = {**(defaults or {}), **stored}
+    differing = [
+        f"{name}: {stored[name]} there, {value} here"
+        for name, value in wanted.items()
+        if name in stored and name not in ignore and _plain(stored[name]) != _plain(value)
+    ]
+    if differing:
+        raise UserError(f"{path} is for other settings ({'; '.join(differing)}); {remedy}")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value
