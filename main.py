@@ -631,7 +631,6 @@ def moments_of(
         f"statistics of {FLAGS.dataset} ({encoder.name})",
         moments,
         unfinished,
-        distributed.is_main(),
     )
     everyone = distributed.gather({key: value.cpu() for key, value in moments.state().items()})
     moments = score.Moments()

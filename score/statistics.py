@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from runtime import files
 from runtime.errors import UserError
+from runtime.progress import progress
 from score.fid import Array, Moments
 
 
@@ -24,21 +24,13 @@ def statistics_of(
     description: str,
     moments: Moments | None = None,
     unfinished: files.Unfinished | None = None,
-    progress: bool = True,
 ) -> Moments:
     """Images (B, C, H, W) uint8 → features → moments, under a progress bar of `total` images.
 
     moments: of the images before these. unfinished: where the moments are kept now and then.
     """
     moments = Moments() if moments is None else moments
-    with tqdm(
-        total=total,
-        initial=moments.count,
-        desc=description,
-        unit="img",
-        dynamic_ncols=True,
-        disable=not progress,
-    ) as bar:
+    with progress(total, description, "img", initial=moments.count) as bar:
         for images in batches:
             moments.update(encoder(images))
             bar.update(len(images))
