@@ -589,54 +589,25 @@ def statistics(encoder: score.Encoder, shape: tuple[int, int, int]):
         content = f"-{data.fingerprint(load())}" if FLAGS.dataset == "image_folder" else ""
         name = f"{FLAGS.dataset}{FLAGS.img_size}{content}.train.{encoder.name}.npz"
         path = Path("./stats") / name
-    about = {"dataset": FLAGS.dataset, "img_size": FLAGS.img_size}
-    if not distributed.gather(path.exists())[0]:
-        images = load()
-        if images.channels != shape[0]:
+
+    def images() -> score.Images:
+        dataset = load()
+        if dataset.channels != shape[0]:
             raise UserError(
-                f"--dataset={FLAGS.dataset} has {images.channels} channels and the network "
+                f"--dataset={FLAGS.dataset} has {dataset.channels} channels and the network "
                 f"{shape[0]}; name the data set that it was trained on"
             )
-        share, rank = distributed.share(len(images)), distributed.rank()
-        identity = {
-            **about,
-            "encoder": encoder.name,
-            "content": data.fingerprint(images),
-            "images": (share.start, share.stop),
-        }
-        kept = path.with_name(f".{path.name}.unfinished-{rank}.pt")
-        unfinished = Unfinished(kept, json.dumps(identity))
-        moments = moments_of(images, share, encoder, unfinished)
-        if distributed.is_main():
-            score.save_statistics(
-                path, moments.mean, moments.covariance, encoder=encoder.name, count=moments.count,
-                **about,
-            )  # fmt: skip
-        distributed.gather(None)  # the others wait for the file
-        unfinished.remove()
-    return score.load_statistics(path, encoder.dim or math.prod(shape), encoder.name, **about)
+        batches = functools.partial(data.everything, dataset, FLAGS.batch_size, FLAGS.num_workers)
+        return score.Images(len(dataset), data.fingerprint(dataset), batches)
 
-
-def moments_of(
-    images: data.AnySet, share: slice, encoder: score.Encoder, unfinished: Unfinished
-) -> score.Moments:
-    """Of the features of all images, of which this process encodes its share."""
-    known = unfinished.read(choose_device())
-    moments = score.Moments.from_state(known) if known else score.Moments()
-    start = share.start + moments.count
-    moments = score.statistics_of(
-        data.everything(images, FLAGS.batch_size, FLAGS.num_workers, start, share.stop),
+    return score.load_or_compute(
+        path,
         encoder,
-        share.stop - share.start,
+        encoder.dim or math.prod(shape),
+        {"dataset": FLAGS.dataset, "img_size": FLAGS.img_size},
+        images,
         f"statistics of {FLAGS.dataset} ({encoder.name})",
-        moments,
-        unfinished,
     )
-    everyone = distributed.gather({key: value.cpu() for key, value in moments.state().items()})
-    moments = score.Moments()
-    for theirs in everyone:
-        moments.merge(score.Moments.from_state(theirs))
-    return moments
 
 
 def build_encoder() -> score.Encoder:

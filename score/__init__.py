@@ -4,17 +4,25 @@ from score.features import ENCODERS, Encoder, encoder
 from score.fid import Gaussian, Moments, frechet_distance
 from score.flops import flops
 from score.inception import InceptionScore
-from score.statistics import load_statistics, save_statistics, statistics_of
+from score.statistics import (
+    Images,
+    load_or_compute,
+    load_statistics,
+    save_statistics,
+    statistics_of,
+)
 
 __all__ = [
     "ENCODERS",
     "Encoder",
     "Gaussian",
+    "Images",
     "InceptionScore",
     "Moments",
     "encoder",
     "flops",
     "frechet_distance",
+    "load_or_compute",
     "load_statistics",
     "save_statistics",
     "statistics_of",

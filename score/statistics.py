@@ -3,18 +3,98 @@
 This file knows images as batches that it is given: no data sets, no flags.
 """
 
+import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from runtime import files
+from runtime import files, processes
 from runtime.errors import UserError
 from runtime.progress import progress
+from score.features import Encoder
 from score.fid import Array, Moments
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set, as its statistics see it.
+
+    content: a fingerprint of the images. batches(start, stop): images start … stop − 1, in order,
+    uint8 (≤ batch size, C, H, W).
+    """
+
+    count: int
+    content: str
+    batches: Callable[[int, int], Iterable[torch.Tensor]]
+
+
+def load_or_compute(
+    path: str | Path,
+    encoder: Encoder,
+    dim: int,
+    about: dict[str, str | int],
+    images: Callable[[], Images],
+    description: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (dim,) and covariance (dim, dim) of a data set's features, from the file `path`.
+
+    Where there is no such file, all processes compute it together and go on after a kill.
+    about: what the file is for, besides the encoder (dataset, img_size). description: for the bar.
+    """
+    path = Path(path)
+    if not processes.gather(path.exists())[0]:
+        _compute(path, encoder, about, images(), description)
+    return load_statistics(path, dim, encoder.name, **about)
+
+
+def _compute(
+    path: Path, encoder: Encoder, about: dict[str, str | int], images: Images, description: str
+) -> None:
+    """Write the statistics of `images` to `path`."""
+    share, rank = processes.share(images.count), processes.rank()
+    identity = {
+        **about,
+        "encoder": encoder.name,
+        "content": images.content,
+        "images": (share.start, share.stop),
+    }
+    kept = path.with_name(f".{path.name}.unfinished-{rank}.pt")
+    unfinished = files.Unfinished(kept, json.dumps(identity))
+    moments = _moments_of(images, share, encoder, description, unfinished)
+    if processes.is_main():
+        save_statistics(
+            path, moments.mean, moments.covariance, encoder=encoder.name, count=moments.count,
+            **about,
+        )  # fmt: skip
+    processes.gather(None)  # the others wait for the file
+    unfinished.remove()
+
+
+def _moments_of(
+    images: Images, share: slice, encoder: Encoder, description: str, unfinished: files.Unfinished
+) -> Moments:
+    """Of the features of all images, of which this process encodes its share."""
+    known = unfinished.read(encoder.device)
+    moments = Moments.from_state(known) if known else Moments()
+    start = share.start + moments.count
+    moments = statistics_of(
+        images.batches(start, share.stop),
+        encoder,
+        share.stop - share.start,
+        description,
+        moments,
+        unfinished,
+    )
+    everyone = processes.gather({key: value.cpu() for key, value in moments.state().items()})
+    moments = Moments()
+    for theirs in everyone:
+        moments.merge(Moments.from_state(theirs))
+    return moments
 
 
 def statistics_of(
