@@ -11,7 +11,6 @@ it parts from what was seen; the images are bit for bit those of a chain run fro
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import math
 import time
@@ -199,8 +198,8 @@ class SharedStates:
 class Evaluator:
     """Scores width schedules; built once, used for every schedule of a run.
 
-    networks: the candidates, each called as network(x, t). reference: mean and covariance of the
-    data's features; None for an evaluator that only samples. stream: of the noise (see rng).
+    networks: the candidates, each called as network(x, t). reference: of the data's features; None
+    for an evaluator that only samples. stream: of the noise (see rng).
     compiled: a GPU draws noise by a compiled function. alone: this process makes all images of a
     schedule, where several processes otherwise share them. classes: which class each image is
     asked to show. to_images: what the chain made -> uint8 images, a decoder for latents. each_step:
@@ -211,7 +210,7 @@ class Evaluator:
     noise_schedule: diffusion.Schedule
     sampler: diffusion.Sampler
     encoder: score.Encoder | None
-    reference: tuple[np.ndarray, np.ndarray] | None
+    reference: score.Gaussian | None
     image_shape: tuple[int, int, int]
     device: torch.device
     num_images: int
@@ -233,10 +232,6 @@ class Evaluator:
     def evaluations(self) -> list[tuple[int, int]]:
         """(step, timestep shown) of each call of the network in a chain, in order."""
         return self.sampler.evaluations(self.noise_schedule)
-
-    @functools.cached_property
-    def _data(self) -> score.Gaussian:
-        return score.Gaussian(*self.reference, self.device)
 
     def _chain(self, schedule: Schedule) -> _Chain:
         return _Chain.of(schedule, self.sampler, self.noise_schedule)
@@ -342,7 +337,7 @@ class Evaluator:
             classified = inception.count > 0
         distance = math.nan
         if distributed.is_main() or not together:
-            distance = self._data.distance(moments.mean, moments.covariance)
+            distance = self.reference.distance(moments.mean, moments.covariance)
         if together:
             # One process computes it: machines may round differently, and all have to agree.
             distance = distributed.gather(distance)[0]

@@ -629,10 +629,10 @@ def build_evaluator(networks: Mapping, net: nn.Module, stream: int = rng.SAMPLIN
     writable_folder(FLAGS.logdir)
     encoder = build_encoder()
     reference = statistics(encoder, picture_shape(net))
-    if FLAGS.num_images <= len(reference[0]):
+    if FLAGS.num_images <= reference.dim:
         say(
             f"warning: {FLAGS.num_images} images cannot fill a covariance of "
-            f"{len(reference[0])} features ({encoder.name}); the distance is biased upwards and "
+            f"{reference.dim} features ({encoder.name}); the distance is biased upwards and "
             "can only be compared with distances of as many images"
         )
     return Evaluator(

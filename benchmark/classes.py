@@ -74,7 +74,7 @@ def evaluator(folder: Path) -> Evaluator:
         noise_schedule=diffusion.NoiseSchedule(known["beta_1"], known["beta_T"], known["T"]),
         sampler=diffusion.Sampler(sample_steps=25, var_type="fixedsmall"),
         encoder=encoder,
-        reference=(moments.mean, moments.covariance),
+        reference=score.Gaussian(moments.mean, moments.covariance),
         image_shape=(1, 8, 8),
         device=torch.device("cpu"),
         num_images=IMAGES,

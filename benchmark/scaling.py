@@ -71,7 +71,7 @@ def search_seconds(networks: Mapping, count: int, images: int, steps: int) -> fl
         noise_schedule=diffusion.NoiseSchedule(1e-3, 0.2, 100),
         sampler=diffusion.Sampler("ddim", steps),
         encoder=score.encoder("pixels", CPU, None),
-        reference=(np.zeros(64), np.eye(64)),
+        reference=score.Gaussian(np.zeros(64), np.eye(64)),
         image_shape=SHAPE,
         device=CPU,
         num_images=images,

@@ -98,20 +98,20 @@ class Bench:
         features = score.encoder(encoder, device)
         if statistics:
             dim = features.dim or int(np.prod(shape))
-            reference = score.load_statistics(statistics, dim, features.name)
+            mean, covariance = score.load_statistics(statistics, dim, features.name)
         else:
             dataset = data.load(known["dataset"], root, known["img_size"])
             moments = score.statistics_of(
                 data.everything(dataset, 500), features, len(dataset), "statistics"
             )
-            reference = (moments.mean, moments.covariance)
+            mean, covariance = moments.mean, moments.covariance
         self.T, self.step, self.dataset = known["T"], state["step"], known["dataset"]
         self.evaluator = Evaluator(
             networks=candidates(net, self.widths),
             noise_schedule=diffusion.NoiseSchedule(known["beta_1"], known["beta_T"], self.T),
             sampler=sampler,
             encoder=features,
-            reference=reference,
+            reference=score.Gaussian(mean, covariance, device),
             image_shape=shape,
             device=device,
             num_images=images,

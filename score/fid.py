@@ -4,8 +4,12 @@ This file knows numbers only: not which network made the features, nor where ima
 Everything is computed in float64 on the device where the features lie.
 """
 
+import functools
+
 import numpy as np
 import torch
+
+from runtime import processes
 
 Array = np.ndarray | torch.Tensor
 
@@ -82,8 +86,23 @@ class Gaussian:
 
     def __init__(self, mu: Array, sigma: Array, device: torch.device | str = "cpu") -> None:
         self.mu, self.sigma = _moments(mu, sigma, device)
+
+    @property
+    def dim(self) -> int:
+        """D, the number of features."""
+        return len(self.mu)
+
+    @functools.cached_property
+    def root(self) -> torch.Tensor:
+        """The symmetric root of sigma (D, D), taken when it is first needed."""
         values, vectors = torch.linalg.eigh(self.sigma)
-        self.root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+    def share_root(self) -> None:
+        """Have one process take the root for all; every process has to call this."""
+        if processes.world() > 1:
+            root = self.root.cpu() if processes.is_main() else None
+            self.root = processes.gather(root)[0].to(self.sigma.device)
 
     def distance(self, mu: Array, sigma: Array) -> float:
         """|μ1 − μ2|² + tr(Σ1 + Σ2 − 2 (√Σ1 Σ2 √Σ1)^½) to another one (Dowson & Landau 1982).
@@ -92,11 +111,10 @@ class Gaussian:
         so singular covariances are welcome.
         """
         mu, sigma = _moments(mu, sigma, self.mu.device)
-        if len(mu) != len(self.mu):
-            raise ValueError(f"expected {len(self.mu)} dimensions, got {len(mu)}")
+        if len(mu) != self.dim:
+            raise ValueError(f"expected {self.dim} dimensions, got {len(mu)}")
         product = self.root @ sigma @ self.root
-        values = torch.linalg.eigvalsh((product + product.T) / 2)
-        overlap = values.clamp(min=0).sqrt().sum()
+        overlap = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
         apart = (mu - self.mu).square().sum()
         return max(0.0, float(apart + self.sigma.trace() + sigma.trace() - 2 * overlap))
 

@@ -17,7 +17,7 @@ from runtime import files, processes
 from runtime.errors import UserError
 from runtime.progress import progress
 from score.features import Encoder
-from score.fid import Array, Moments
+from score.fid import Array, Gaussian, Moments
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,20 @@ def load_or_compute(
     about: dict[str, str | int],
     images: Callable[[], Images],
     description: str,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Gaussian:
     """Mean (dim,) and covariance (dim, dim) of a data set's features, from the file `path`.
 
-    Where there is no such file, all processes compute it together and go on after a kill.
+    On the encoder's device, and with a root that one process takes for all. Where there is no such
+    file, all processes compute it together and go on after a kill.
+
     about: what the file is for, besides the encoder (dataset, img_size). description: for the bar.
     """
     path = Path(path)
     if not processes.gather(path.exists())[0]:
         _compute(path, encoder, about, images(), description)
-    return load_statistics(path, dim, encoder.name, **about)
+    gaussian = Gaussian(*load_statistics(path, dim, encoder.name, **about), encoder.device)
+    gaussian.share_root()
+    return gaussian
 
 
 def _compute(

@@ -42,7 +42,7 @@ def evaluator(networks: dict) -> Evaluator:
         noise_schedule=diffusion.NoiseSchedule(1e-3, 0.3, T),
         sampler=diffusion.Sampler(),
         encoder=score.encoder("pixels", "cpu"),
-        reference=(random.random(64), factor @ factor.T),
+        reference=score.Gaussian(random.random(64), factor @ factor.T),
         image_shape=SHAPE,
         device=torch.device("cpu"),
         num_images=8,
@@ -141,7 +141,7 @@ def test_distance_by_hand(evaluator: Evaluator, networks: dict) -> None:
         x_0 = diffusion.sample_ddpm(denoise, noise.initial(), evaluator.noise_schedule, noise=noise)
     pixels = ((x_0.clamp(-1, 1) + 1) * 127.5).round().flatten(1).double().numpy() / 255
     mu, sigma = pixels.mean(0), np.cov(pixels, rowvar=False)
-    their_mu, their_sigma = evaluator.reference
+    their_mu, their_sigma = evaluator.reference.mu.numpy(), evaluator.reference.sigma.numpy()
     root = sqrtm(sigma @ their_sigma).real
     expected = ((mu - their_mu) ** 2).sum() + np.trace(sigma + their_sigma - 2 * root)
 

@@ -278,7 +278,7 @@ def test_shared_states_of_edm_change_nothing(churn: float, per_step: bool) -> No
         noise_schedule=SHORT,
         sampler=Sampler("edm", sample_steps=5, S_churn=churn),
         encoder=score.encoder("pixels", "cpu"),
-        reference=(np.zeros(64), factor @ factor.T),
+        reference=score.Gaussian(np.zeros(64), factor @ factor.T),
         image_shape=(1, 8, 8),
         device=torch.device("cpu"),
         num_images=4,

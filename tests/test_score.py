@@ -14,6 +14,7 @@ from torch import nn
 
 import score
 from dataset import images as data
+from runtime import processes
 from runtime.errors import UserError
 from score import features as score_features
 
@@ -71,6 +72,22 @@ def test_frechet_distance_refuses_nonsense():
         score.frechet_distance(mu, mu, mu, sigma)
     with pytest.raises(ValueError, match="finite"):
         score.frechet_distance(mu, sigma, mu, sigma * math.nan)
+
+
+def test_one_process_takes_the_root_once_for_all(monkeypatch):
+    roots, calls, eigh = [], [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda a: calls.append(1) or eigh(a))
+    monkeypatch.setattr(processes, "world", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(processes, "is_main", lambda rank=rank: rank == 0)
+        monkeypatch.setattr(processes, "gather", lambda root: roots.append(root) or roots)
+        gaussian = score.Gaussian(np.zeros(12), spd(12))
+        gaussian.share_root()
+        for other in range(2):
+            gaussian.distance(np.ones(12), spd(12, seed=other))
+        np.testing.assert_allclose(gaussian.root @ gaussian.root, spd(12), atol=1e-12)
+    assert len(calls) == 1
+    assert roots[1] is None
 
 
 # --- Moments --------------------------------------------------------------------------------------
