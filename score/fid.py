@@ -7,6 +7,7 @@ Everything is computed in float64 on the device where the features lie.
 import functools
 
 import numpy as np
+import scipy.linalg
 import torch
 
 from runtime import processes
@@ -95,7 +96,7 @@ class Gaussian:
     @functools.cached_property
     def root(self) -> torch.Tensor:
         """The symmetric root of sigma (D, D), taken when it is first needed."""
-        values, vectors = torch.linalg.eigh(self.sigma)
+        values, vectors = _eigh(self.sigma)
         return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
     def share_root(self) -> None:
@@ -114,9 +115,31 @@ class Gaussian:
         if len(mu) != self.dim:
             raise ValueError(f"expected {self.dim} dimensions, got {len(mu)}")
         product = self.root @ sigma @ self.root
-        overlap = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+        overlap = _eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
         apart = (mu - self.mu).square().sum()
         return max(0.0, float(apart + self.sigma.trace() + sigma.trace() - 2 * overlap))
+
+
+def _eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues (D,), rising, and eigenvectors in the columns (D, D) of a symmetric matrix.
+
+    LAPACK's divide and conquer, which torch calls, now and then gives up where many eigenvalues are
+    equal, as those of few images' covariances are (0); the slower QR iteration does not.
+    """
+    try:
+        return torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        values, vectors = scipy.linalg.eigh(matrix.cpu().numpy(), driver="ev")
+        return torch.as_tensor(values).to(matrix), torch.as_tensor(vectors).to(matrix)
+
+
+def _eigvalsh(matrix: torch.Tensor) -> torch.Tensor:
+    """Eigenvalues (D,) of a symmetric matrix, rising; see `_eigh`."""
+    try:
+        return torch.linalg.eigvalsh(matrix)
+    except torch.linalg.LinAlgError:
+        values = scipy.linalg.eigh(matrix.cpu().numpy(), eigvals_only=True, driver="ev")
+        return torch.as_tensor(values).to(matrix)
 
 
 def _moments(

@@ -60,6 +60,11 @@ def _compute(
     path: Path, encoder: Encoder, about: dict[str, str | int], images: Images, description: str
 ) -> None:
     """Write the statistics of `images` to `path`."""
+    if images.count < 2:
+        raise UserError(
+            f"{description}: a covariance needs at least 2 images, and the data set has "
+            f"{images.count}; see --dataset and --data_root"
+        )
     share, rank = processes.share(images.count), processes.rank()
     identity = {
         **about,

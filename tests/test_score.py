@@ -40,9 +40,17 @@ def test_frechet_distance_of_scaled_and_shifted_unit_gaussians(kind):
     assert score.frechet_distance(*other, *other) == pytest.approx(0, abs=1e-6)
 
 
+def gives_up(matrix):
+    raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+
+@pytest.mark.parametrize("lapack", ["works", "gives up"])
 @pytest.mark.parametrize("zeros", [0, 3])
-def test_frechet_distance_of_commuting_covariances(zeros):
+def test_frechet_distance_of_commuting_covariances(zeros, lapack, monkeypatch):
     """Same eigenvectors: Σ (√a − √b)², also where some eigenvalues are zero."""
+    if lapack == "gives up":  # as it does on some covariances of 12 images
+        monkeypatch.setattr(torch.linalg, "eigh", gives_up)
+        monkeypatch.setattr(torch.linalg, "eigvalsh", gives_up)
     random = np.random.default_rng(1)
     a, b = random.uniform(0.1, 3, (2, 8))
     a[:zeros] = b[-zeros or 8 :] = 0
@@ -227,6 +235,15 @@ def test_what_is_no_npz_is_refused(tmp_path, content):
         score.load_statistics(path, 3, "pixels")
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_statistics_of_one_image_are_refused(tmp_path, count):
+    images = score.Images(count, "", lambda start, stop: iter(()))
+    pixels = score.encoder("pixels", "cpu")
+    with pytest.raises(UserError, match="--dataset"):
+        score.load_or_compute(tmp_path / "stats.npz", pixels, 3, {}, lambda: images, "digits")
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_statistics():
     with pytest.raises(UserError, match="there is no statistics file"):
         score.load_statistics("missing.npz", 3, "pixels")
@@ -279,6 +296,18 @@ def test_efficientnet_features(lite, digits):
     probabilities = lite.class_probabilities(features)
     assert probabilities.shape == (8, 1000)
     torch.testing.assert_close(probabilities.sum(1), torch.ones(8))
+
+
+def test_the_distance_of_few_images(lite, digits):
+    """Covariances of 12 images in 1280 features; divide and conquer fails on some of them."""
+    x, y = (lite(images).double() for images in (digits[100:112], digits[:12]))
+    mu, sigma = x.mean(0), torch.cov(x.T)
+    # In the span of both sets the covariances are small, and full.
+    q = torch.linalg.qr(torch.cat([x - mu, y - mu]).T)[0]
+    a, b = ((z - mu) @ q for z in (x, y))
+    expected = score.frechet_distance(a.mean(0), torch.cov(a.T), b.mean(0), torch.cov(b.T))
+    found = score.frechet_distance(mu, sigma, y.mean(0), torch.cov(y.T))
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_efficientnet_tells_digits_from_noise(lite, digits):
