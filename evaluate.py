@@ -26,7 +26,7 @@ from tqdm import tqdm
 import diffusion
 import score
 from dataset import images as data
-from model import StepAwareDenoiser, WidthSchedule, asked
+from model import StepAwareDenoiser, WidthSchedule, entries_for_calls
 from runtime import processes as distributed
 from runtime.files import Unfinished
 from sampling import noise as rng
@@ -77,7 +77,7 @@ class _Chain:
             steps = [t for t in steps if schedule[t] != 0]
         calls = sampler.evaluations(noise_schedule, steps)
         networks: dict[int, list[Hashable]] = {t: [] for t in steps}
-        for (step, _), t in zip(calls, asked(schedule, calls), strict=True):
+        for (step, _), t in zip(calls, entries_for_calls(schedule, calls), strict=True):
             networks[step].append(schedule[t])
         return cls(steps, [tuple(networks[t]) for t in steps])
 

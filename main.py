@@ -35,11 +35,11 @@ from model import (
     UNetSettings,
     WidthSchedule,
     arithmetic,
-    asked,
     average,
     candidates,
     check_compiler,
     checkpoint,
+    entries_for_calls,
     keep_freed,
 )
 from model.networks import latency
@@ -827,7 +827,7 @@ def report_scores(
     found, images = evaluator.score(schedule, min(256, FLAGS.num_images), unfinished)
     calls, steps = evaluator.evaluations(), len(evaluator.timesteps())
     unit = "step" if len(calls) == steps else "pass"
-    flops, full = average(schedule, asked(schedule, calls), costs), costs[1.0]
+    flops, full = average(schedule, entries_for_calls(schedule, calls), costs), costs[1.0]
     rate = found.images * distributed.world() / found.sampling_seconds
     result = {
         "mode": name,
@@ -989,7 +989,7 @@ def plan_scoring(net: nn.Module, schedule: WidthSchedule) -> None:
     """Say what scoring this schedule would cost."""
     calls = chosen_sampler().evaluations(noise_schedule())
     scoring = estimate.Scoring("evaluation", 1, FLAGS.num_images, len(calls))
-    plan(net, [scoring], [schedule[t] for t in asked(schedule, calls)], "no other load")
+    plan(net, [scoring], [schedule[t] for t in entries_for_calls(schedule, calls)], "no other load")
 
 
 def plan_search(net: nn.Module, settings: SearchSettings) -> None:
@@ -1179,7 +1179,7 @@ def profile() -> None:
         )
     if FLAGS.schedule or (Path(FLAGS.logdir) / "search.txt").exists():
         schedule = load_schedule(widths)
-        kept = asked(schedule, chosen_sampler().evaluations(noise_schedule()))
+        kept = entries_for_calls(schedule, chosen_sampler().evaluations(noise_schedule()))
         mean, time = average(schedule, kept, flops), average(schedule, kept, times)
         say(
             f"the schedule averages {mean / 1e9:.4f} GFLOPs a step of {flops[1.0] / 1e9:.4f} "

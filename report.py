@@ -170,13 +170,13 @@ class SearchResult:
     def point(self, candidate: Candidate) -> dict:
         """A candidate as front.json has it; its schedule is what search.txt would hold."""
         genome = self.search.genome
-        asked = genome.asked(candidate.schedule)
-        gflops = average(candidate.schedule, asked, self.flops) / 1e9
+        entries = genome.entries_for_calls(candidate.schedule)
+        gflops = average(candidate.schedule, entries, self.flops) / 1e9
         return {
             "distance": candidate.distance,
             "average_gflops": gflops,
             "saving": 1 - gflops * 1e9 / self.flops[1.0],
-            "latency_ms": 1000 * self.calls * average(candidate.schedule, asked, self.times),
+            "latency_ms": 1000 * self.calls * average(candidate.schedule, entries, self.times),
             "generation": candidate.generation,
             "schedule": list(genome.stored(candidate.schedule).widths),
         }

@@ -27,7 +27,7 @@ from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from model import WidthSchedule, asked, average
+from model import WidthSchedule, average, entries_for_calls
 from runtime import processes as distributed
 from runtime.errors import UserError
 from runtime.files import append_jsonl, read_jsonl, write_jsonl
@@ -116,9 +116,9 @@ class Genome:
         widths = [self.widths[genes[i * total // steps]] for i in range(steps)]
         return WidthSchedule(widths, None if steps == self.T else self.timesteps)
 
-    def asked(self, schedule: WidthSchedule) -> list[int]:
+    def entries_for_calls(self, schedule: WidthSchedule) -> list[int]:
         """The timestep whose entry counts for each call of the network."""
-        return asked(schedule, self.evaluations or [(t, t) for t in self.timesteps])
+        return entries_for_calls(schedule, self.evaluations or [(t, t) for t in self.timesteps])
 
     def stored(self, schedule: WidthSchedule) -> WidthSchedule:
         """What a file should hold: an entry a timestep, unless a step's entry also counts for calls
@@ -421,7 +421,7 @@ class Search:
             yield Candidate(schedule, record["distance"], self._cost(schedule), generation, record)
 
     def _cost(self, schedule: WidthSchedule) -> float:
-        return average(schedule, self.genome.asked(schedule), self.costs)
+        return average(schedule, self.genome.entries_for_calls(schedule), self.costs)
 
     def _read_log(self) -> None:
         """Take over what the log of an earlier, killed or finished run of this search knows."""

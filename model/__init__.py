@@ -5,7 +5,7 @@ from model.cpu.allocator import keep_freed
 from model.denoiser import Condition, StepAwareDenoiser
 from model.ema import EMA
 from model.networks import ARITHMETIC, Candidate, candidates, latency
-from model.schedule import WidthSchedule, asked, average
+from model.schedule import WidthSchedule, average, entries_for_calls
 from model.unet import SlimmableUNet, UNetSettings
 
 __all__ = [
@@ -17,11 +17,11 @@ __all__ = [
     "StepAwareDenoiser",
     "UNetSettings",
     "WidthSchedule",
-    "asked",
     "average",
     "candidates",
     "check_compiler",
     "compile_network",
+    "entries_for_calls",
     "keep_freed",
     "latency",
 ]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.schedule import WidthSchedule, asked_at
+from model.schedule import WidthSchedule, entry_for_call
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,6 @@ class StepAwareDenoiser:
         self._step = step
 
     def __call__(self, x: Tensor, t: int) -> Tensor:
-        asked = t if self._step is None else asked_at(self.schedule, self._step, t)
-        network, time = self.networks[self.schedule[asked]], self._timesteps[t].expand(len(x))
+        entry = t if self._step is None else entry_for_call(self.schedule, self._step, t)
+        network, time = self.networks[self.schedule[entry]], self._timesteps[t].expand(len(x))
         return self.condition.ask(network, x, time) if self.condition else network(x, time)

@@ -17,7 +17,7 @@ class WidthSchedule:
     `widths` has one entry a timestep, entry 0 for t = 0 (the last, least noisy step). With
     `timesteps`, it has one entry for each of those instead, entry 0 for the smallest; any other
     t, also a fractional one, has the width of the nearest. Such an entry is for a sampler's step:
-    where the step calls the network twice, as Heun's does, it is for both calls (see `asked`).
+    where the step calls the network twice, as Heun's does, it is for both calls (`entry_for_call`).
     """
 
     def __init__(self, widths: Iterable[float], timesteps: Sequence[int] | None = None) -> None:
@@ -100,16 +100,16 @@ class WidthSchedule:
         write_text(path, json.dumps([int(w) if w == int(w) else w for w in self.widths]) + "\n")
 
 
-def asked_at(schedule: WidthSchedule | Sequence[Hashable], step: int, t: int) -> int:
-    """The timestep whose entry is for a call at t in the step that begins at `step`."""
+def entry_for_call(schedule: WidthSchedule | Sequence[Hashable], step: int, t: int) -> int:
+    """The timestep whose entry is the width of a call at t, in the step that begins at `step`."""
     return step if getattr(schedule, "timesteps", None) is not None else t
 
 
-def asked(
-    schedule: WidthSchedule | Sequence[Hashable], evaluations: Iterable[tuple[int, int]]
+def entries_for_calls(
+    schedule: WidthSchedule | Sequence[Hashable], calls: Iterable[tuple[int, int]]
 ) -> list[int]:
-    """The same for each of a sampler's `evaluations`, pairs of (step, t)."""
-    return [asked_at(schedule, step, t) for step, t in evaluations]
+    """`entry_for_call` of each of a sampler's `calls`, pairs of (step, t)."""
+    return [entry_for_call(schedule, step, t) for step, t in calls]
 
 
 def average(

@@ -20,7 +20,7 @@ import diffusion
 import score
 from diffusion import EDMSchedule, NoiseSchedule, Sampler
 from evaluate import Evaluator, SharedStates
-from model import StepAwareDenoiser, WidthSchedule, asked, average, candidates
+from model import StepAwareDenoiser, WidthSchedule, average, candidates, entries_for_calls
 from runtime.errors import UserError
 from sampling import noise as rng
 from sampling import schedulers
@@ -239,7 +239,7 @@ def test_an_entry_a_step_counts_for_both_passes(name: str) -> None:
         ran.clear()
         denoiser = StepAwareDenoiser(networks, schedule, SHORT.T, "cpu")
         sampler(denoiser, unit(1, 1, 2, 2), SHORT, noise_of((1, 1, 2, 2)))
-        cost = average(schedule, asked(schedule, sampler.evaluations(SHORT)), costs)
+        cost = average(schedule, entries_for_calls(schedule, sampler.evaluations(SHORT)), costs)
         assert cost == pytest.approx(100 * sum(ran) / len(ran))
         return list(ran)
 
