@@ -11,15 +11,16 @@ from conftest import run_main
 from pymoo.core.population import Population
 
 import main
-import search
 from model import WidthSchedule
 from runtime.errors import UserError
 from search import (
+    OBJECTIVES,
     Candidate,
     Genome,
     Rung,
     Search,
     SearchSettings,
+    evolution,
     hypervolume,
     knee,
     pareto_front,
@@ -83,12 +84,12 @@ def algorithms(monkeypatch: pytest.MonkeyPatch) -> list:
     """The NSGA2 objects that searches make."""
     made = []
 
-    class Noted(search.NSGA2):
+    class Noted(evolution.NSGA2):
         def __init__(self, *arguments: object, **settings: object) -> None:
             super().__init__(*arguments, **settings)
             made.append(self)
 
-    monkeypatch.setattr(search, "NSGA2", Noted)
+    monkeypatch.setattr(evolution, "NSGA2", Noted)
     return made
 
 
@@ -297,7 +298,7 @@ def test_no_schedule_leaves_out_every_step(tmp_path: Path) -> None:
 # --- runs -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", search.OBJECTIVES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_same_seed_same_log(tmp_path: Path, objective: str) -> None:
     runs = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -308,7 +309,7 @@ def test_same_seed_same_log(tmp_path: Path, objective: str) -> None:
     assert runs["a"] != runs["c"]
 
 
-@pytest.mark.parametrize("objective", search.OBJECTIVES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_search_improves_and_scores_nothing_twice(tmp_path: Path, objective: str) -> None:
     score, generations = Score(), []
     job = make(
@@ -338,7 +339,7 @@ def test_search_improves_and_scores_nothing_twice(tmp_path: Path, objective: str
         assert hypervolume(found, reference) > hypervolume(first, reference)
 
 
-@pytest.mark.parametrize("objective", search.OBJECTIVES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_resume_from_any_line(tmp_path: Path, objective: str) -> None:
     (tmp_path / "whole").mkdir()
     whole = Score()

@@ -20,148 +20,23 @@ from pymoo.algorithms.moo.nsga2 import NSGA2
 from pymoo.core.mutation import Mutation
 from pymoo.core.problem import Problem
 from pymoo.core.repair import Repair
-from pymoo.indicators.hv import HV
 from pymoo.operators.crossover.pntx import SinglePointCrossover
 from pymoo.operators.survival.rank_and_crowding.metrics import calc_crowding_distance
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from model import WidthSchedule, average, entries_for_calls
+from model import WidthSchedule, average
 from runtime import processes as distributed
 from runtime.errors import UserError
 from runtime.files import append_jsonl, read_jsonl, write_jsonl
-
-OBJECTIVES = ("weighted", "pareto")
+from search.front import Candidate, knee, pareto_front
+from search.genome import Genome
+from search.log import schedules_of
+from search.settings import SearchSettings
 
 # Schedules in; (index, {"distance": …, "passes": …, …}) out, in any order.
 Score = Callable[[Sequence[WidthSchedule]], Iterator[tuple[int, Mapping[str, object]]]]
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """How candidates are made and compared; flags of the same names explain the fields."""
-
-    num_generation: int = 1000
-    pop_size: int = 10
-    fid_weight: float = 0.5
-    macs_weight: float = 0.001
-    mutation_prob: float = 0.001
-    random_init: bool = False
-    level_seeds: bool = False
-    search_objective: str = "weighted"
-    flops_budget: float = 0.0
-    distance_limit: float = 0.0
-    num_segments: int = 0
-    ladder_keep: float = 0.25
-    surrogate: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("num_generation", 1),
-            ("pop_size", 2),
-            ("num_segments", 0),
-            ("surrogate", 0),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name}={getattr(self, name)}: must be at least {least}")
-        for name in ("mutation_prob", "flops_budget", "ladder_keep"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name}={getattr(self, name)}: must be in [0, 1]")
-        for name in ("fid_weight", "macs_weight"):
-            if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
-                raise UserError(f"--{name}={getattr(self, name)}: must not be negative")
-        if self.distance_limit and not 1 <= self.distance_limit < math.inf:
-            raise UserError(f"--distance_limit={self.distance_limit}: must be 0 or at least 1")
-        if self.search_objective not in OBJECTIVES:
-            raise UserError(
-                f"--search_objective={self.search_objective}: one of {', '.join(OBJECTIVES)}"
-            )
-        if self.distance_limit and self.search_objective == "weighted":
-            raise UserError("--distance_limit needs --search_objective=pareto")
-
-
-@dataclass(frozen=True)
-class Genome:
-    """What a candidate is to the algorithm: one index into `widths` a gene.
-
-    widths: rising; 0 stands for leaving the step out. timesteps: the sampler's, rising. segments:
-    number of genes, each for a run of neighbouring timesteps; 0 for a gene per timestep. T: for
-    schedules that cover every timestep of the diffusion rather than the sampler's alone.
-    evaluations: (step, timestep shown) of each call of the network, by default one a step.
-    """
-
-    widths: tuple[float, ...]
-    timesteps: tuple[int, ...]
-    T: int
-    segments: int = 0
-    evaluations: tuple[tuple[int, int], ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.segments > len(self.timesteps):
-            raise UserError(
-                f"--num_segments={self.segments}: the sampler has {len(self.timesteps)} steps"
-            )
-        if len([w for w in self.widths if w > 0]) < 2:
-            raise UserError("a search needs at least two widths; see --candidate_width")
-
-    @property
-    def genes(self) -> int:
-        return self.segments or len(self.timesteps)
-
-    def decode(self, genes: np.ndarray) -> WidthSchedule:
-        """(genes,) indices -> the schedule, one entry a sampler step."""
-        steps, total = len(self.timesteps), self.genes
-        widths = [self.widths[genes[i * total // steps]] for i in range(steps)]
-        return WidthSchedule(widths, None if steps == self.T else self.timesteps)
-
-    def entries_for_calls(self, schedule: WidthSchedule) -> list[int]:
-        """The timestep whose entry counts for each call of the network."""
-        return entries_for_calls(schedule, self.evaluations or [(t, t) for t in self.timesteps])
-
-    def stored(self, schedule: WidthSchedule) -> WidthSchedule:
-        """What a file should hold: an entry a timestep, unless a step's entry also counts for calls
-        at other timesteps, which those would get wrong."""
-        if all(step == t for step, t in self.evaluations):
-            return schedule.expanded(self.T)
-        return schedule
-
-    def encode(self, schedule: WidthSchedule) -> np.ndarray:
-        """The genes whose schedule is nearest to `schedule`: a segment takes its first entry."""
-        steps, total = len(self.timesteps), self.genes
-        first = [-(-gene * steps // total) for gene in range(total)]
-        widths = [schedule[self.timesteps[i]] for i in first]
-        distance = np.abs(np.array(widths)[:, None] - np.array(self.widths)[None])
-        return distance.argmin(1)
-
-    def uniform(self) -> list[np.ndarray]:
-        """Each width at every step, the largest first; leaving out every step is no schedule."""
-        return [
-            np.full(self.genes, i) for i in reversed(range(len(self.widths))) if self.widths[i] > 0
-        ]
-
-    def levels(self) -> list[np.ndarray]:
-        """Monotone schedules of two and three widths, falling and rising over time.
-
-        Two-level switches at 1/8, 1/4, … of the chain and three-level ones at its thirds, for
-        neighbouring and for extreme widths, in a mixed order so that any first part is varied.
-        """
-        used = [i for i, w in enumerate(self.widths) if w > 0]
-        n = self.genes
-        found = []
-        for share in (1 / 2, 1 / 4, 3 / 4, 1 / 8, 7 / 8, 3 / 8, 5 / 8):
-            for a in used:
-                for b in used:
-                    if a != b:
-                        cut = round(n * share)
-                        found.append(np.repeat([a, b], [cut, n - cut]))
-        for i in range(len(used) - 2):
-            three = used[i : i + 3]
-            for order in (three, three[::-1]):
-                sizes = [n // 3, n // 3, n - 2 * (n // 3)]
-                found.insert(2 * i, np.repeat(order, sizes))
-        return [genes for genes in found if len(np.unique(genes)) > 1]
 
 
 class ResetMutation(Mutation):
@@ -190,17 +65,6 @@ class SomeStep(Repair):
         X = X.copy()
         X[(self.widths[X] == 0).all(1), 0] = len(self.widths) - 1
         return X
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A scored schedule. cost: mean FLOPs a step, or whatever the search's cost table holds."""
-
-    schedule: WidthSchedule
-    distance: float
-    cost: float
-    generation: int
-    record: Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -446,65 +310,3 @@ class Search:
             write_jsonl(self.log, records)  # without the half line of a killed writer
         for schedule, record in schedules_of(records, self.log):
             self.known[record.get("rung", ""), schedule] = record
-
-
-def schedules_of(records: Sequence[object], path: Path) -> Iterator[tuple[tuple[float, ...], dict]]:
-    """(widths, record) of each candidate in a search log's records."""
-    for number, record in enumerate(records[1:], 2):
-        try:
-            widths = tuple(float(w) for w in record["schedule"])
-            if not math.isfinite(record["distance"]):
-                raise ValueError("distance is not finite")
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}, line {number} is no scored candidate ({error})") from error
-        yield widths, record
-
-
-def warm_start(path: str | Path, genome: Genome, count: int) -> list[WidthSchedule]:
-    """Up to `count` schedules of another search's log, best fronts first, for a first population.
-
-    Schedules of another length are read as covering the same chain at another resolution.
-    """
-    records = read_jsonl(path)
-    if not records:
-        raise UserError(f"--search_warm_start={path}: no search log there")
-    found = {}
-    for widths, record in schedules_of(records, Path(path)):
-        # The full setting's score, where there is one, replaces those of lower rungs.
-        if widths not in found or not record.get("rung"):
-            found[widths] = (record["distance"], float(record.get("cost", 0)))
-    if not found:
-        raise UserError(f"--search_warm_start={path}: the log has no candidate yet")
-    keys = list(found)
-    order = [i for front in NonDominatedSorting().do(np.array(list(found.values()))) for i in front]
-    steps = genome.timesteps
-    schedules = []
-    for i in order[:count]:
-        widths = keys[i]
-        spread = [widths[j * len(widths) // len(steps)] for j in range(len(steps))]
-        schedules.append(WidthSchedule(spread, steps))
-    return schedules
-
-
-def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that none beats in both distance and cost, the dearest first."""
-    values = np.array([[c.distance, c.cost] for c in candidates])
-    first = NonDominatedSorting().do(values, only_non_dominated_front=True)
-    unique = {(candidates[i].distance, candidates[i].cost): candidates[i] for i in first}
-    return sorted(unique.values(), key=lambda c: -c.cost)
-
-
-def knee(front: Sequence[Candidate]) -> Candidate:
-    """The point of a front that lies farthest below the line between its ends (both axes scaled
-    to the front's range)."""
-    values = np.array([[c.distance, c.cost] for c in front])
-    span = np.ptp(values, axis=0)
-    scaled = (values - values.min(0)) / np.where(span > 0, span, 1)
-    return front[int(scaled.sum(1).argmin())]
-
-
-def hypervolume(candidates: Sequence[Candidate], reference: tuple[float, float]) -> float:
-    """The area between the front and `reference` (distance, cost); larger is better."""
-    return float(
-        HV(ref_point=np.array(reference))(np.array([[c.distance, c.cost] for c in candidates]))
-    )

@@ -1,0 +1,92 @@
+"""What a candidate is to an algorithm: widths as integers, a run of steps for each gene."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from model import WidthSchedule, entries_for_calls
+from runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Genome:
+    """What a candidate is to the algorithm: one index into `widths` a gene.
+
+    widths: rising; 0 stands for leaving the step out. timesteps: the sampler's, rising. segments:
+    number of genes, each for a run of neighbouring timesteps; 0 for a gene per timestep. T: for
+    schedules that cover every timestep of the diffusion rather than the sampler's alone.
+    evaluations: (step, timestep shown) of each call of the network, by default one a step.
+    """
+
+    widths: tuple[float, ...]
+    timesteps: tuple[int, ...]
+    T: int
+    segments: int = 0
+    evaluations: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.segments > len(self.timesteps):
+            raise UserError(
+                f"--num_segments={self.segments}: the sampler has {len(self.timesteps)} steps"
+            )
+        if len([w for w in self.widths if w > 0]) < 2:
+            raise UserError("a search needs at least two widths; see --candidate_width")
+
+    @property
+    def genes(self) -> int:
+        return self.segments or len(self.timesteps)
+
+    def decode(self, genes: np.ndarray) -> WidthSchedule:
+        """(genes,) indices -> the schedule, one entry a sampler step."""
+        steps, total = len(self.timesteps), self.genes
+        widths = [self.widths[genes[i * total // steps]] for i in range(steps)]
+        return WidthSchedule(widths, None if steps == self.T else self.timesteps)
+
+    def entries_for_calls(self, schedule: WidthSchedule) -> list[int]:
+        """The timestep whose entry counts for each call of the network."""
+        return entries_for_calls(schedule, self.evaluations or [(t, t) for t in self.timesteps])
+
+    def stored(self, schedule: WidthSchedule) -> WidthSchedule:
+        """What a file should hold: an entry a timestep, unless a step's entry also counts for calls
+        at other timesteps, which those would get wrong."""
+        if all(step == t for step, t in self.evaluations):
+            return schedule.expanded(self.T)
+        return schedule
+
+    def encode(self, schedule: WidthSchedule) -> np.ndarray:
+        """The genes whose schedule is nearest to `schedule`: a segment takes its first entry."""
+        steps, total = len(self.timesteps), self.genes
+        first = [-(-gene * steps // total) for gene in range(total)]
+        widths = [schedule[self.timesteps[i]] for i in first]
+        distance = np.abs(np.array(widths)[:, None] - np.array(self.widths)[None])
+        return distance.argmin(1)
+
+    def uniform(self) -> list[np.ndarray]:
+        """Each width at every step, the largest first; leaving out every step is no schedule."""
+        return [
+            np.full(self.genes, i) for i in reversed(range(len(self.widths))) if self.widths[i] > 0
+        ]
+
+    def levels(self) -> list[np.ndarray]:
+        """Monotone schedules of two and three widths, falling and rising over time.
+
+        Two-level switches at 1/8, 1/4, … of the chain and three-level ones at its thirds, for
+        neighbouring and for extreme widths, in a mixed order so that any first part is varied.
+        """
+        used = [i for i, w in enumerate(self.widths) if w > 0]
+        n = self.genes
+        found = []
+        for share in (1 / 2, 1 / 4, 3 / 4, 1 / 8, 7 / 8, 3 / 8, 5 / 8):
+            for a in used:
+                for b in used:
+                    if a != b:
+                        cut = round(n * share)
+                        found.append(np.repeat([a, b], [cut, n - cut]))
+        for i in range(len(used) - 2):
+            three = used[i : i + 3]
+            for order in (three, three[::-1]):
+                sizes = [n // 3, n // 3, n - 2 * (n // 3)]
+                found.insert(2 * i, np.repeat(order, sizes))
+        return [genes for genes in found if len(np.unique(genes)) > 1]
