@@ -109,10 +109,10 @@ def plot_fronts(
 
 @dataclass
 class SearchProgress:
-    """The front after each generation, on TensorBoard as it comes.
+    """The front after each generation, written to TensorBoard at once.
 
-    The hypervolume's reference point is 1.1 times the worst of the first generation in distance
-    and in cost, so it is the same for a search that was killed and started again.
+    The hypervolume's reference point is 1.1 times the largest distance and cost of the first
+    generation, so it is the same for a search that was killed and started again.
     """
 
     folder: Path
@@ -121,7 +121,7 @@ class SearchProgress:
     _reference: tuple[float, float] = (0.0, 0.0)
 
     def note(self, generation: int, candidates: Sequence[Candidate]) -> None:
-        """Record generation number `generation`; candidates are all that were seen so far."""
+        """Record generation number `generation`; candidates: all so far."""
         if generation == 1:
             worst = (max(c.distance for c in candidates), max(c.cost for c in candidates))
             self._reference = (1.1 * worst[0], 1.1 * worst[1])
@@ -147,10 +147,10 @@ class SearchProgress:
 
 @dataclass
 class SearchResult:
-    """What a search found, and what its folder shows of it.
+    """The result of a search, and the files that show it.
 
     calls: of the network, for one image.
-    flops, times: FLOPs and seconds an image of one pass at each width.
+    flops, times: FLOPs and seconds per image of one pass at each width.
     """
 
     search: Search
@@ -187,7 +187,7 @@ class SearchResult:
 
     def passes(self) -> tuple[int, int]:
         """Network passes that were run, and those that shared states saved."""
-        records = self.search.known.values()
+        records = self.search.records.values()
         return (
             sum(r.get("passes", 0) for r in records),
             sum(r.get("passes_saved", 0) for r in records),
@@ -212,7 +212,7 @@ class SearchResult:
         run, saved = self.passes()
         lines = [
             table(["schedule", self.label, "GFLOPs / step", "saved", "ms / image"], cells),
-            f"{len(self.search.known)} candidates scored, {run:.4g} network passes run and "
+            f"{len(self.search.records)} candidates scored, {run:.4g} network passes run and "
             f"{saved:.4g} ({100 * saved / max(1, run + saved):.1f} %) saved by shared states",
         ]
         lines += [
@@ -227,8 +227,8 @@ class SearchResult:
         """search.txt, front.json and the pictures."""
         self.search.genome.stored(self.chosen.schedule).save(search_txt)
         run, saved = self.passes()
-        places = [(c.distance, c.cost) for c in self.front]
-        where = (self.chosen.distance, self.chosen.cost)
+        points = [(c.distance, c.cost) for c in self.front]
+        chosen = (self.chosen.distance, self.chosen.cost)
         write_json(
             folder / "front.json",
             {
@@ -239,10 +239,10 @@ class SearchResult:
                 "full_width_gflops": self.flops[1.0] / 1e9,
                 "points": [self.point(c) for c in self.front],
                 # Null where the weighted sum is least off the front, which ties alone allow.
-                "chosen_point": places.index(where) if where in places else None,
+                "chosen_point": points.index(chosen) if chosen in points else None,
                 "chosen": self.point(self.chosen),
                 "uniform": [self.point(c) for c in self.uniform()],
-                "candidates": len(self.search.known),
+                "candidates": len(self.search.records),
                 "passes": run,
                 "passes_saved": saved,
                 "rank_correlations": self.search.correlations,
@@ -282,7 +282,7 @@ class SearchResult:
         plot_schedule(folder / "schedule.png", self.timesteps, widths, "chosen schedule")
 
     def grid(self, folder: Path) -> Path:
-        """Full width and three points of the front on the same noise, a row each."""
+        """Full width and three points of the front on the same noise, one row each."""
         full = WidthSchedule([1.0] * self.search.genome.T)
         three = [self.front[0], self.chosen, self.front[-1]]
         rows = [

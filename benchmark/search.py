@@ -180,11 +180,11 @@ class Bench:
             identity={"images": self.evaluator.num_images, "step": self.step},
             ladder=rungs,
             on_generation=lambda n, seen: trace.append(
-                (sum(r["passes"] for r in job.known.values()), self.volume(seen))
+                (sum(r["passes"] for r in job.records.values()), self.volume(seen))
             ),
         )
         found = job.run()
-        records = list(job.known.values())
+        records = list(job.records.values())
         passes = sum(r["passes"] for r in records)
         result = {
             "passes": passes,

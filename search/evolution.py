@@ -4,8 +4,8 @@ This file sees the evaluation as a callable from schedules to distances and the 
 table. It knows nothing of networks, samplers, devices or flags.
 
 NSGA-II (Deb et al. 2002) by pymoo. Every scored candidate is one line in the log at once. The
-algorithm is deterministic in its seed, so a search that was killed asks the same questions again
-when it is started again, and takes the answers that it has from the log.
+algorithm is deterministic in its seed, so a search that was killed makes the same candidates again
+when it is started again, and takes the scores that are there from the log.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ResetMutation(Mutation):
         return np.where(changes, (X + steps) % self.values, X)
 
 
-class SomeStep(Repair):
+class KeepOneStep(Repair):
     """A schedule that leaves out every step gets its last step back, at full width."""
 
     def __init__(self, genome: Genome) -> None:
@@ -79,11 +79,11 @@ class Rung:
 class Search:
     """One search in one folder.
 
-    score: the full setting. costs: what one step of each width costs (0 for width 0).
+    score: the full setting. costs: the cost per step of each width (0 for width 0).
     objective(distance, cost) -> number for the weighted search. identity: what a distance depends
     on; a log made under another one is refused. start: schedules for the first population, before
-    the usual ones. ladder: cheaper rungs, the cheapest first: the search runs on that one, and of
-    what it saw the best `ladder_keep` climb to the next, and so on to the full setting.
+    the usual ones. ladder: cheaper rungs, the cheapest first: the search runs on that one, and the
+    best `ladder_keep` of its candidates climb to the next, and so on to the full setting.
     """
 
     settings: SearchSettings
@@ -97,7 +97,7 @@ class Search:
     ladder: Sequence[Rung] = ()
     on_generation: Callable[[int, Sequence[Candidate]], None] | None = None
     correlations: list[dict] = field(default_factory=list, init=False)
-    known: dict[tuple, dict] = field(default_factory=dict, init=False)
+    records: dict[tuple, dict] = field(default_factory=dict, init=False)
     worst: float = field(default=math.inf, init=False)  # the largest distance of interest
 
     @property
@@ -105,7 +105,7 @@ class Search:
         return self.folder / "search.jsonl"
 
     def run(self) -> list[Candidate]:
-        """Search; returns every candidate scored at the full setting, in order of the asking."""
+        """Search; every candidate scored at the full setting, in the order of their making."""
         self._read_log()
         rungs = [*self.ladder, Rung("", self.score)]
         total = self.settings.num_generation * self.settings.pop_size
@@ -128,7 +128,7 @@ class Search:
         return candidates
 
     def best(self, candidates: Sequence[Candidate]) -> Candidate:
-        """The one to use: the least weighted sum, the best within the budget, or the knee."""
+        """The candidate to use: the least weighted sum, the best within the budget, or the knee."""
         s = self.settings
         if s.search_objective == "weighted":
             return min(candidates, key=lambda c: self.objective(c.distance, c.cost))
@@ -141,7 +141,7 @@ class Search:
     # --- how ---
 
     def _evolve(self, rung: Rung, bar: tqdm) -> list[Candidate]:
-        """NSGA-II on one rung; every candidate that was asked for."""
+        """NSGA-II on one rung; every candidate that it made."""
         s = self.settings
         algorithm = NSGA2(
             pop_size=s.pop_size,
@@ -149,10 +149,10 @@ class Search:
             sampling=self._first_population(),
             crossover=SinglePointCrossover(),
             mutation=ResetMutation(s.mutation_prob, len(self.genome.widths)),
-            repair=SomeStep(self.genome),
+            repair=KeepOneStep(self.genome),
             eliminate_duplicates=True,
         )
-        # The problem is but a description: candidates are scored here, not by pymoo.
+        # Only a description: candidates are scored here, not by pymoo.
         problem = Problem(
             n_var=self.genome.genes,
             n_obj=1 if s.search_objective == "weighted" else 2,
@@ -185,7 +185,7 @@ class Search:
         return list(seen.values())
 
     def _limit(self, candidates: Collection[Candidate]) -> None:
-        """Let these candidates of one rung say which distances are of interest."""
+        """Set the distance limit from these candidates of one rung."""
         if self.settings.distance_limit:
             self.worst = self.settings.distance_limit * min(c.distance for c in candidates)
 
@@ -196,38 +196,38 @@ class Search:
 
     def _first_population(self) -> np.ndarray:
         s, genome = self.settings, self.genome
-        chosen = [genome.encode(schedule) for schedule in self.start]
+        rows = [genome.encode(schedule) for schedule in self.start]
         if not s.random_init:
-            chosen += genome.uniform()
+            rows += genome.uniform()
             if s.level_seeds:
-                chosen += genome.levels()[: max(0, (s.pop_size - len(chosen) + 1) // 2)]
-        unique = list({tuple(genes): genes for genes in chosen}.values())[: s.pop_size]
+                rows += genome.levels()[: max(0, (s.pop_size - len(rows) + 1) // 2)]
+        unique = list({tuple(genes): genes for genes in rows}.values())[: s.pop_size]
         random = np.random.default_rng([s.seed, 1])
         drawn = random.integers(0, len(genome.widths), (s.pop_size - len(unique), genome.genes))
-        return SomeStep(genome)._do(None, np.array([*unique, *drawn]))
+        return KeepOneStep(genome)._do(None, np.array([*unique, *drawn]))
 
     def _screened(self, genes: np.ndarray, seen: Sequence[Candidate]) -> np.ndarray:
-        """Which pop_size rows of `genes` a ridge regression on the candidates so far likes best, of
-        those that are not scored yet where there are any.
+        """Indices of the pop_size rows of `genes` that a ridge regression on the candidates so far
+        ranks best; of rows that are not scored yet, where there are any.
 
-        Its inputs say which width each gene has; costs are exact.
+        The regression sees each gene's width one-hot; costs are exact.
         """
         from sklearn.linear_model import Ridge
 
         def inputs(rows: np.ndarray) -> np.ndarray:
             return np.eye(len(self.genome.widths))[rows].reshape(len(rows), -1)
 
-        known = inputs(np.array([self.genome.encode(c.schedule) for c in seen]))
-        model = Ridge(alpha=1.0).fit(known, np.log([c.distance + 1e-12 for c in seen]))
+        scored_inputs = inputs(np.array([self.genome.encode(c.schedule) for c in seen]))
+        model = Ridge(alpha=1.0).fit(scored_inputs, np.log([c.distance + 1e-12 for c in seen]))
         schedules = [self.genome.decode(row) for row in genes]
         scored = {c.schedule.widths for c in seen}
         new = [i for i, schedule in enumerate(schedules) if schedule.widths not in scored]
         rows = np.array(new or range(len(genes)))
-        guesses = [
+        predictions = [
             Candidate(schedules[i], distance, self._cost(schedules[i]), 0, {})
             for i, distance in zip(rows, np.exp(model.predict(inputs(genes[rows]))), strict=True)
         ]
-        return np.sort(rows[self._ranking(guesses)[: self.settings.pop_size]])
+        return np.sort(rows[self._ranking(predictions)[: self.settings.pop_size]])
 
     def _ranking(self, candidates: Sequence[Candidate]) -> np.ndarray:
         """Indices, the best first: by objective, or by fronts and then the crowding within, those
@@ -235,37 +235,37 @@ class Search:
         values = np.array([self._values(c) for c in candidates])
         if values.shape[1] == 1:
             return np.argsort(values[:, 0], kind="stable")
-        good = np.flatnonzero(values[:, 0] <= self.worst)
+        within = np.flatnonzero(values[:, 0] <= self.worst)
         order = []
-        for front in NonDominatedSorting().do(values[good]) if len(good) else ():
-            crowding = calc_crowding_distance(values[good][front])
-            order += [good[front[i]] for i in np.argsort(-crowding, kind="stable")]
-        bad = np.flatnonzero(values[:, 0] > self.worst)
-        return np.array([*order, *bad[np.argsort(values[bad, 0], kind="stable")]])
+        for front in NonDominatedSorting().do(values[within]) if len(within) else ():
+            crowding = calc_crowding_distance(values[within][front])
+            order += [within[front[i]] for i in np.argsort(-crowding, kind="stable")]
+        beyond = np.flatnonzero(values[:, 0] > self.worst)
+        return np.array([*order, *beyond[np.argsort(values[beyond, 0], kind="stable")]])
 
     def _promoted(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """The best share, at least a front's worth; uniform widths come along for comparison."""
+        """The best share, at least two; uniform widths climb too, for comparison."""
         ranking = self._ranking(candidates)
         count = max(2, math.ceil(self.settings.ladder_keep * len(candidates)))
         uniform = [i for i, c in enumerate(candidates) if len(set(c.schedule.widths)) == 1]
         return [candidates[i] for i in sorted({*ranking[:count], *uniform})]
 
     def _compare(self, rung: Rung, before: Sequence[Candidate], after: Sequence[Candidate]) -> None:
-        """Note how well the rung below ranked those that climbed (Spearman's ρ of distances)."""
-        again = {c.schedule.widths: c.distance for c in after}
-        pairs = [(c.distance, again[c.schedule.widths]) for c in before]
+        """Note the rank correlation (Spearman's ρ) of a rung's distances with the rung below."""
+        distances = {c.schedule.widths: c.distance for c in after}
+        pairs = [(c.distance, distances[c.schedule.widths]) for c in before]
         rho = spearmanr(*zip(*pairs, strict=True)).statistic if len(pairs) > 2 else math.nan
-        known = float(rho) if math.isfinite(rho) else None
+        correlation = float(rho) if math.isfinite(rho) else None
         self.correlations.append(
-            {"rung": rung.name or "full", "candidates": len(pairs), "rank_correlation": known}
+            {"rung": rung.name or "full", "candidates": len(pairs), "rank_correlation": correlation}
         )
 
     def _scored(
         self, rung: Rung, schedules: Sequence[WidthSchedule], generation: int, bar: tqdm
     ) -> Iterator[Candidate]:
-        """Candidates for the schedules, each scored once in the life of the log."""
+        """Candidates for the schedules, each scored at most once per log."""
         unique = {schedule.widths: schedule for schedule in schedules}
-        new = [s for widths, s in unique.items() if (rung.name, widths) not in self.known]
+        new = [s for widths, s in unique.items() if (rung.name, widths) not in self.records]
         bar.update(len(schedules) - len(new))
         for index, scores in rung.score(new) if new else ():
             record = {
@@ -277,29 +277,29 @@ class Search:
             }
             if distributed.is_main():
                 append_jsonl(self.log, record)
-            self.known[rung.name, new[index].widths] = record
+            self.records[rung.name, new[index].widths] = record
             bar.update()
             bar.set_postfix(generation=generation, distance=f"{record['distance']:.4g}")
         for widths, schedule in unique.items():
-            record = self.known[rung.name, widths]
+            record = self.records[rung.name, widths]
             yield Candidate(schedule, record["distance"], self._cost(schedule), generation, record)
 
     def _cost(self, schedule: WidthSchedule) -> float:
         return average(schedule, self.genome.entries_for_calls(schedule), self.costs)
 
     def _read_log(self) -> None:
-        """Take over what the log of an earlier, killed or finished run of this search knows."""
-        records = distributed.gather(read_jsonl(self.log) if distributed.is_main() else None)[0]
-        if not records:
+        """Take over the candidates of an earlier run of this search, killed or finished."""
+        lines = distributed.gather(read_jsonl(self.log) if distributed.is_main() else None)[0]
+        if not lines:
             if distributed.is_main():
                 write_jsonl(self.log, [{"evaluation": dict(self.identity)}])
             return
-        before = records[0].get("evaluation", {}) if isinstance(records[0], dict) else {}
+        stored = lines[0].get("evaluation", {}) if isinstance(lines[0], dict) else {}
         differing = [
-            f"{name}: {before.get(name)} there, {value} here"
+            f"{name}: {stored.get(name)} there, {value} here"
             for name, value in self.identity.items()
-            # Logs of earlier versions do not know the weights.
-            if before.get(name, value if name == "weights" else None) != value
+            # Logs of earlier versions lack the weights.
+            if stored.get(name, value if name == "weights" else None) != value
         ]
         if differing:
             raise UserError(
@@ -307,6 +307,6 @@ class Search:
                 "use the same settings to continue it, or another --search_dir"
             )
         if distributed.is_main():
-            write_jsonl(self.log, records)  # without the half line of a killed writer
-        for schedule, record in schedules_of(records, self.log):
-            self.known[record.get("rung", ""), schedule] = record
+            write_jsonl(self.log, lines)  # without the unfinished line of a killed writer
+        for schedule, record in schedules_of(lines, self.log):
+            self.records[record.get("rung", ""), schedule] = record

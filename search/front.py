@@ -14,7 +14,7 @@ from model import WidthSchedule
 
 @dataclass(frozen=True)
 class Candidate:
-    """A scored schedule. cost: mean FLOPs a step, or whatever the search's cost table holds."""
+    """A scored schedule. cost: mean FLOPs per step, or in the unit of the search's cost table."""
 
     schedule: WidthSchedule
     distance: float
@@ -24,7 +24,7 @@ class Candidate:
 
 
 def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that none beats in both distance and cost, the dearest first."""
+    """The candidates that none beats in both distance and cost, the most expensive first."""
     values = np.array([[c.distance, c.cost] for c in candidates])
     first = NonDominatedSorting().do(values, only_non_dominated_front=True)
     unique = {(candidates[i].distance, candidates[i].cost): candidates[i] for i in first}

@@ -1,4 +1,4 @@
-"""What a candidate is to an algorithm: widths as integers, a run of steps for each gene."""
+"""The search space: a candidate as integers, one gene for a run of sampler steps."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Genome:
-    """What a candidate is to the algorithm: one index into `widths` a gene.
+    """A candidate as integers: one index into `widths` per gene.
 
-    widths: rising; 0 stands for leaving the step out. timesteps: the sampler's, rising. segments:
+    widths: rising; 0 skips the step. timesteps: the sampler's, rising. segments:
     number of genes, each for a run of neighbouring timesteps; 0 for a gene per timestep. T: for
     schedules that cover every timestep of the diffusion rather than the sampler's alone.
-    evaluations: (step, timestep shown) of each call of the network, by default one a step.
+    evaluations: (step, timestep shown) of each call of the network, by default one per step.
     """
 
     widths: tuple[float, ...]
@@ -39,18 +39,18 @@ class Genome:
         return self.segments or len(self.timesteps)
 
     def decode(self, genes: np.ndarray) -> WidthSchedule:
-        """(genes,) indices -> the schedule, one entry a sampler step."""
+        """(genes,) indices -> the schedule, one entry per sampler step."""
         steps, total = len(self.timesteps), self.genes
         widths = [self.widths[genes[i * total // steps]] for i in range(steps)]
         return WidthSchedule(widths, None if steps == self.T else self.timesteps)
 
     def entries_for_calls(self, schedule: WidthSchedule) -> list[int]:
-        """The timestep whose entry counts for each call of the network."""
+        """The timestep whose entry is the width of each call of the network."""
         return entries_for_calls(schedule, self.evaluations or [(t, t) for t in self.timesteps])
 
     def stored(self, schedule: WidthSchedule) -> WidthSchedule:
-        """What a file should hold: an entry a timestep, unless a step's entry also counts for calls
-        at other timesteps, which those would get wrong."""
+        """The schedule as files hold it: an entry per timestep, unless a step also calls the
+        network at another timestep, whose entry would be a wrong width for that call."""
         if all(step == t for step, t in self.evaluations):
             return schedule.expanded(self.T)
         return schedule
@@ -64,7 +64,7 @@ class Genome:
         return distance.argmin(1)
 
     def uniform(self) -> list[np.ndarray]:
-        """Each width at every step, the largest first; leaving out every step is no schedule."""
+        """Each width at every step, the largest first; skipping every step is not one of them."""
         return [
             np.full(self.genes, i) for i in reversed(range(len(self.widths))) if self.widths[i] > 0
         ]
@@ -77,16 +77,16 @@ class Genome:
         """
         used = [i for i, w in enumerate(self.widths) if w > 0]
         n = self.genes
-        found = []
+        rows = []
         for share in (1 / 2, 1 / 4, 3 / 4, 1 / 8, 7 / 8, 3 / 8, 5 / 8):
             for a in used:
                 for b in used:
                     if a != b:
                         cut = round(n * share)
-                        found.append(np.repeat([a, b], [cut, n - cut]))
+                        rows.append(np.repeat([a, b], [cut, n - cut]))
         for i in range(len(used) - 2):
             three = used[i : i + 3]
             for order in (three, three[::-1]):
                 sizes = [n // 3, n // 3, n - 2 * (n // 3)]
-                found.insert(2 * i, np.repeat(order, sizes))
-        return [genes for genes in found if len(np.unique(genes)) > 1]
+                rows.insert(2 * i, np.repeat(order, sizes))
+        return [genes for genes in rows if len(np.unique(genes)) > 1]

@@ -23,27 +23,29 @@ def schedules_of(records: Sequence[object], path: Path) -> Iterator[tuple[tuple[
             if not math.isfinite(record["distance"]):
                 raise ValueError("distance is not finite")
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}, line {number} is no scored candidate ({error})") from error
+            raise UserError(f"{path}, line {number} is not a scored candidate ({error})") from error
         yield widths, record
 
 
 def warm_start(path: str | Path, genome: Genome, count: int) -> list[WidthSchedule]:
     """Up to `count` schedules of another search's log, best fronts first, for a first population.
 
-    Schedules of another length are read as covering the same chain at another resolution.
+    A schedule of another length is stretched or shrunk to this genome's steps.
     """
     records = read_jsonl(path)
     if not records:
-        raise UserError(f"--search_warm_start={path}: no search log there")
-    found = {}
+        raise UserError(f"--search_warm_start={path}: is not a search log")
+    scores = {}
     for widths, record in schedules_of(records, Path(path)):
-        # The full setting's score, where there is one, replaces those of lower rungs.
-        if widths not in found or not record.get("rung"):
-            found[widths] = (record["distance"], float(record.get("cost", 0)))
-    if not found:
+        # The full setting's score, where there is one, replaces a lower rung's.
+        if widths not in scores or not record.get("rung"):
+            scores[widths] = (record["distance"], float(record.get("cost", 0)))
+    if not scores:
         raise UserError(f"--search_warm_start={path}: the log has no candidate yet")
-    keys = list(found)
-    order = [i for front in NonDominatedSorting().do(np.array(list(found.values()))) for i in front]
+    keys = list(scores)
+    order = [
+        i for front in NonDominatedSorting().do(np.array(list(scores.values()))) for i in front
+    ]
     steps = genome.timesteps
     schedules = []
     for i in order[:count]:
