@@ -120,8 +120,8 @@ class Search:
             for rung in rungs[1:]:
                 climbing = self._promoted(candidates)
                 bar.total += len(climbing)
-                schedules = [c.schedule for c in climbing]
-                scored = list(self._scored(rung, schedules, climbing[0].generation, bar))
+                generations = {c.schedule: c.generation for c in climbing}
+                scored = list(self._scored(rung, generations, bar))
                 self._compare(rung, climbing, scored)
                 self._limit(scored)
                 candidates = scored
@@ -172,7 +172,7 @@ class Search:
             if s.surrogate and generation > 1:
                 population = population[self._screened(population.get("X"), list(seen.values()))]
             schedules = [self.genome.decode(genes) for genes in population.get("X")]
-            for candidate in self._scored(rung, schedules, generation, bar):
+            for candidate in self._scored(rung, dict.fromkeys(schedules, generation), bar):
                 seen.setdefault(candidate.schedule.widths, candidate)
             if generation == 1:
                 self._limit(seen.values())
@@ -261,28 +261,32 @@ class Search:
         )
 
     def _scored(
-        self, rung: Rung, schedules: Sequence[WidthSchedule], generation: int, bar: tqdm
+        self, rung: Rung, generations: Mapping[WidthSchedule, int], bar: tqdm
     ) -> Iterator[Candidate]:
-        """Candidates for the schedules, each scored at most once per log."""
-        unique = {schedule.widths: schedule for schedule in schedules}
-        new = [s for widths, s in unique.items() if (rung.name, widths) not in self.records]
-        bar.update(len(schedules) - len(new))
+        """Candidates for the schedules, each scored at most once per log.
+
+        generations: schedule -> the generation that it was made in.
+        """
+        new = [s for s in generations if (rung.name, s.widths) not in self.records]
+        bar.update(len(generations) - len(new))
         for index, scores in rung.score(new) if new else ():
+            schedule = new[index]
             record = {
-                "generation": generation,
+                "generation": generations[schedule],
                 "rung": rung.name,
-                "schedule": list(new[index].widths),
-                "cost": self._cost(new[index]),
+                "schedule": list(schedule.widths),
+                "cost": self._cost(schedule),
                 **scores,
             }
             if distributed.is_main():
                 append_jsonl(self.log, record)
-            self.records[rung.name, new[index].widths] = record
+            self.records[rung.name, schedule.widths] = record
             bar.update()
-            bar.set_postfix(generation=generation, distance=f"{record['distance']:.4g}")
-        for widths, schedule in unique.items():
-            record = self.records[rung.name, widths]
-            yield Candidate(schedule, record["distance"], self._cost(schedule), generation, record)
+            bar.set_postfix(generation=record["generation"], distance=f"{record['distance']:.4g}")
+        for schedule, generation in generations.items():
+            record = self.records[rung.name, schedule.widths]
+            cost = self._cost(schedule)
+            yield Candidate(schedule, record["distance"], cost, generation, record)
 
     def _cost(self, schedule: WidthSchedule) -> float:
         return average(schedule, self.genome.entries_for_calls(schedule), self.costs)
