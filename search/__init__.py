@@ -4,10 +4,11 @@ This room sees the evaluation as a callable from schedules to distances and the 
 table. It knows nothing of networks, samplers, devices or flags.
 """
 
-from search.evolution import Rung, Score, Search
 from search.front import Candidate, hypervolume, knee, pareto_front
 from search.genome import Genome
 from search.log import schedules_of, warm_start
+from search.run import Search
+from search.scoring import Rung, Score
 from search.settings import OBJECTIVES, SearchSettings
 
 __all__ = [

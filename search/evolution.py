@@ -1,19 +1,14 @@
-"""The evolutionary search for a width schedule: genome, ask/tell loop, log, resume, Pareto front.
+"""The evolutionary search: NSGA-II (Deb et al. 2002) by pymoo, on one rung or up a ladder of them.
 
-This file sees the evaluation as a callable from schedules to distances and the cost of a step as a
-table. It knows nothing of networks, samplers, devices or flags.
-
-NSGA-II (Deb et al. 2002) by pymoo. Every scored candidate is one line in the log at once. The
-algorithm is deterministic in its seed, so a search that was killed makes the same candidates again
-when it is started again, and takes the scores that are there from the log.
+The algorithm is deterministic in its seed, so a search that was killed makes the same candidates
+again when it is started again, and takes the scores that are there from the log.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from pymoo.algorithms.moo.nsga2 import NSGA2
@@ -24,19 +19,12 @@ from pymoo.operators.crossover.pntx import SinglePointCrossover
 from pymoo.operators.survival.rank_and_crowding.metrics import calc_crowding_distance
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 from scipy.stats import spearmanr
-from tqdm import tqdm
 
-from model import WidthSchedule, average
-from runtime import processes as distributed
-from runtime.errors import UserError
-from runtime.files import append_jsonl, read_jsonl, write_jsonl
-from search.front import Candidate, knee, pareto_front
+from model import WidthSchedule
+from search.front import Candidate
 from search.genome import Genome
-from search.log import schedules_of
+from search.scoring import Rung, Scorer
 from search.settings import SearchSettings
-
-# Schedules in; (index, {"distance": …, "passes": …, …}) out, in any order.
-Score = Callable[[Sequence[WidthSchedule]], Iterator[tuple[int, Mapping[str, object]]]]
 
 
 class ResetMutation(Mutation):
@@ -67,80 +55,39 @@ class KeepOneStep(Repair):
         return X
 
 
-@dataclass(frozen=True)
-class Rung:
-    """A cheaper way to score, on fewer images or steps; `name` is what the log calls it."""
-
-    name: str
-    score: Score
-
-
 @dataclass
-class Search:
-    """One search in one folder.
+class Evolution:
+    """NSGA-II on the first rung; of its candidates the best `ladder_keep` climb to the next rung,
+    and so on to the last, the full setting.
 
-    score: the full setting. costs: the cost per step of each width (0 for width 0).
-    objective(distance, cost) -> number for the weighted search. identity: what a distance depends
-    on; a log made under another one is refused. start: schedules for the first population, before
-    the usual ones. ladder: cheaper rungs, the cheapest first: the search runs on that one, and the
-    best `ladder_keep` of its candidates climb to the next, and so on to the full setting.
+    objective(distance, cost) -> number for the weighted search. start: schedules for the first
+    population, before the usual ones. correlations: how well each rung ranked those that climbed.
     """
 
     settings: SearchSettings
     genome: Genome
-    score: Score
-    costs: Mapping[float, float]
+    scorer: Scorer
+    rungs: Sequence[Rung]
     objective: Callable[[float, float], float]
-    folder: Path
-    identity: Mapping[str, object]
     start: Sequence[WidthSchedule] = ()
-    ladder: Sequence[Rung] = ()
     on_generation: Callable[[int, Sequence[Candidate]], None] | None = None
     correlations: list[dict] = field(default_factory=list, init=False)
-    records: dict[tuple, dict] = field(default_factory=dict, init=False)
     worst: float = field(default=math.inf, init=False)  # the largest distance of interest
 
-    @property
-    def log(self) -> Path:
-        return self.folder / "search.jsonl"
-
     def run(self) -> list[Candidate]:
-        """Search; every candidate scored at the full setting, in the order of their making."""
-        self._read_log()
-        rungs = [*self.ladder, Rung("", self.score)]
-        total = self.settings.num_generation * self.settings.pop_size
-        with tqdm(
-            total=total,
-            desc="search",
-            unit="cand",
-            dynamic_ncols=True,
-            disable=not distributed.is_main(),
-        ) as bar:
-            candidates = self._evolve(rungs[0], bar)
-            for rung in rungs[1:]:
-                climbing = self._promoted(candidates)
-                bar.total += len(climbing)
-                generations = {c.schedule: c.generation for c in climbing}
-                scored = list(self._scored(rung, generations, bar))
-                self._compare(rung, climbing, scored)
-                self._limit(scored)
-                candidates = scored
+        """Every candidate scored at the full setting, in the order of their making."""
+        self.scorer.bar.total = self.settings.num_generation * self.settings.pop_size
+        candidates = self._evolve(self.rungs[0])
+        for rung in self.rungs[1:]:
+            climbing = self._promoted(candidates)
+            self.scorer.bar.total += len(climbing)
+            generations = {c.schedule: c.generation for c in climbing}
+            candidates = self.scorer.candidates(rung, generations)
+            self._compare(rung, climbing, candidates)
+            self._limit(candidates)
         return candidates
 
-    def best(self, candidates: Sequence[Candidate]) -> Candidate:
-        """The candidate to use: the least weighted sum, the best within the budget, or the knee."""
-        s = self.settings
-        if s.search_objective == "weighted":
-            return min(candidates, key=lambda c: self.objective(c.distance, c.cost))
-        front = pareto_front(candidates)
-        if s.flops_budget:
-            limit = s.flops_budget * self.costs[max(self.costs)] * (1 + 1e-9)
-            return min(front, key=lambda c: (max(0.0, c.cost - limit), c.distance))
-        return knee(front)
-
-    # --- how ---
-
-    def _evolve(self, rung: Rung, bar: tqdm) -> list[Candidate]:
+    def _evolve(self, rung: Rung) -> list[Candidate]:
         """NSGA-II on one rung; every candidate that it made."""
         s = self.settings
         algorithm = NSGA2(
@@ -172,7 +119,7 @@ class Search:
             if s.surrogate and generation > 1:
                 population = population[self._screened(population.get("X"), list(seen.values()))]
             schedules = [self.genome.decode(genes) for genes in population.get("X")]
-            for candidate in self._scored(rung, dict.fromkeys(schedules, generation), bar):
+            for candidate in self.scorer.candidates(rung, dict.fromkeys(schedules, generation)):
                 seen.setdefault(candidate.schedule.widths, candidate)
             if generation == 1:
                 self._limit(seen.values())
@@ -224,7 +171,7 @@ class Search:
         new = [i for i, schedule in enumerate(schedules) if schedule.widths not in scored]
         rows = np.array(new or range(len(genes)))
         predictions = [
-            Candidate(schedules[i], distance, self._cost(schedules[i]), 0, {})
+            Candidate(schedules[i], distance, self.scorer.cost(schedules[i]), 0, {})
             for i, distance in zip(rows, np.exp(model.predict(inputs(genes[rows]))), strict=True)
         ]
         return np.sort(rows[self._ranking(predictions)[: self.settings.pop_size]])
@@ -259,58 +206,3 @@ class Search:
         self.correlations.append(
             {"rung": rung.name or "full", "candidates": len(pairs), "rank_correlation": correlation}
         )
-
-    def _scored(
-        self, rung: Rung, generations: Mapping[WidthSchedule, int], bar: tqdm
-    ) -> Iterator[Candidate]:
-        """Candidates for the schedules, each scored at most once per log.
-
-        generations: schedule -> the generation that it was made in.
-        """
-        new = [s for s in generations if (rung.name, s.widths) not in self.records]
-        bar.update(len(generations) - len(new))
-        for index, scores in rung.score(new) if new else ():
-            schedule = new[index]
-            record = {
-                "generation": generations[schedule],
-                "rung": rung.name,
-                "schedule": list(schedule.widths),
-                "cost": self._cost(schedule),
-                **scores,
-            }
-            if distributed.is_main():
-                append_jsonl(self.log, record)
-            self.records[rung.name, schedule.widths] = record
-            bar.update()
-            bar.set_postfix(generation=record["generation"], distance=f"{record['distance']:.4g}")
-        for schedule, generation in generations.items():
-            record = self.records[rung.name, schedule.widths]
-            cost = self._cost(schedule)
-            yield Candidate(schedule, record["distance"], cost, generation, record)
-
-    def _cost(self, schedule: WidthSchedule) -> float:
-        return average(schedule, self.genome.entries_for_calls(schedule), self.costs)
-
-    def _read_log(self) -> None:
-        """Take over the candidates of an earlier run of this search, killed or finished."""
-        lines = distributed.gather(read_jsonl(self.log) if distributed.is_main() else None)[0]
-        if not lines:
-            if distributed.is_main():
-                write_jsonl(self.log, [{"evaluation": dict(self.identity)}])
-            return
-        stored = lines[0].get("evaluation", {}) if isinstance(lines[0], dict) else {}
-        differing = [
-            f"{name}: {stored.get(name)} there, {value} here"
-            for name, value in self.identity.items()
-            # Logs of earlier versions lack the weights.
-            if stored.get(name, value if name == "weights" else None) != value
-        ]
-        if differing:
-            raise UserError(
-                f"{self.log} holds candidates that were scored otherwise ({'; '.join(differing)}); "
-                "use the same settings to continue it, or another --search_dir"
-            )
-        if distributed.is_main():
-            write_jsonl(self.log, lines)  # without the unfinished line of a killed writer
-        for schedule, record in schedules_of(lines, self.log):
-            self.records[record.get("rung", ""), schedule] = record

@@ -1,18 +1,67 @@
-"""Search logs: one line of JSON per scored candidate, after a line of what distances depend on."""
+"""A search's log: what its distances depend on, then a line of JSON per scored candidate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
 from model import WidthSchedule
+from runtime import processes as distributed
 from runtime.errors import UserError
-from runtime.files import read_jsonl
+from runtime.files import append_jsonl, read_jsonl, write_jsonl
 from search.genome import Genome
+
+
+@dataclass
+class SearchLog:
+    """The file in which every scored candidate is a line at once; the main process writes it.
+
+    identity: what a distance depends on; a log made under another one is refused. records:
+    (rung, widths) -> the line of each candidate.
+    """
+
+    path: Path
+    identity: Mapping[str, object]
+    records: dict[tuple[str, tuple[float, ...]], dict] = field(default_factory=dict, init=False)
+
+    def read(self) -> None:
+        """Take over the candidates of an earlier run of this search, killed or finished."""
+        lines = distributed.gather(read_jsonl(self.path) if distributed.is_main() else None)[0]
+        if not lines:
+            if distributed.is_main():
+                write_jsonl(self.path, [{"evaluation": dict(self.identity)}])
+            return
+        self._check(lines[0])
+        if distributed.is_main():
+            write_jsonl(self.path, lines)  # without the unfinished line of a killed writer
+        for schedule, record in schedules_of(lines, self.path):
+            self.records[record.get("rung", ""), schedule] = record
+
+    def add(self, record: dict) -> None:
+        """Store a candidate; it is on the disk when this returns."""
+        if distributed.is_main():
+            append_jsonl(self.path, record)
+        self.records[record["rung"], tuple(record["schedule"])] = record
+
+    def _check(self, header: object) -> None:
+        stored = header.get("evaluation", {}) if isinstance(header, dict) else {}
+        differing = [
+            f"{name}: {stored.get(name)} there, {value} here"
+            for name, value in self.identity.items()
+            # Logs of earlier versions lack the weights.
+            if stored.get(name, value if name == "weights" else None) != value
+        ]
+        if differing:
+            raise UserError(
+                f"{self.path} holds candidates that were scored otherwise "
+                f"({'; '.join(differing)}); use the same settings to continue it, or another "
+                "--search_dir"
+            )
 
 
 def schedules_of(records: Sequence[object], path: Path) -> Iterator[tuple[tuple[float, ...], dict]]:

@@ -57,7 +57,9 @@ class Score:
 
 
 def make(folder: Path, score: Score | None = None, **changes: object) -> Search:
-    extra = {k: changes.pop(k) for k in ("start", "on_generation", "genome") if k in changes}
+    extra = {
+        k: changes.pop(k) for k in ("start", "on_generation", "genome", "ladder") if k in changes
+    }
     settings = dict(num_generation=5, pop_size=8, mutation_prob=0.1, fid_weight=1.0)
     folder.mkdir(exist_ok=True)
     return Search(
@@ -182,19 +184,25 @@ def test_the_surrogate_scores_nothing_twice(
     assert len(score.scored) == len(set(score.scored)) == len(candidates) == scored
 
 
-def test_a_ladder(tmp_path: Path) -> None:
-    """Candidates keep their generation as they climb; each rung has a distance limit of its own,
-    because its distances are on another scale."""
-    job = make(tmp_path, Score(scale=10), **PARETO, distance_limit=1.2)
-    job.ladder = [Rung("coarse", Score())]
-    candidates = job.run()
-    assert job.worst == 1.2 * min(c.distance for c in candidates)
+def test_candidates_keep_their_generation_as_they_climb(tmp_path: Path) -> None:
+    candidates = make(tmp_path, **PARETO, ladder=[Rung("coarse", Score())]).run()
     records = [json.loads(line) for line in lines(tmp_path)[1:]]
     first = {tuple(r["schedule"]): r["generation"] for r in records if r["rung"] == "coarse"}
     climbed = {tuple(r["schedule"]): r["generation"] for r in records if r["rung"] == ""}
     assert climbed == {c.schedule.widths: c.generation for c in candidates}
     assert climbed.items() <= first.items()
     assert len(set(climbed.values())) > 1
+
+
+def test_each_rung_has_a_distance_limit_of_its_own(tmp_path: Path) -> None:
+    """Its distances are on another scale."""
+
+    def climbed(scale: float) -> list[tuple]:
+        ladder = [Rung("coarse", Score()), Rung("middle", Score(scale=scale))]
+        settings = dict(distance_limit=1.2, ladder_keep=0.5, **PARETO)
+        return summary(make(tmp_path / f"{scale}", **settings, ladder=ladder).run())
+
+    assert climbed(10.0) == climbed(1.0)
 
 
 # --- first population -----------------------------------------------------------------------------
