@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import dataset as data
 import diffusion
 import score
-from dataset import images as data
 from model import StepAwareDenoiser, WidthSchedule, entries_for_calls
 from runtime import processes as distributed
 from runtime.files import Unfinished

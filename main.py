@@ -25,10 +25,10 @@ import torch
 from absl import app, flags
 from torch import nn
 
+import dataset as data
 import diffusion
 import score
 from commands import plan as estimate
-from dataset import images as data
 from evaluate import Evaluator, Schedule, Scores, SharedStates
 from model import (
     SlimmableUNet,

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+import dataset as data
 import diffusion
-from dataset import images as data
 from model import EMA, Condition, StepAwareDenoiser, candidates, checkpoint, compile_network
 from model.cpu import native
 from runtime import processes as distributed

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from sklearn.svm import SVC
 
+import dataset as data
 import diffusion
 import score
 from benchmark.machine import describe
-from dataset import images as data
 from evaluate import Evaluator
 from model import SlimmableUNet, UNetSettings, candidates, checkpoint
 from report import table

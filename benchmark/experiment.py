@@ -31,11 +31,11 @@ from pathlib import Path
 
 import torch
 
+import dataset as data
 import diffusion
 import score
 from benchmark.machine import describe
 from benchmark.search import Bench
-from dataset import images as data
 from model import WidthSchedule, average, compiling
 from report import plot_front, plot_schedule, table
 from runtime.errors import UserError

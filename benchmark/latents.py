@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from tqdm import trange
 
+import dataset as data
 import score
 from benchmark.machine import describe
-from dataset import images as data
 from dataset.latents import Autoencoder
 from report import table
 from runtime.files import read_json, write_json

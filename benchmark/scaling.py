@@ -26,11 +26,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import dataset as data
 import diffusion
 import score
 from benchmark import naive
 from benchmark.machine import describe
-from dataset import images as data
 from evaluate import Evaluator
 from model import WidthSchedule, candidates
 from model.networks import latency

@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import dataset as data
 import diffusion
 import score
 from benchmark.machine import describe
-from dataset import images as data
 from evaluate import Evaluator, SharedStates
 from model import SlimmableUNet, WidthSchedule, average, candidates, checkpoint
 from report import table

@@ -1,1 +1,18 @@
-"""Images: named sets, folders, batches, latents."""
+"""Images: named sets, folders, batches. Latents are in dataset.latents, which needs diffusers."""
+
+from dataset.batches import batch_labels, batches, everything
+from dataset.images import (
+    NAMES,
+    AnySet,
+    Images,
+    channels,
+    fingerprint,
+    load,
+    to_network,
+    to_uint8,
+)
+
+__all__ = [
+    "NAMES", "AnySet", "Images", "batch_labels", "batches", "channels", "everything",
+    "fingerprint", "load", "to_network", "to_uint8",
+]  # fmt: skip

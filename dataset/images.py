@@ -1,37 +1,29 @@
-"""Named data sets: a name → uint8 images of one size, and endless training batches of them.
+"""Named data sets: a name → uint8 images of one size, in memory or as files.
 
-This file knows where images come from and in which order a run sees them. It does not know what
+This file knows where images come from. It does not know in which order a run sees them, nor what
 they are for: no network, no diffusion, no score, no flags.
 """
 
-import functools
 import gzip
 import hashlib
 import importlib.util
-import io
-import itertools
 import os
 import shutil
-import signal
 import tempfile
-import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dataset import sets
+from dataset.folders import ImageFiles, Listing, LsunImages, image_folder
 from runtime.errors import UserError
 from runtime.files import alone_in
 
-# An in-memory set up to this size lives on the training device, where picking a batch is free.
-RESIDENT_BYTES = 2 * 2**30
-
-
-# --- What a data set is ---------------------------------------------------------------------------
+# --- What a data set is --------------------------------------------------------------------------
 
 
 class Images(Dataset):
@@ -58,111 +50,6 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return self.tensor[index]
-
-
-class ImageFiles(Dataset):
-    """A list of image files, decoded when asked for: shorter side to `img_size`, centre crop.
-
-    The first file's mode decides for all: greyscale → 1 channel, anything else → 3. `labels` and
-    `classes` are as those of Images.
-    """
-
-    tensor = None
-
-    def __init__(self, name: str, files: sets.Listing, img_size: int, flip: bool):
-        self.name, self.paths, self.img_size, self.flip = name, files.paths, img_size, flip
-        self.labels, self.classes = files.labels, files.classes
-        self.channels = 1 if _is_grey(_open_image(self.paths[0])) else 3
-        _open_image(self.paths[-1])  # what an archive that was half unpacked leaves torn
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return _fitted(_open_image(self.paths[index]), self.channels, self.img_size)
-
-
-class LsunImages(Dataset):
-    """LSUN's own database of encoded images, decoded when asked for; needs the package lmdb.
-
-    torchvision's reader keeps the list of keys as a pickle in the working folder; this one reads
-    it from the database each time.
-    """
-
-    tensor, flip, labels, classes, channels = None, True, None, (), 3
-
-    def __init__(self, name: str, folder: Path, img_size: int):
-        self.name, self.folder, self.img_size = name, folder, img_size
-        self._database = None
-        try:
-            with self._open().begin(buffers=False) as transaction:
-                self.keys = list(transaction.cursor().iternext(values=False))
-        except Exception as error:  # lmdb's errors have no base that could be imported without it
-            raise self._broken(error) from error
-        if not self.keys:
-            raise UserError(f"{name}: {folder} holds no image: unpack it again")
-
-    def _open(self):
-        import lmdb
-
-        if self._database is None:
-            self._database = lmdb.open(
-                str(self.folder), readonly=True, lock=False, readahead=False, meminit=False
-            )
-        return self._database
-
-    def _broken(self, error: Exception) -> UserError:
-        reason = str(error).split("\n")[0] or type(error).__name__
-        return UserError(f"{self.name}: cannot read {self.folder} ({reason}): unpack it again")
-
-    def __getstate__(self) -> dict:
-        # A process that decodes opens the database itself.
-        return {**self.__dict__, "_database": None}
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        try:
-            with self._open().begin() as transaction:
-                content = transaction.get(self.keys[index])
-        except Exception as error:
-            raise self._broken(error) from error
-        return _fitted(_open_image(io.BytesIO(content)), 3, self.img_size)
-
-
-def _fitted(image, channels: int, img_size: int) -> torch.Tensor:
-    """A PIL image as uint8 (channels, img_size, img_size): resized, then its centre."""
-    from torchvision.transforms.v2 import functional
-
-    image = image.convert("L" if channels == 1 else "RGB")
-    image = functional.resize(image, [img_size])  # PIL's bilinear is antialiased
-    image = functional.center_crop(image, [img_size, img_size])
-    return functional.pil_to_tensor(image)
-
-
-def _is_grey(image) -> bool:
-    return image.mode in ("1", "L", "LA")
-
-
-def _open_image(path: str | io.BytesIO):
-    """Decode one file, upright, 16-bit greys scaled to 8 bits; UserError names a broken file."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):
-            # PIL's own conversion to 8 bits clips instead of scaling.
-            values = np.asarray(image, dtype=np.float64) / 257
-            image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
-        return image
-    except Exception as error:  # PIL's decoders raise whatever their format's parser raises
-        reason = str(error).split("\n")[0] or type(error).__name__
-        path = path if isinstance(path, str) else "in the database"
-        raise UserError(
-            f"cannot read the image {path} ({reason}): repair it or take it out of the folder"
-        ) from error
 
 
 # --- Where the named sets come from ---------------------------------------------------------------
@@ -223,10 +110,10 @@ def _digits(root: Path, img_size: int, train: bool) -> Images:
 def _image_folder(root: Path, img_size: int, train: bool) -> ImageFiles:
     if not train:
         raise UserError("image_folder has no test split: name the test images' folder instead")
-    return ImageFiles("image_folder", sets.image_folder(root), img_size, True)
+    return ImageFiles("image_folder", image_folder(root), img_size, True)
 
 
-def _files(list_files: Callable[[Path, bool], sets.Listing]) -> Callable:
+def _files(list_files: Callable[[Path, bool], Listing]) -> Callable:
     """The loader of a set that is a folder of image files."""
 
     def load_files(root: Path, img_size: int, train: bool) -> ImageFiles:
@@ -330,7 +217,7 @@ def _resize(images: torch.Tensor, img_size: int) -> torch.Tensor:
     return torch.cat([functional.resize(piece, size, antialias=True) for piece in pieces])
 
 
-# --- Pixels ---------------------------------------------------------------------------------------
+# --- Pixels --------------------------------------------------------------------------------------
 
 
 def to_network(images: torch.Tensor) -> torch.Tensor:
@@ -343,80 +230,7 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-# --- Batches --------------------------------------------------------------------------------------
-
-
-def batches(
-    dataset: AnySet,
-    batch_size: int,
-    *,
-    seed: int,
-    start_step: int = 0,
-    device: str | torch.device = "cpu",
-    num_workers: int = 0,
-    part: tuple[int, int] = (0, 1),
-) -> Iterator[torch.Tensor]:
-    """Endless training batches, float32 in [-1, 1], (batch_size / world, C, H, W) on `device`.
-
-    The batch of a step depends on `seed` and the step alone: it takes positions
-    [step · batch_size, (step + 1) · batch_size) of an endless row of shuffled epochs, so
-    starting at `start_step` continues a run exactly, and no image is dropped at an epoch's end.
-    `part` = (rank, world) takes the rank's contiguous share of every step's batch.
-    Where the set allows flips, each image is mirrored with probability ½.
-    """
-    rank, world = part
-    if batch_size < 1 or batch_size % world:
-        raise UserError(
-            f"batch_size {batch_size} cannot be shared by {world} processes: "
-            f"take a positive multiple of {world}"
-        )
-    share = batch_size // world
-    mine = slice(rank * share, (rank + 1) * share)
-    steps = _step_indices(len(dataset), batch_size, seed, start_step, mine)
-    if dataset.tensor is not None:
-        picked = _pick(dataset.tensor, steps, device)
-    else:
-        picked = _decode(dataset, steps, num_workers, torch.device(device).type == "cuda")
-
-    def finished() -> Iterator[torch.Tensor]:
-        for step, images in enumerate(picked, start_step):
-            images = to_network(images.to(device, non_blocking=True))
-            if dataset.flip:
-                mirror = torch.rand(batch_size, generator=_generator(seed, "flip", step)) < 0.5
-                mirror = mirror[mine].to(device, non_blocking=True)
-                images = torch.where(mirror[:, None, None, None], images.flip(3), images)
-            yield images
-
-    return finished()
-
-
-def batch_labels(
-    dataset: AnySet,
-    batch_size: int,
-    *,
-    seed: int,
-    start_step: int = 0,
-    part: tuple[int, int] = (0, 1),
-) -> Iterator[torch.Tensor]:
-    """The labels, int64 (batch_size / world,) on the CPU, of the images that `batches` yields."""
-    rank, world = part
-    share = batch_size // world
-    mine = slice(rank * share, (rank + 1) * share)
-    for indices in _step_indices(len(dataset), batch_size, seed, start_step, mine):
-        yield dataset.labels[indices]
-
-
-def everything(
-    dataset: AnySet, batch_size: int, num_workers: int = 0, start: int = 0, stop: int | None = None
-) -> Iterator[torch.Tensor]:
-    """Every image from `start` up to `stop` (all) once, in order, never flipped: uint8
-    (≤ batch_size, C, H, W) on the CPU."""
-    stop = len(dataset) if stop is None else stop
-    if start >= stop:
-        return iter(())
-    if dataset.tensor is not None:
-        return iter(dataset.tensor[start:stop].split(batch_size))
-    return _decode(dataset, torch.arange(start, stop).split(batch_size), num_workers, False)
+# --- Fingerprint ---------------------------------------------------------------------------------
 
 
 def fingerprint(dataset: AnySet) -> str:
@@ -438,99 +252,3 @@ def fingerprint(dataset: AnySet) -> str:
         for part in dataset.tensor.split(1000):
             digest.update(part.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _generator(seed: int, stream: str, counter: int) -> torch.Generator:
-    """A CPU generator of its own for each (seed, stream, counter)."""
-    entropy = [seed % 2**64, zlib.crc32(stream.encode()), counter]
-    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state) % 2**63)
-
-
-def _step_indices(
-    count: int, batch_size: int, seed: int, start_step: int, mine: slice
-) -> Iterator[torch.Tensor]:
-    """For each step from `start_step` on, the indices of its batch's share `mine`."""
-
-    @functools.lru_cache(maxsize=2)
-    def epoch_order(epoch: int) -> torch.Tensor:
-        return torch.randperm(count, generator=_generator(seed, "epoch", epoch))
-
-    for step in itertools.count(start_step):
-        position, end = step * batch_size + mine.start, step * batch_size + mine.stop
-        pieces = []
-        while position < end:
-            epoch, offset = divmod(position, count)
-            pieces.append(epoch_order(epoch)[offset : offset + end - position])
-            position += len(pieces[-1])
-        yield torch.cat(pieces)
-
-
-def _pick(
-    tensor: torch.Tensor, steps: Iterable[torch.Tensor], device: str | torch.device
-) -> Iterator[torch.Tensor]:
-    """The images of each step's indices, out of a set that lies in memory."""
-    if tensor.nbytes <= RESIDENT_BYTES:
-        tensor = tensor.to(device)
-    for indices in steps:
-        yield tensor[indices.to(tensor.device, non_blocking=True)]
-
-
-class _Fetched(Dataset):
-    """What a loading process runs: a list of indices → one uint8 batch, or the UserError.
-
-    Raised there, the error would arrive wrapped in that process's traceback; returned, it
-    arrives as the one line that it is.
-    """
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, indices: list[int]) -> torch.Tensor | UserError:
-        try:
-            return torch.stack([self.dataset[index] for index in indices])
-        except UserError as error:
-            return error
-
-
-def _unchanged(batch: object) -> object:
-    return batch
-
-
-def _leave_signals(worker: int) -> None:
-    """A signal to the whole group of processes is for the main one, which saves and ends us."""
-    if not hasattr(signal, "sigwaitinfo"):
-        return
-    numbers = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-
-    def heed_parent() -> None:
-        while signal.sigwaitinfo(numbers).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=heed_parent, daemon=True).start()
-
-
-def _decode(
-    dataset: Dataset, index_lists: Iterable[torch.Tensor], num_workers: int, pin: bool
-) -> Iterator[torch.Tensor]:
-    """The images of each list of indices, decoded by `num_workers` processes (0: right here)."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    loader = DataLoader(
-        _Fetched(dataset),
-        batch_sampler=(indices.tolist() for indices in index_lists),
-        collate_fn=_unchanged,
-        num_workers=min(num_workers, cores),  # more would only wait for each other
-        pin_memory=pin,
-        generator=torch.Generator(),  # else it draws from the run's own random numbers
-        worker_init_fn=_leave_signals,
-    )
-    for images in loader:
-        if isinstance(images, UserError):
-            raise images
-        yield images

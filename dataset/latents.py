@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from dataset import images as data
+from dataset.batches import everything
+from dataset.images import AnySet, Images, fingerprint, to_network, to_uint8
 from runtime import processes as distributed
 from runtime.errors import UserError
 from runtime.files import read_json, write_json
@@ -70,7 +71,7 @@ class Autoencoder:
     def encode(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) → float32 latents (B, c, h, w): the mean, where it makes a Gaussian,
         scaled by the config's scaling_factor."""
-        found = self.network.encode(data.to_network(images.to(self.device)))
+        found = self.network.encode(to_network(images.to(self.device)))
         latents = found.latents if self.quantised else found.latent_dist.mode()
         return (latents - self.shift) * self.scale
 
@@ -78,7 +79,7 @@ class Autoencoder:
     def to_images(self, latents: Tensor) -> Tensor:
         """Latents (B, c, h, w) → uint8 (B, C, H, W), some at a time."""
         at_once = max(1, DECODED // (latents[0, 0].numel() * self.factor**2))
-        return torch.cat([data.to_uint8(self._decode(part)) for part in latents.split(at_once)])
+        return torch.cat([to_uint8(self._decode(part)) for part in latents.split(at_once)])
 
     def _decode(self, latents: Tensor) -> Tensor:
         return self.network.decode(latents.float() / self.scale + self.shift).sample
@@ -150,25 +151,25 @@ def _network(folder: Path, kind: str) -> torch.nn.Module:
 # --- The file of latents --------------------------------------------------------------------------
 
 
-def identity(dataset: data.AnySet, autoencoder: Autoencoder, img_size: int) -> dict[str, object]:
+def identity(dataset: AnySet, autoencoder: Autoencoder, img_size: int) -> dict[str, object]:
     """What a file of latents depends on."""
     return {
         "autoencoder": autoencoder.fingerprint,
         "dataset": dataset.name,
         "img_size": img_size,
         "images": len(dataset),
-        "content": data.fingerprint(dataset),
+        "content": fingerprint(dataset),
     }
 
 
 def encoded(
-    dataset: data.AnySet,
+    dataset: AnySet,
     autoencoder: Autoencoder,
     img_size: int,
     path: Path,
     batch_size: int,
     num_workers: int,
-) -> data.Images:
+) -> Images:
     """`dataset` in latents, out of the file `path`; where it is missing, it is made first, by all
     processes. Raises UserError where another autoencoder made it, or from other images."""
     check_channels(dataset, autoencoder)
@@ -194,12 +195,10 @@ def encoded(
     if latents.shape != shape or latents.dtype != np.float16:
         raise UserError(f"{path} is damaged: delete it and it is made anew")
     # A mirrored latent is not the latent of the mirrored image.
-    return data.Images(
-        dataset.name, torch.from_numpy(latents), False, dataset.labels, dataset.classes
-    )
+    return Images(dataset.name, torch.from_numpy(latents), False, dataset.labels, dataset.classes)
 
 
-def check_channels(dataset: data.AnySet, autoencoder: Autoencoder) -> None:
+def check_channels(dataset: AnySet, autoencoder: Autoencoder) -> None:
     """Raise UserError where the autoencoder is for other images."""
     if dataset.channels != autoencoder.image_channels:
         raise UserError(
@@ -208,12 +207,12 @@ def check_channels(dataset: data.AnySet, autoencoder: Autoencoder) -> None:
         )
 
 
-def sample(dataset: data.AnySet, autoencoder: Autoencoder, count: int) -> data.Images:
+def sample(dataset: AnySet, autoencoder: Autoencoder, count: int) -> Images:
     """The first `count` images in latents, without a file: for measurements."""
     check_channels(dataset, autoencoder)
-    images = next(iter(data.everything(dataset, count)))
+    images = next(iter(everything(dataset, count)))
     labels = None if dataset.labels is None else dataset.labels[:count]
-    return data.Images(dataset.name, autoencoder.encode(images), False, labels, dataset.classes)
+    return Images(dataset.name, autoencoder.encode(images), False, labels, dataset.classes)
 
 
 def _beside(path: Path) -> Path:
@@ -221,7 +220,7 @@ def _beside(path: Path) -> Path:
 
 
 def _make(
-    dataset: data.AnySet,
+    dataset: AnySet,
     autoencoder: Autoencoder,
     about: dict,
     shape: tuple[int, ...],
@@ -289,7 +288,7 @@ def _join(first: Path, others: Sequence[Path]) -> None:
 
 
 def _latents(
-    dataset: data.AnySet,
+    dataset: AnySet,
     autoencoder: Autoencoder,
     part: slice,
     done: int,
@@ -305,7 +304,7 @@ def _latents(
         dynamic_ncols=True,
         disable=not distributed.is_main(),
     ) as bar:
-        for images in data.everything(dataset, batch_size, num_workers, part.start, part.stop):
+        for images in everything(dataset, batch_size, num_workers, part.start, part.stop):
             latents = autoencoder.encode(images).half()
             if not bool(latents.isfinite().all()):
                 raise UserError(

@@ -7,12 +7,12 @@ archive that is half unpacked is noticed before hours of training. It does not d
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from dataset.folders import Listing, images_below, images_in
 from runtime.errors import UserError
 
 # Images of each split. AFHQ's second version is slightly smaller than its first: that one counts.
@@ -33,20 +33,10 @@ ENOUGH = 0.99
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
 
 
-@dataclass(frozen=True)
-class Listing:
-    """The files of a set, sorted by path. labels: (N,) int64, or None where there are no classes;
-    classes: their names."""
-
-    paths: list[str]
-    labels: torch.Tensor | None = None
-    classes: tuple[str, ...] = ()
-
-
 def celeba(root: Path, train: bool) -> Listing:
     """img_align_celeba/*.jpg; with list_eval_partition.txt beside it, the split's images alone."""
     folder = _folder("celeba", root, ["celeba/img_align_celeba", "img_align_celeba"])
-    paths = _images(folder)
+    paths = images_in(folder)
     partition = folder.parent / "list_eval_partition.txt"
     if partition.is_file():
         try:
@@ -69,7 +59,7 @@ def celeba_hq(root: Path, train: bool) -> Listing:
         raise UserError("celeba_hq has no test split: use its 30,000 training images")
     places = ["CelebAMask-HQ/CelebA-HQ-img", "CelebA-HQ-img", "celeba_hq_256"]
     folder = _folder("celeba_hq", root, places)
-    paths = _images(folder)
+    paths = images_in(folder)
     _complete("celeba_hq", folder, len(paths), train)
     return Listing(paths)
 
@@ -94,7 +84,7 @@ def lsun_bedroom(root: Path, train: bool) -> Listing:
     places = [f"{top}bedroom_{split}" for top in ("", "lsun/")]
     places += ["bedroom", "lsun/bedroom", "data0/lsun/bedroom"] if train else []
     folder = _folder("lsun_bedroom", root, places)
-    paths = list(_below(folder))
+    paths = list(images_below(folder))
     paths.sort()
     _complete("lsun_bedroom", folder, len(paths), train)
     return Listing(paths)
@@ -110,52 +100,7 @@ def lsun_database(root: Path, train: bool) -> Path | None:
     return found
 
 
-def image_folder(root: Path) -> Listing:
-    """Every image below `root`. Its first level of folders are classes where all images lie in
-    one and there are at least two."""
-    if not root.is_dir():
-        raise UserError(f"image_folder: there is no folder {root}")
-    paths = sorted(_below(root), key=Path)
-    if not paths:
-        raise UserError(
-            f"image_folder: no image in {root} or below it (looked for {' '.join(_suffixes())})"
-        )
-    parts = [Path(path).relative_to(root).parts for path in paths]
-    names = tuple(sorted({p[0] for p in parts}))
-    if min(map(len, parts)) < 2 or len(names) < 2:
-        return Listing(paths)
-    number = {name: i for i, name in enumerate(names)}
-    return Listing(paths, torch.tensor([number[p[0]] for p in parts]), names)
-
-
 # --- how ------------------------------------------------------------------------------------------
-
-
-def _suffixes() -> tuple[str, ...]:
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    return IMG_EXTENSIONS
-
-
-def _images(folder: Path) -> list[str]:
-    """The images right in `folder`, sorted. Hidden files are other programs' leftovers
-    (._photo.jpg, half-written temporaries)."""
-    endings = _suffixes()
-    with os.scandir(folder) as entries:
-        found = [e.path for e in entries if _is_image(e.name, endings)]
-    return sorted(found)
-
-
-def _below(folder: Path) -> Iterable[str]:
-    """The images at any depth below `folder`."""
-    endings = _suffixes()
-    for where, folders, names in os.walk(folder):
-        folders.sort()
-        yield from (os.path.join(where, name) for name in names if _is_image(name, endings))
-
-
-def _is_image(name: str, endings: tuple[str, ...]) -> bool:
-    return not name.startswith(".") and name.lower().endswith(endings)
 
 
 def _folder(name: str, root: Path, places: Sequence[str]) -> Path:
@@ -202,7 +147,7 @@ def _classified(name: str, folder: Path, train: bool) -> Listing:
         )
     paths, labels = [], []
     for label, class_name in enumerate(classes):
-        found = _images(folder / class_name)
+        found = images_in(folder / class_name)
         if not found:
             raise UserError(f"{name}: {folder / class_name} has no image: unpack the set again")
         paths += found

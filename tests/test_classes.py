@@ -13,9 +13,9 @@ import torch
 from conftest import TRAIN, fill_by_recipe, run_main
 from torch import Tensor
 
+import dataset as data
 import diffusion
 import main
-from dataset import images as data
 from model import Condition, SlimmableUNet, StepAwareDenoiser, candidates, checkpoint
 from runtime.errors import UserError
 from sampling import noise as rng

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from dataset import images as data
+import dataset as data
 from runtime.errors import UserError
 
 
@@ -132,7 +132,7 @@ def test_one_process_downloads_and_the_others_wait(tmp_path):
     root = tmp_path / "new"
     code = f"""
 import pathlib, time
-from dataset import images as data
+from dataset.images import _download
 found = pathlib.Path({str(root)!r}) / "found"
 def fetch():
     if not found.exists():
@@ -141,7 +141,7 @@ def fetch():
         found.write_text("half and half")
         print("made")
     print(found.read_text())
-data._download(found.parent, fetch, "")
+_download(found.parent, fetch, "")
 """
     started = [
         subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -289,7 +289,7 @@ def test_workers_change_nothing(photos):
 def test_a_set_too_large_for_the_device_gives_the_same(monkeypatch):
     images = numbered(50, flip=True)
     whole = first(3, data.batches(images, 4, seed=3))
-    monkeypatch.setattr(data, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(sys.modules["dataset.batches"], "RESIDENT_BYTES", 0)
     assert same(whole, first(3, data.batches(images, 4, seed=3)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import torch
 from conftest import ROOT, TRAIN, run_main
 from PIL import Image
 
+import dataset as data
 import main
-from dataset import images as data
 from dataset import sets
 from runtime.errors import UserError
 
@@ -140,7 +141,7 @@ def test_lsun_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         data.load("lsun_bedroom", tmp_path, 8)
     (folder / "data.mdb").write_bytes(b"torn")
     with monkeypatch.context() as patch:
-        patch.setattr(data.importlib.util, "find_spec", lambda name: None)
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
         with pytest.raises(UserError, match="pip install lmdb"):
             data.load("lsun_bedroom", tmp_path, 8)
     lmdb = pytest.importorskip("lmdb")

@@ -14,7 +14,7 @@ import torch
 from conftest import run_main
 from torch import nn
 
-from dataset import images as data
+import dataset as data
 from diffusion import NoiseSchedule, Sampler
 from model import checkpoint
 from model.diffusers.supernet import SlimmableDiffusersUNet, order_by_importance

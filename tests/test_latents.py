@@ -16,9 +16,9 @@ from conftest import ROOT, TRAIN, run_main
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+import dataset as data
 import diffusion
 import main
-from dataset import images as data
 from dataset import latents
 from dataset.latents import Autoencoder
 from model import checkpoint

@@ -18,9 +18,9 @@ from absl.testing import flagsaver
 from conftest import ROOT, TINY, TRAIN, UPSTREAM, contents, process_main, run_main, start_main
 from torchvision.io import write_png
 
+import dataset as data
 import main
 import score
-from dataset import images as data
 from model import SlimmableUNet, WidthSchedule, average
 from runtime import files
 

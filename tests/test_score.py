@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import dataset as data
 import score
-from dataset import images as data
 from runtime import processes
 from runtime.errors import UserError
 from score import features as score_features

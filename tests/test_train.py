@@ -16,9 +16,9 @@ from conftest import ROOT, TRAIN, contents, run_main, start_main
 from torch import nn
 from torchvision.io import read_image, write_png
 
+import dataset as data
 import diffusion
 import train
-from dataset import images as data
 from model import SlimmableUNet, checkpoint
 from runtime.errors import UserError
 from train import Trainer, TrainSettings
