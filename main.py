@@ -444,15 +444,15 @@ def check_network(net: nn.Module) -> nn.Module:
 
 def network_from_diffusers() -> nn.Module:
     """The UNet in --init_diffusers as a supernet; flags take what its scheduler says of it."""
-    from model.diffusers import supernet as diffusers_unet  # diffusers takes seconds to import
+    from model.diffusers import importance, loading, supernet  # diffusers takes seconds to import
 
     folder = Path(FLAGS.init_diffusers)
-    agree_with(diffusers_unet.trained_diffusion(folder), folder)
+    agree_with(loading.trained_diffusion(folder), folder)
     if FLAGS.num_classes:
         raise UserError("--init_diffusers: such a model has no classes; leave --num_classes out")
     if FLAGS.precond != "none":
         raise UserError("--init_diffusers: such a model was trained with --precond=none")
-    net = diffusers_unet.SlimmableDiffusersUNet.from_pretrained(folder, FLAGS.T, FLAGS.norm_groups)
+    net = supernet.SlimmableDiffusersUNet.from_pretrained(folder, FLAGS.T, FLAGS.norm_groups)
     config = net.settings.config
     if net.conditioning():
         raise UserError(f"{folder}: the model needs {net.conditioning()[0]}; images have none here")
@@ -465,7 +465,7 @@ def network_from_diffusers() -> nn.Module:
         FLAGS.img_size = config["sample_size"] * (autoencoder().factor if FLAGS.latent_vae else 1)
     if not FLAGS["slimmable_unet"].present:
         FLAGS.slimmable_unet = True
-    diffusers_unet.order_by_importance(net)
+    importance.order_by_importance(net)
     return check_network(net)
 
 

@@ -17,7 +17,8 @@ from torch import nn
 import dataset as data
 from diffusion import NoiseSchedule, Sampler
 from model import checkpoint
-from model.diffusers.supernet import SlimmableDiffusersUNet, order_by_importance
+from model.diffusers.importance import order_by_importance
+from model.diffusers.supernet import SlimmableDiffusersUNet
 from sampling import noise as rng
 from train import Trainer, TrainSettings
 

@@ -9,7 +9,8 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from model.diffusers.supernet import SlimmableDiffusersUNet, order_by_importance
+from model.diffusers.importance import order_by_importance
+from model.diffusers.supernet import SlimmableDiffusersUNet
 from runtime.errors import UserError
 from score import flops
 
