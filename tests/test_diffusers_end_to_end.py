@@ -220,8 +220,8 @@ def test_betas_are_diffusers_own(kind: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--init_diffusers=nowhere"], "nowhere is no diffusers model"),
-        (["--init_diffusers=model/scheduler"], "is no diffusers model"),
+        (["--init_diffusers=nowhere"], "nowhere is not a diffusers model"),
+        (["--init_diffusers=model/scheduler"], "is not a diffusers model"),
         (["--T=1000"], "--T: 20 there, 1000 here"),
         (["--beta_schedule=scaled_linear"], "--beta_schedule: linear there"),
         (["--precond=edm"], "--init_diffusers"),

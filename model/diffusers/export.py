@@ -1,7 +1,7 @@
 """Export: a folder that diffusers' pipelines load and run, the width schedule in its config.
 
-This file knows the folder's layout. The networks are dense ones, as `subnet` makes them; what runs
-them later is step_aware_unet.py, which is copied into the folder.
+This file knows the folder's layout. The networks are dense ones, as `subnet` makes them.
+step_aware_unet.py, which runs them in diffusers, is copied into the folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from model.schedule import WidthSchedule
 from model.unet import SlimmableUNet
 from runtime.errors import UserError
 
-# Our names -> diffusers'
+# Our names -> those of diffusers
 PREDICTION = {"epsilon": "epsilon", "xstart": "sample", "v": "v_prediction"}
 VARIANCE = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}
 
@@ -35,13 +35,13 @@ def _shapes(network: nn.Module) -> dict[str, list[int]]:
 
 
 def _groups(network: nn.Module) -> dict[str, int]:
-    """Groups of each group norm, by its name."""
+    """The number of groups of each group norm, by its name."""
     norms = [(n, m) for n, m in network.named_modules() if hasattr(m, "num_groups")]
     return {name: norm.num_groups for name, norm in norms}
 
 
 def _spec(network: nn.Module) -> tuple[dict, nn.Module]:
-    """What step_aware_unet.build takes, and the module whose state dict fills the result."""
+    """The argument of step_aware_unet.build, and the module whose state dict fills its result."""
     if isinstance(network, SlimmableUNet) and not hasattr(network.time_embedding, "timembedding"):
         return {"kind": "ddsm", "shapes": _shapes(network), "num_groups": _groups(network)}, network
     if isinstance(network, DenseDiffusersUNet):
@@ -56,7 +56,7 @@ def _spec(network: nn.Module) -> tuple[dict, nn.Module]:
             "num_groups": _groups(model),
         }
         return spec, model
-    raise UserError(f"cannot export a {type(network).__name__}; it takes what `subnet` returns")
+    raise UserError(f"cannot export a {type(network).__name__}; only what `subnet` returns")
 
 
 def step_aware(
@@ -68,26 +68,26 @@ def step_aware(
     """One diffusers model that holds copies of the networks that `schedule` names.
 
     networks: width -> what `subnet(width)` returned. image_shape: (C, H, W). timesteps: what the
-    schedule's entries are for, where it has not one for every timestep. Raises UserError where the
+    schedule's entries are for, where it is shorter than T. Raises UserError where the
     schedule names a width that has no network.
     """
-    kept = sorted(timesteps) if timesteps is not None else list(range(len(schedule)))
-    widths = [float(schedule[t]) for t in kept]
+    steps = sorted(timesteps) if timesteps is not None else range(len(schedule))
+    widths = [float(schedule[t]) for t in steps]
     specs, states = {}, {}
     for width in sorted(set(widths)):
         if width not in networks:
             raise UserError(f"the schedule names width {width:g}, for which there is no network")
         specs[key(width)], network = _spec(networks[width])
         states.update({f"candidates.{key(width)}.{n}": v for n, v in network.state_dict().items()})
-    channels, height, columns = image_shape
+    channels, *sides = image_shape
     outputs = {n: v for n, v in states.items() if n.endswith(("tail.2.weight", "conv_out.weight"))}
     unet = StepAwareUNet(
-        sample_size=height if height == columns else [height, columns],
+        sample_size=sides[0] if sides[0] == sides[1] else sides,
         in_channels=channels,
         out_channels=len(next(iter(outputs.values()))),
         networks=specs,
         schedule=widths,
-        timesteps=kept if timesteps is not None else None,
+        timesteps=None if timesteps is None else list(steps),
     )
     unet.load_state_dict(states)
     return unet.eval()
@@ -102,7 +102,7 @@ def _scheduler(
 ) -> DDPMScheduler:
     """diffusers' scheduler for β from betas[0] to betas[1] over betas[2] timesteps."""
     if mean_type not in PREDICTION:
-        raise UserError(f"--mean_type={mean_type}: diffusers has {', '.join(PREDICTION)} alone")
+        raise UserError(f"--mean_type={mean_type}: diffusers supports {', '.join(PREDICTION)}")
     if var_type not in VARIANCE:
         raise UserError(f"--var_type={var_type}: one of {', '.join(VARIANCE)}")
     return DDPMScheduler(
@@ -143,7 +143,7 @@ def export_diffusers(
     scheduler = _scheduler(betas, beta_schedule, mean_type, var_type, clip_denoised)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(
-            f"--export_diffusers={directory} exists and is not empty; name a new folder"
+            f"--export_diffusers={directory} exists and is not empty; name a new directory"
         )
     with torch.no_grad():
         unet = step_aware(networks, schedule, image_shape, timesteps)
@@ -157,7 +157,7 @@ def export_diffusers(
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".export.") as temporary:
-            # Filled under another name, so that a stopped export leaves no half folder behind.
+            # Under another name first, so that a stopped export leaves no incomplete folder.
             folder = Path(temporary, "folder")
             unet.save_pretrained(folder / "unet", safe_serialization=True)
             shutil.copyfile(module, folder / "unet" / module.name)

@@ -22,7 +22,7 @@ from model.diffusers.supernet import SlimmableDiffusersUNet
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a stream's channels lie in a layer: along `dim` of its weight, `parts` times."""
+    """Where a layer stores a stream's channels: along `dim` of its weight, `parts` times."""
 
     layer: nn.Module
     dim: int = 0
@@ -42,7 +42,7 @@ class _Place:
 
 
 def _grouped_order(strength: Tensor, groups: int) -> Tensor:
-    """Strongest groups first, and the strongest first inside each; groups stay together."""
+    """Groups by falling strength, and channels by falling strength inside each group."""
     by_group = strength.unflatten(0, (groups, -1))
     inside = by_group.argsort(dim=1, descending=True, stable=True)
     first = by_group.sum(1).argsort(descending=True, stable=True)
@@ -53,10 +53,10 @@ def _grouped_order(strength: Tensor, groups: int) -> Tensor:
 def order_by_importance(net: SlimmableDiffusersUNet) -> None:
     """Reorder channels in place so that the important ones lead; width 1 computes the same.
 
-    A channel's importance is the norm of the weights that make it times the norm of those that
-    read it. Ordered are the inner channels of residual blocks, heads and the channels inside each,
-    hidden layers, and the time embedding. The residual streams stay as they are: group norms over
-    [h, skip] tie their channels to groups that no reordering keeps.
+    A channel's importance is the norm of the weights that write it times the norm of those that
+    read it. This orders the inner channels of residual blocks, heads and the channels inside each,
+    hidden layers, and the time embedding. The residual streams keep their order: group norms over
+    [h, skip] put their channels in groups that a reordering would mix.
     """
     for module in net.model.modules():
         if isinstance(module, RESNETS):
@@ -72,34 +72,34 @@ def order_by_importance(net: SlimmableDiffusersUNet) -> None:
     _order_time_embedding(net.model)
 
 
-def _order(makers: list[_Place], readers: list[_Place], groups: int = 1) -> None:
-    strength = sum(p.strength() ** 2 for p in makers) * sum(p.strength() ** 2 for p in readers)
+def _order(writers: list[_Place], readers: list[_Place], groups: int = 1) -> None:
+    strength = sum(p.strength() ** 2 for p in writers) * sum(p.strength() ** 2 for p in readers)
     order = _grouped_order(strength.sqrt(), groups)
-    for place in makers + readers:
+    for place in writers + readers:
         place.permute(order)
 
 
 def _order_resnet(block: nn.Module) -> None:
-    maker, reader, norm = _Place(block.conv1), _Place(block.conv2, 1), block.norm2
-    along = []
-    strength = maker.strength() * reader.strength()
+    writer, reader, norm = _Place(block.conv1), _Place(block.conv2, 1), block.norm2
+    between = []
+    strength = writer.strength() * reader.strength()
     if isinstance(norm, AdaGroupNorm):
-        along.append(_Place(norm.linear, 0, 2))
+        between.append(_Place(norm.linear, 0, 2))
     elif isinstance(norm, nn.GroupNorm):
-        along.append(_Place(norm))
+        between.append(_Place(norm))
         strength = strength * norm.weight.abs()
     else:
         return
     projection = getattr(block, "time_emb_proj", None)
     if projection is not None:
-        along.append(_Place(projection, 0, projection.out_features // len(strength)))
+        between.append(_Place(projection, 0, projection.out_features // len(strength)))
     order = _grouped_order(strength, norm.num_groups)
-    for place in (maker, reader, *along):
+    for place in (writer, reader, *between):
         place.permute(order)
 
 
 def _order_attention(attention: Attention) -> None:
-    """Heads move whole; inside one, queries move with keys and values with what reads them."""
+    """Heads move as wholes; inside each, queries move with keys, and values with their readers."""
 
     def present(*layers: nn.Module | None) -> list[_Place]:
         return [_Place(layer) for layer in layers if layer is not None]
@@ -114,22 +114,22 @@ def _order_attention(attention: Attention) -> None:
         pair = sum(p.strength() ** 2 for p in first) * sum(p.strength() ** 2 for p in second)
         return pair.sqrt().unflatten(0, (heads, -1))  # (heads, channels of one)
 
-    def moved(strength: Tensor) -> Tensor:
+    def order_of(strength: Tensor) -> Tensor:
         inside = strength.argsort(dim=1, descending=True, stable=True)
         return (best[:, None] * strength.shape[1] + inside[best]).flatten()
 
     value, score = channels(values, [out]), channels(queries, keys)
     best = value.sum(1).argsort(descending=True, stable=True)
-    if attention.norm_q is not None:  # its weights belong to the channels where they are
+    if attention.norm_q is not None:  # its weights stay where they are, so the channels must
         score = torch.zeros_like(score)
     for places, strength in (([*queries, *keys], score), ([*values, out], value)):
-        order = moved(strength)
+        order = order_of(strength)
         for place in places:
             place.permute(order)
 
 
 def _order_time_embedding(model: ModelMixin) -> None:
-    """Order what the residual blocks read of the timestep, where nothing else is added to it."""
+    """Order the time embedding's channels, where no other embedding is added to them."""
     others = ("class_embedding", "add_embedding")
     if any(getattr(model, name, None) is not None for name in others):
         return

@@ -1,4 +1,4 @@
-"""Reading a model folder that diffusers wrote: its config, its weights, what it was trained for.
+"""Reading a model folder that diffusers wrote: its config, its weights, its scheduler's config.
 
 This file knows the layout of such folders. It does not know how a model is narrowed.
 """
@@ -15,14 +15,18 @@ from runtime.errors import UserError
 
 CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 WEIGHTS = "diffusion_pytorch_model"
-MEAN_TYPES = {"epsilon": "epsilon", "sample": "xstart", "v_prediction": "v"}  # theirs -> ours
+MEAN_TYPES = {
+    "epsilon": "epsilon",
+    "sample": "xstart",
+    "v_prediction": "v",
+}  # names of diffusers -> ours
 
 
 def trained_diffusion(directory: str | Path) -> dict[str, object]:
-    """What the scheduler beside a model says that the model was trained for: T, beta_1, beta_T,
-    beta_schedule and mean_type; nothing where there is no scheduler.
+    """The flags T, beta_1, beta_T, beta_schedule and mean_type, as the scheduler beside a model
+    has them; nothing where there is no scheduler.
 
-    Raises UserError where that is no noise schedule of this project's.
+    Raises UserError where the scheduler has settings that this project does not support.
     """
     root = Path(directory)
     root = root.parent if root.name == "unet" else root
@@ -35,14 +39,14 @@ def trained_diffusion(directory: str | Path) -> dict[str, object]:
         raise UserError(f"{path} has no {missing[0]}: only models trained with β can be used")
     beta_schedule = config.get("beta_schedule", "linear")
     prediction = config.get("prediction_type", "epsilon")
-    for name, value, known in (
+    for name, value, supported in (
         ("beta_schedule", beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2")),
         ("prediction_type", prediction, tuple(MEAN_TYPES)),
         ("trained_betas", config.get("trained_betas"), (None,)),
         ("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr", False), (False,)),
     ):
-        if value not in known:
-            names = " or ".join(map(str, known))
+        if value not in supported:
+            names = " or ".join(map(str, supported))
             raise UserError(f"{path}: {name} is {str(value)[:40]}; only {names} can be used")
     return {
         "T": config["num_train_timesteps"],
@@ -62,7 +66,7 @@ def trained_timesteps(directory: str | Path) -> int:
 def read_model(directory: str | Path) -> ModelMixin:
     """The UNet in a model folder, or in unet/ of a pipeline folder, in float32.
 
-    Raises UserError where the folder holds no such model in safetensors.
+    Raises UserError where the folder has no such model in safetensors.
     """
     folder = _folders(directory)[0]
     name = _class_name(folder)
@@ -75,7 +79,7 @@ def read_model(directory: str | Path) -> ModelMixin:
             low_cpu_mem_usage=False,
             output_loading_info=True,
         )
-    except Exception as error:  # whatever diffusers makes of odd values
+    except Exception as error:  # diffusers and safetensors raise many kinds
         text = " ".join(str(error).split())[:200]
         raise UserError(f"cannot read the diffusers model in {folder}: {text}") from error
     if info["missing_keys"]:
@@ -84,7 +88,7 @@ def read_model(directory: str | Path) -> ModelMixin:
 
 
 def _folders(directory: str | Path) -> tuple[Path, Path]:
-    """The model's folder, and the one that a pipeline's parts lie in."""
+    """The model's folder, and that of the pipeline it is a part of, or the same."""
     folder = Path(directory)
     if (folder / "unet").is_dir():
         return folder / "unet", folder
@@ -97,7 +101,7 @@ def _read_json(path: Path) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds no settings")
+        raise UserError(f"{path} does not contain a JSON object")
     return value
 
 
@@ -105,7 +109,7 @@ def _class_name(folder: Path) -> str:
     config = folder / "config.json"
     if not config.is_file():
         raise UserError(
-            f"{folder} is no diffusers model: it has no config.json; name a folder that "
+            f"{folder} is not a diffusers model: it has no config.json; name a folder that "
             "save_pretrained wrote"
         )
     name = _read_json(config).get("_class_name")
@@ -115,13 +119,13 @@ def _class_name(folder: Path) -> str:
 
 
 def _check_weights(folder: Path, name: str) -> None:
-    """Raise UserError unless the folder has safetensors, which execute nothing."""
+    """Raise UserError unless the folder has safetensors, which cannot contain code."""
     if any((folder / f"{WEIGHTS}.safetensors{end}").is_file() for end in ("", ".index.json")):
         return
     if any(folder.glob("*.bin")):
         raise UserError(
-            f"{folder} has its weights as a pickle (.bin), which could carry code, so it was not "
-            f"read; if you trust it, convert it: diffusers.{name}.from_pretrained(DIR, "
+            f"{folder} has its weights as a pickle (.bin), which could contain code, so it "
+            f"was not read; if you trust it, convert it: diffusers.{name}.from_pretrained(DIR, "
             "use_safetensors=False).save_pretrained(DIR)"
         )
     raise UserError(

@@ -1,14 +1,14 @@
 """Which channels of a diffusers UNet are one stream, and how its layers narrow together.
 
-This file knows each of diffusers' layers, so that a width keeps the leading channels of every
-stream, and it makes copies of a model at a width. It has no arithmetic of its own, knows no
-settings and reads no files.
+A stream is a tensor that passes from layer to layer; a width keeps its leading channels. This file
+knows how each kind of diffusers' layers is connected, and makes copies of a model at a width. It
+has no arithmetic of its own, knows no settings and reads no files.
 
-How a stream narrows: `channels·width`, rounded up to what the group norms on it divide; group norms
-keep their number of groups, or the size of each (proportional). [h, skip] inputs, GEGLU's halves
-and scale–shift projections keep the leading channels of each part. Attention keeps whole leading
-heads where width·heads is whole, otherwise the leading part of every head. Image channels,
-sinusoids and text embeddings stay whole.
+How a stream narrows: to channels·width, rounded up to a multiple that the group norms on it can
+divide. Group norms keep their number of groups, or (proportional) the number of channels in a
+group. [h, skip] inputs, GEGLU's halves and scale–shift projections keep the leading channels of
+each part. Attention keeps whole leading heads where width·heads is an integer, otherwise the
+leading part of every head. Image channels, sinusoids and text embeddings are never narrowed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from model.diffusers.step_aware_unet import Leading, fit, set_heads
 from runtime.errors import UserError
 
-# Modules that see image, text or time inputs alone, under these names, are never narrowed.
-_WHOLE = (
+# Modules of these names see only image, text or time inputs.
+_NEVER_NARROWED = (
     "time_proj",
     "add_time_proj",
     "encoder_hid_proj",
@@ -43,7 +43,10 @@ RESNETS = (ResnetBlock2D, ResnetBlockCondNorm2D)
 
 @dataclass(frozen=True)
 class Side:
-    """One dimension of a weight: concatenated blocks of channels, or the heads of attention."""
+    """One dimension of a weight: concatenated blocks of channels, or the heads of attention.
+
+    blocks: the channels of each. heads: into how many heads the one block divides.
+    """
 
     blocks: tuple[int, ...]
     heads: int | None = None
@@ -52,8 +55,8 @@ class Side:
     def total(self) -> int:
         return sum(self.blocks)
 
-    def kept_heads(self, width: float) -> tuple[int, int]:
-        """How many heads `width` keeps, and how many channels of each."""
+    def heads_at(self, width: float) -> tuple[int, int]:
+        """How many heads remain at `width`, and how many channels in each."""
         dim = self.total // self.heads
         heads = self.heads * width
         if math.isclose(heads, round(heads), abs_tol=1e-9):
@@ -63,7 +66,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Cut:
-    """What a layer keeps: `outputs` along dimension 0, `inputs` along 1; None keeps all."""
+    """The sides of a layer's weight: `outputs` is dimension 0, `inputs` 1; None is not narrowed."""
 
     outputs: Side | None
     inputs: Side | None = None
@@ -71,41 +74,41 @@ class Cut:
 
 @dataclass
 class Plan:
-    """How a model narrows: the sides of each layer, by its name, and the norms they feed."""
+    """How a model narrows: the cuts of its layers, by name, and its group norms."""
 
     cuts: dict[str, Cut] = field(default_factory=dict)
     norms: list[tuple[str, int, Side]] = field(default_factory=list)  # name, groups, channels
-    proportional: bool = False  # norms keep the size of a group, not the number of groups
-    quanta: dict[int, int] = field(default_factory=dict)  # channels -> what they round up to
+    proportional: bool = False  # norms keep the channels of a group, not the number of groups
+    multiples: dict[int, int] = field(default_factory=dict)  # channels -> rounded up to these
 
-    def kept(self, channels: int, width: float) -> int:
-        """How many of a stream's `channels` stay at `width`."""
-        quantum = self.quanta.get(channels, 1)
-        return min(channels, _ceil(channels * width / quantum) * quantum)
+    def channels_at(self, channels: int, width: float) -> int:
+        """How many of a stream's `channels` remain at `width`."""
+        multiple = self.multiples.get(channels, 1)
+        return min(channels, _ceil(channels * width / multiple) * multiple)
 
-    def unit(self, groups: int, side: Side) -> int:
+    def norm_divisor(self, groups: int, side: Side) -> int:
         """What must divide the channels of a norm that has `groups` groups at full width."""
         return side.total // groups if self.proportional else groups
 
     def count(self, side: Side, width: float) -> int:
-        """How many entries of `side` stay at `width`."""
+        """How many entries of `side` remain at `width`."""
         return sum(length for _, length in self.ranges(side, width))
 
     def ranges(self, side: Side, width: float) -> Iterator[tuple[int, int]]:
-        """(start, length) of each run of entries that stays at `width`."""
+        """(start, length) of each run of entries that remains at `width`."""
         if side.heads is not None:
-            heads, dim = side.kept_heads(width)
+            heads, dim = side.heads_at(width)
             full = side.total // side.heads
             runs = [(0, heads * dim)] if dim == full else [(h * full, dim) for h in range(heads)]
             yield from runs
             return
         start = 0
         for block in side.blocks:
-            yield start, self.kept(block, width)
+            yield start, self.channels_at(block, width)
             start += block
 
-    def take(self, tensor: Tensor, side: Side | None, width: float, dim: int) -> Tensor:
-        """The entries of `tensor` along `dim` that stay; a view where they are one run."""
+    def narrowed(self, tensor: Tensor, side: Side | None, width: float, dim: int) -> Tensor:
+        """The entries of `tensor` along `dim` that remain; a view where they are one run."""
         if side is None:
             return tensor
         parts = [tensor.narrow(dim, start, n) for start, n in self.ranges(side, width)]
@@ -113,12 +116,12 @@ class Plan:
 
 
 def _ceil(value: float) -> int:
-    """The next whole number, with room for the rounding of `channels·width`."""
+    """The next integer, at least 1; a value that is an integer but for rounding stays."""
     return max(1, math.ceil(value - 1e-9))
 
 
 def _default_cut(name: str, layer: nn.Module) -> Cut:
-    """One stream in, one stream out."""
+    """For a layer that reads one stream and writes one."""
     if isinstance(layer, nn.Conv2d) and layer.groups == 1:
         return Cut(Side((layer.out_channels,)), Side((layer.in_channels,)))
     if isinstance(layer, nn.Linear):
@@ -131,13 +134,13 @@ def _default_cut(name: str, layer: nn.Module) -> Cut:
 
 
 class Planner:
-    """Walks a model once and collects its Plan. Layers that no rule names are one stream a side."""
+    """Walks a model once and collects its Plan; layers that no rule names get _default_cut."""
 
     def __init__(self, model: ModelMixin, proportional: bool) -> None:
         self.model, self.plan = model, Plan(proportional=proportional)
-        self.special: dict[int, Cut] = {}
-        temb = (model.time_embedding.linear_2.out_features,)
-        self.temb = temb * 2 if getattr(model.config, "class_embeddings_concat", False) else temb
+        self.cuts: dict[int, Cut] = {}
+        parts = 2 if getattr(model.config, "class_embeddings_concat", False) else 1
+        self.temb = (model.time_embedding.linear_2.out_features,) * parts
         self.segments = self._segments()
 
     def __call__(self) -> Plan:
@@ -156,26 +159,27 @@ class Planner:
         for _, groups, side in self.plan.norms:
             if len(side.blocks) == 1:
                 channels = side.blocks[0]
-                unit = self.plan.unit(groups, side)
-                self.plan.quanta[channels] = math.lcm(self.plan.quanta.get(channels, 1), unit)
+                multiple = self.plan.multiples.get(channels, 1)
+                multiple = math.lcm(multiple, self.plan.norm_divisor(groups, side))
+                self.plan.multiples[channels] = multiple
         return self.plan
 
     def _leaf(self, name: str, module: nn.Module) -> None:
-        if any(name == whole or name.startswith(f"{whole}.") for whole in _WHOLE):
+        if any(f"{name}.".startswith(f"{prefix}.") for prefix in _NEVER_NARROWED):
             return
         if isinstance(module, AdaGroupNorm):
-            cut = self.special.get(id(module.linear)) or self._ada_norm(module, None)
+            cut = self.cuts.get(id(module.linear)) or self._ada_norm(module, None)
             half = cut.outputs.blocks[: len(cut.outputs.blocks) // 2]
             self.plan.norms.append((name, module.num_groups, Side(half)))
         if not any(parameter is not None for parameter in module._parameters.values()):
             return
-        cut = self.special.get(id(module)) or _default_cut(name, module)
+        cut = self.cuts.get(id(module)) or _default_cut(name, module)
         self.plan.cuts[name] = cut
         if isinstance(module, nn.GroupNorm) and cut.outputs is not None:
             self.plan.norms.append((name, module.num_groups, cut.outputs))
 
     def _segments(self) -> dict[int, tuple[int, ...]]:
-        """The (h, skip) inputs of each block on the way up, whatever kind of block it is."""
+        """Channels of (h, skip) at the input of each residual block of the up path, by its id."""
         segments = {}
         channels = self.model.config.block_out_channels[-1]
         for block in self.model.up_blocks:
@@ -188,77 +192,77 @@ class Planner:
     def _resnet(self, block: nn.Module) -> None:
         blocks = self.segments.get(id(block), (block.in_channels,))
         inputs, inner = Side(blocks), block.conv1.out_channels
-        self.special[id(block.conv1)] = Cut(Side((inner,)), inputs)
+        self.cuts[id(block.conv1)] = Cut(Side((inner,)), inputs)
         if block.conv_shortcut is not None:
             outputs = Side((block.conv_shortcut.out_channels,))
-            self.special[id(block.conv_shortcut)] = Cut(outputs, inputs)
+            self.cuts[id(block.conv_shortcut)] = Cut(outputs, inputs)
         if isinstance(block.norm1, AdaGroupNorm):
             self._ada_norm(block.norm1, blocks)
         else:
-            self.special[id(block.norm1)] = Cut(inputs)
+            self.cuts[id(block.norm1)] = Cut(inputs)
         projection = getattr(block, "time_emb_proj", None)
         if projection is not None:
             outputs = Side((inner,) * (projection.out_features // inner))  # scale and shift
-            self.special[id(projection)] = Cut(outputs, Side(self.temb))
+            self.cuts[id(projection)] = Cut(outputs, Side(self.temb))
 
     def _ada_norm(self, norm: AdaGroupNorm, blocks: tuple[int, ...] | None) -> Cut:
         blocks = blocks or (norm.linear.out_features // 2,)
-        self.special[id(norm.linear)] = cut = Cut(Side(blocks * 2), Side(self.temb))
+        self.cuts[id(norm.linear)] = cut = Cut(Side(blocks * 2), Side(self.temb))
         return cut
 
     def _attention(self, attention: Attention) -> None:
         inner = Side((attention.to_q.out_features,), heads=attention.heads)
         stream = Side((attention.query_dim,))
-        # Layers with added keys see the text through those alone.
+        # Layers with added keys see the text only through those.
         added = attention.added_kv_proj_dim is not None
         context = None if attention.is_cross_attention and not added else stream
-        self.special[id(attention.to_q)] = Cut(inner, stream)
+        self.cuts[id(attention.to_q)] = Cut(inner, stream)
         for layer in (attention.to_k, attention.to_v):
             if layer is not None:
-                self.special[id(layer)] = Cut(inner, context)
+                self.cuts[id(layer)] = Cut(inner, context)
         for layer in (attention.add_k_proj, attention.add_v_proj):
             if layer is not None:
-                self.special[id(layer)] = Cut(inner, None)
-        self.special[id(attention.to_out[0])] = Cut(stream, inner)
+                self.cuts[id(layer)] = Cut(inner, None)
+        self.cuts[id(attention.to_out[0])] = Cut(stream, inner)
         if attention.norm_cross is not None and attention.is_cross_attention:
-            self.special[id(attention.norm_cross)] = Cut(None)
+            self.cuts[id(attention.norm_cross)] = Cut(None)
 
     def _feed_forward(self, layer: FeedForward) -> None:
         first, last = layer.net[0].proj, layer.net[2]
         hidden = (last.in_features,) * (first.out_features // last.in_features)  # gated: two
-        self.special[id(first)] = Cut(Side(hidden), Side((first.in_features,)))
+        self.cuts[id(first)] = Cut(Side(hidden), Side((first.in_features,)))
 
     def _ends(self) -> None:
-        """Where images, timesteps, classes and texts enter and images leave."""
+        """The layers that read images, timesteps, classes or texts, or write images."""
         model = self.model
         temb = Side(self.temb[:1])
-        self.special[id(model.conv_in)] = Cut(Side((model.conv_in.out_channels,)))
-        self.special[id(model.conv_out)] = Cut(None, Side((model.conv_out.in_channels,)))
+        self.cuts[id(model.conv_in)] = Cut(Side((model.conv_in.out_channels,)))
+        self.cuts[id(model.conv_out)] = Cut(None, Side((model.conv_out.in_channels,)))
         for block in model.down_blocks:
             if getattr(block, "skip_conv", None) is not None:
-                self.special[id(block.skip_conv)] = Cut(Side((block.skip_conv.out_channels,)))
+                self.cuts[id(block.skip_conv)] = Cut(Side((block.skip_conv.out_channels,)))
         for block in model.up_blocks:
             if getattr(block, "skip_conv", None) is not None:
                 inputs = Side((block.skip_conv.in_channels,))
-                self.special[id(block.skip_conv)] = Cut(None, inputs)
+                self.cuts[id(block.skip_conv)] = Cut(None, inputs)
         for name in ("time_embedding", "class_embedding", "add_embedding"):
             embedding = getattr(model, name, None)
             if isinstance(embedding, TimestepEmbedding):
-                self.special[id(embedding.linear_1)] = Cut(temb)
+                self.cuts[id(embedding.linear_1)] = Cut(temb)
                 if embedding.cond_proj is not None:
-                    self.special[id(embedding.cond_proj)] = Cut(None)
+                    self.cuts[id(embedding.cond_proj)] = Cut(None)
             elif isinstance(embedding, nn.Embedding):
-                self.special[id(embedding)] = Cut(None, temb)
+                self.cuts[id(embedding)] = Cut(None, temb)
             elif embedding is not None:
                 for layer in embedding.modules():
                     if isinstance(layer, nn.Linear):
-                        self.special[id(layer)] = Cut(temb)
+                        self.cuts[id(layer)] = Cut(temb)
 
 
 def narrow(
-    model: nn.Module, plan: Plan, width: float, hold: Callable[[Tensor], Tensor]
+    model: nn.Module, plan: Plan, width: float, wrap: Callable[[Tensor], Tensor]
 ) -> nn.Module:
-    """A copy of `model` at `width`: modules of its own, weights `hold(slice of the original's)`."""
+    """A copy of `model` at `width`, whose parameters are `wrap(slice of the original's)`."""
     copies: dict[int, nn.Module] = {}
 
     def parameters(module: nn.Module, new: nn.Module, name: str) -> None:
@@ -269,10 +273,10 @@ def narrow(
         for entry in names:
             tensor = getattr(module, entry)
             if tensor is not None:
-                tensor = plan.take(tensor, cut.outputs, width, 0)
+                tensor = plan.narrowed(tensor, cut.outputs, width, 0)
                 if tensor.ndim > 1:
-                    tensor = plan.take(tensor, cut.inputs, width, 1)
-                tensor = hold(tensor)
+                    tensor = plan.narrowed(tensor, cut.inputs, width, 1)
+                tensor = wrap(tensor)
             new.__dict__.pop(entry, None)
             new._parameters[entry] = tensor
 
@@ -289,14 +293,14 @@ def narrow(
         }
         fit(new)
         if isinstance(new, Attention):
-            set_heads(new, plan.cuts[f"{name}.to_q"].outputs.kept_heads(width)[0])
+            set_heads(new, plan.cuts[f"{name}.to_q"].outputs.heads_at(width)[0])
         return new
 
-    copied = copy(model, "")
+    narrowed = copy(model, "")
     if plan.proportional:
         for name, groups, side in plan.norms:
-            norm = copied.get_submodule(name)
-            norm.num_groups = plan.count(side, width) // plan.unit(groups, side)
-    if isinstance(getattr(copied, "class_embedding", None), nn.Identity):
-        copied.class_embedding = Leading(copied.time_embedding.linear_2.out_features)
-    return copied
+            norm = narrowed.get_submodule(name)
+            norm.num_groups = plan.count(side, width) // plan.norm_divisor(groups, side)
+    if isinstance(getattr(narrowed, "class_embedding", None), nn.Identity):
+        narrowed.class_embedding = Leading(narrowed.time_embedding.linear_2.out_features)
+    return narrowed

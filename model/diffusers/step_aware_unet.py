@@ -1,9 +1,9 @@
 """A step-aware diffusion network that diffusers' pipelines run: several dense candidate networks
 and a schedule that names one of them for each timestep.
 
-This file travels inside every exported folder, so it imports torch and diffusers and nothing else.
-It does not know how the networks were trained or cut: it rebuilds them from the shapes of their
-weights, which the folder's config.json holds.
+A copy of this file lies in every exported folder, so it imports only torch and diffusers. It does
+not know how the networks were trained or narrowed: it rebuilds them from the shapes of their
+weights, which are in the folder's config.json.
 
 After Yang et al., "Denoising Diffusion Step-aware Models" (ICLR 2024).
 """
@@ -28,7 +28,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 Shapes = Mapping[str, Sequence[int]]
-Groups = int | Mapping[str, int]  # of all group norms, as older folders have it, or of each
+Groups = int | Mapping[str, int]  # one number for all group norms (older folders), or by name
 
 
 class Leading(nn.Module):
@@ -43,7 +43,7 @@ class Leading(nn.Module):
 
 
 def fit(module: nn.Module) -> None:
-    """Set the sizes that a module notes beside its weights to what its weights say."""
+    """Set the sizes that a module stores beside its weights to the shapes of those weights."""
     if isinstance(module, nn.Conv2d):
         module.out_channels, module.in_channels = module.weight.shape[:2]
     elif isinstance(module, nn.Linear):
@@ -61,14 +61,14 @@ def fit(module: nn.Module) -> None:
     elif isinstance(module, (ResnetBlock2D, ResnetBlockCondNorm2D)):
         module.in_channels = module.conv1.weight.shape[1]
         module.out_channels = module.conv2.weight.shape[0]
-        # Samplers without weights of their own check the channels that the block gives them.
+        # Samplers without weights check how many channels they get from the block.
         for sampler in (module.upsample, module.downsample):
             if isinstance(sampler, (Downsample2D, Upsample2D)):
                 sampler.channels = sampler.out_channels = module.in_channels
 
 
 def set_heads(attention: Attention, heads: int) -> None:
-    """Tell an attention layer whose projections were cut how many heads they hold."""
+    """Set the number of heads of an attention layer whose projections were narrowed."""
     attention.heads = attention.sliceable_head_dim = heads
     attention.inner_dim = attention.inner_kv_dim = attention.to_q.weight.shape[0]
     if attention.scale_qk:
@@ -82,9 +82,9 @@ def rebuild(
     heads: Mapping[str, int],
     num_groups: Mapping[str, int],
 ) -> nn.Module:
-    """The diffusers model of this class and config, cut to these shapes; weights are unset.
+    """A diffusers model of this class and config, narrowed to these shapes; weights are not set.
 
-    heads: attention layer -> how many heads it keeps. num_groups: group norm -> its groups.
+    heads: attention layer -> its number of heads. num_groups: group norm -> its number of groups.
     """
     if class_name not in ("UNet2DModel", "UNet2DConditionModel"):
         raise ValueError(f"unknown network class {class_name}")
@@ -116,7 +116,7 @@ def _norm(shapes: Shapes, name: str, groups: Groups) -> nn.GroupNorm:
 
 
 class _TimeTable(nn.Module):
-    """t (B,) long -> (B, C): what a block adds at each trained timestep."""
+    """t (B,) long -> (B, C): a block's time embedding, stored for each trained timestep."""
 
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
@@ -164,8 +164,10 @@ class _Block(nn.Module):
             nn.Identity(),  # where dropout was
             _conv(shapes, f"{name}.block2.3"),
         )
-        wide, attends = f"{name}.shortcut.weight" in shapes, f"{name}.attn.proj.weight" in shapes
-        self.shortcut = _conv(shapes, f"{name}.shortcut") if wide else nn.Identity()
+        projects, attends = (
+            f"{name}.{part}.weight" in shapes for part in ("shortcut", "attn.proj")
+        )
+        self.shortcut = _conv(shapes, f"{name}.shortcut") if projects else nn.Identity()
         self.attn = _Attention(shapes, f"{name}.attn", groups) if attends else nn.Identity()
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -227,24 +229,24 @@ class DenseUNet(nn.Module):
 
 
 def build(spec: Mapping) -> nn.Module:
-    """The network that an entry of config.json's `networks` describes; weights are unset."""
+    """The network that an entry of `networks` in config.json describes; weights are not set."""
     if spec["kind"] == "ddsm":
         return DenseUNet(spec["shapes"], spec["num_groups"])
-    groups = spec.get("num_groups", {})  # older folders keep the config's
+    groups = spec.get("num_groups", {})  # older folders: as in the config
     return rebuild(spec["class"], dict(spec["config"]), spec["shapes"], spec["heads"], groups)
 
 
 def key(width: float) -> str:
-    """What a width is called among the networks; a module's name holds no dot."""
+    """The name of a width's network; a module's name cannot contain a dot."""
     return f"width_{width:g}".replace(".", "_")
 
 
 class StepAwareUNet(ModelMixin, ConfigMixin):
     """Candidate networks and the width schedule that names one of them for each timestep.
 
-    networks: `key(width)` -> what `build` takes. schedule: one width for each of `timesteps`,
-    which rise; without `timesteps`, entry t is for timestep t. A timestep between those, as
-    samplers with other spacings or float timesteps have them, takes the nearest one's width.
+    networks: `key(width)` -> the argument of `build`. schedule: one width for each of `timesteps`,
+    which are in rising order; without `timesteps`, entry t is for timestep t. Any other timestep,
+    as samplers with other spacings or float timesteps use, takes the width of the nearest one.
     """
 
     @register_to_config
@@ -261,11 +263,11 @@ class StepAwareUNet(ModelMixin, ConfigMixin):
         self.candidates = nn.ModuleDict({name: build(spec) for name, spec in networks.items()})
 
     def width(self, timestep: float) -> float:
-        """The width that the schedule names for the trained timestep nearest to this one."""
-        known, schedule = self.config.timesteps, self.config.schedule
-        if known is None:
+        """The schedule's width for the trained timestep nearest to this one."""
+        timesteps, schedule = self.config.timesteps, self.config.schedule
+        if timesteps is None:
             return schedule[min(max(round(timestep), 0), len(schedule) - 1)]
-        return schedule[min(range(len(known)), key=lambda i: abs(known[i] - timestep))]
+        return schedule[min(range(len(timesteps)), key=lambda i: abs(timesteps[i] - timestep))]
 
     def forward(
         self,
@@ -276,7 +278,7 @@ class StepAwareUNet(ModelMixin, ConfigMixin):
     ) -> UNet2DOutput | tuple[Tensor]:
         """sample (B, C, H, W), timestep a number or (B,) -> a prediction like sample.
 
-        conditioning: what a conditional network takes beside these two.
+        conditioning: further inputs of a conditional network.
         """
         t = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
         widths = [self.width(float(value)) for value in t[:1].tolist()]

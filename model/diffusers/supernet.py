@@ -1,7 +1,7 @@
 """Any UNet2DModel or UNet2DConditionModel of diffusers as a slimmable supernet.
 
 This file knows the network and its settings. A width runs diffusers' own forward on a shallow copy
-of the model whose layers hold slices of the weights, as plan.py says. The copy lives for one call,
+of the model whose layers hold slices of the weights, as plan.py says. The copy exists for one call,
 so a width is never state: threads, replicas and gradient checkpointing are safe.
 """
 
@@ -28,7 +28,10 @@ TOKENS = 77  # of a text prompt, for counting FLOPs where none is given
 
 @dataclass(frozen=True)
 class DiffusersSettings:
-    """What defines a network. T: trained timesteps. in_ch: image channels. levels: resolutions."""
+    """What defines a network. T: trained timesteps. in_ch: image channels. levels: resolutions.
+
+    config: the model's as diffusers stores it. norm_groups: see UNetSettings.
+    """
 
     T: int
     in_ch: int
@@ -62,8 +65,8 @@ class SlimmableDiffusersUNet(nn.Module):
 
     model: a UNet2DModel or UNet2DConditionModel, which the supernet takes over. T: the timesteps it
     was trained with. norm_groups: see UNetSettings; width 1 is the same with both.
-    x (B, in_ch, H, W), t (B,) -> (B, out_ch, H, W). Raises UserError where a
-    layer is of a kind that cannot be narrowed.
+    x (B, in_ch, H, W), t (B,) -> (B, out_ch, H, W). Raises UserError where a layer is of a kind
+    that cannot be narrowed.
     """
 
     def __init__(self, model: ModelMixin, T: int = 1000, norm_groups: str = "fixed") -> None:
@@ -86,34 +89,34 @@ class SlimmableDiffusersUNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, width: float = 1.0, **conditioning: object) -> Tensor:
         """conditioning: class_labels, encoder_hidden_states, … as the diffusers model takes them.
 
-        On the meta device, where FLOPs are counted, what is missing of it is made up.
+        On the meta device, where FLOPs are counted, placeholders stand for what is missing.
         """
         if x.is_meta:
-            conditioning = {**self._stand_ins(x), **conditioning}
+            conditioning = {**self._placeholders(x), **conditioning}
         self._check_conditioning(conditioning)
         model = self.model if width == 1 else narrow(self.model, self.plan, width, lambda w: w)
         return model(x, t, return_dict=False, **conditioning)[0]
 
     def check_width(self, width: float) -> None:
-        """Raise UserError that names the first layer that `width` does not narrow, or breaks."""
+        """Raise UserError naming the first layer that `width` cannot narrow, or would break."""
         if not 0 < width <= 1:
             raise UserError(f"width {width}: a width must be in (0, 1]")
         if width == 1:
             return
         plan = self.plan
         for name, groups, side in plan.norms:
-            channels, unit = plan.count(side, width), plan.unit(groups, side)
+            channels, divisor = plan.count(side, width), plan.norm_divisor(groups, side)
             if channels == side.total:
                 raise UserError(
-                    f"width {width} cannot narrow the {channels} channels of {name}, which stay "
-                    f"a multiple of {plan.quanta.get(channels, unit)} for its groups; ask for a "
-                    "smaller width"
+                    f"width {width} cannot narrow the {channels} channels of {name}: for its "
+                    f"groups they must be a multiple of {plan.multiples.get(channels, divisor)}; "
+                    "ask for a smaller width"
                 )
-            if channels % unit:
-                of = f"groups of {unit}" if plan.proportional else f"{unit} groups"
+            if channels % divisor:
+                of = f"groups of {divisor}" if plan.proportional else f"{divisor} groups"
                 raise UserError(
-                    f"width {width} leaves {channels} channels in {name}, which {of} do not "
-                    "divide; change the widths"
+                    f"width {width} leaves {channels} channels in {name}, which cannot be "
+                    f"divided into {of}; change the widths"
                 )
         for name, module in self.model.named_modules():
             self._check_module(name, module, width)
@@ -122,10 +125,10 @@ class SlimmableDiffusersUNet(nn.Module):
         plan = self.plan
         if isinstance(module, Attention):
             inner, stream = plan.cuts[f"{name}.to_q"].outputs, plan.cuts[f"{name}.to_q"].inputs
-            kept = plan.count(inner, width)
+            channels = plan.count(inner, width)
             # diffusers' added-key processor takes the stream's channels for its heads'.
             added = module.added_kv_proj_dim is not None
-            if kept == inner.total or (added and kept != plan.count(stream, width)):
+            if channels == inner.total or (added and channels != plan.count(stream, width)):
                 raise UserError(
                     f"width {width} cannot narrow {name}: {module.heads} heads of "
                     f"{inner.total // module.heads} channels; change the widths"
@@ -140,7 +143,7 @@ class SlimmableDiffusersUNet(nn.Module):
                 )
 
     def parameter_count(self, width: float) -> int:
-        """How many parameters `width` uses."""
+        """The number of parameters that `width` uses."""
         model = narrow(self.model, self.plan, width, lambda weight: weight)
         return sum(weight.numel() for weight in model.parameters())
 
@@ -153,8 +156,8 @@ class SlimmableDiffusersUNet(nn.Module):
         self.check_width(width)
 
         def own(weight: Tensor) -> nn.Parameter:
-            copied = weight.detach().clone(memory_format=torch.contiguous_format)
-            return nn.Parameter(copied, requires_grad=False)
+            copy = weight.detach().clone(memory_format=torch.contiguous_format)
+            return nn.Parameter(copy, requires_grad=False)
 
         model = narrow(self.model, self.plan, width, own)
         for module in model.modules():
@@ -183,59 +186,56 @@ class SlimmableDiffusersUNet(nn.Module):
             return cls(getattr(diffusers, name).from_config(dict(config)), int(T), groups)
         except UserError:
             raise
-        except Exception as error:  # whatever diffusers makes of odd values
+        except Exception as error:  # diffusers raises many kinds for values that it does not know
             raise UserError(f"not the settings of a diffusers network: {error!r}") from error
 
     @classmethod
     def from_pretrained(
         cls, directory: str | Path, T: int | None = None, norm_groups: str = "fixed"
     ) -> SlimmableDiffusersUNet:
-        """Read a model folder, or a pipeline folder that holds one as unet/. Never downloads.
+        """Read a model folder, or a pipeline folder that has one as unet/. Never downloads.
 
-        T: trained timesteps; None asks the pipeline's scheduler, and takes 1000 where there is
-        none. Raises UserError where the folder holds no such model in safetensors.
+        T: trained timesteps; None takes those of the pipeline's scheduler, or 1000 where there is
+        none. Raises UserError where the folder has no such model in safetensors.
         """
         T = trained_timesteps(directory) if T is None else T
         return cls(read_model(directory), int(T), norm_groups)
 
     def conditioning(self) -> list[str]:
-        """What the model needs beside x and t."""
-        needed = []
+        """Names of the inputs that the model needs beside x and t."""
+        names = []
         if getattr(self.model, "class_embedding", None) is not None:
-            needed.append("class_labels")
+            names.append("class_labels")
         if self.settings.class_name == "UNet2DConditionModel":
-            needed.append("encoder_hidden_states")
-        return needed
+            names.append("encoder_hidden_states")
+        return names
 
     def _check_conditioning(self, conditioning: Mapping[str, object]) -> None:
         for name in self.conditioning():
             if conditioning.get(name) is None:
                 raise UserError(f"this {self.settings.class_name} needs {name} beside x and t")
 
-    def _stand_ins(self, x: Tensor) -> dict[str, object]:
-        """Conditioning without meaning, of the usual shapes."""
-        config, made = self.settings.config, {}
+    def _placeholders(self, x: Tensor) -> dict[str, object]:
+        """Conditioning of zeros, in the usual shapes."""
+        config, inputs = self.settings.config, {}
         if getattr(self.model, "class_embedding", None) is not None:
-            kind, width = (
-                config["class_embed_type"],
-                self.model.time_embedding.linear_2.out_features,
-            )
+            channels = self.model.time_embedding.linear_2.out_features
             size = {
-                "identity": width,
+                "identity": channels,
                 "projection": config.get("projection_class_embeddings_input_dim"),
                 "simple_projection": config.get("projection_class_embeddings_input_dim"),
-            }.get(kind)
+            }.get(config["class_embed_type"])
             labels = x.new_zeros(len(x), dtype=torch.long)
-            made["class_labels"] = labels if size is None else x.new_zeros(len(x), size)
+            inputs["class_labels"] = labels if size is None else x.new_zeros(len(x), size)
         if self.settings.class_name == "UNet2DConditionModel":
             size = config["encoder_hid_dim"] or config["cross_attention_dim"]
             size = size if isinstance(size, int) else size[0]
-            made["encoder_hidden_states"] = x.new_zeros(len(x), TOKENS, size)
+            inputs["encoder_hidden_states"] = x.new_zeros(len(x), TOKENS, size)
             if config["addition_embed_type"] == "text_time":
                 times = 6 * config["addition_time_embed_dim"]
                 pooled = config["projection_class_embeddings_input_dim"] - times
-                made["added_cond_kwargs"] = {
+                inputs["added_cond_kwargs"] = {
                     "text_embeds": x.new_zeros(len(x), pooled),
                     "time_ids": x.new_zeros(len(x), 6),
                 }
-        return made
+        return inputs
