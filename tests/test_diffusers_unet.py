@@ -1,13 +1,11 @@
 import copy
 import json
 import pickle
-import threading
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
-from safetensors.torch import load_file, save_file
+from diffusers import UNet2DConditionModel, UNet2DModel
 
 from model.diffusers.importance import order_by_importance
 from model.diffusers.supernet import SlimmableDiffusersUNet
@@ -30,23 +28,21 @@ def blocks(down: str, up: str, **more: object) -> dict:
     return {"down_block_types": (down, down), "up_block_types": (up, up), **more}
 
 
-SKIP = {"block_out_channels": (64, 64), "norm_num_groups": 16}
 UNCONDITIONAL = {
     "default": {},
-    "scale_shift": {"resnet_time_scale_shift": "scale_shift"},
     "scale_shift, attention norm": {
         "resnet_time_scale_shift": "scale_shift",
         "attn_norm_num_groups": 4,
     },
-    "attention resnet samplers": blocks(
+    "resnet samplers": blocks(
         "AttnDownBlock2D", "AttnUpBlock2D", downsample_type="resnet", upsample_type="resnet"
     ),
-    "attention conv samplers": blocks("AttnDownBlock2D", "AttnUpBlock2D"),
-    "resnet samplers": blocks("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"),
-    "skip": blocks("SkipDownBlock2D", "SkipUpBlock2D", **SKIP),
-    "skip, unequal": blocks(
-        "SkipDownBlock2D", "SkipUpBlock2D", block_out_channels=(32, 64), norm_num_groups=8
+    "conv samplers": blocks("AttnDownBlock2D", "AttnUpBlock2D"),
+    "resnet blocks that sample": blocks("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"),
+    "skip": blocks(
+        "SkipDownBlock2D", "SkipUpBlock2D", block_out_channels=(64, 64), norm_num_groups=16
     ),
+    "skip, unequal": blocks("SkipDownBlock2D", "SkipUpBlock2D"),
     "attention skip": blocks(
         "AttnSkipDownBlock2D",
         "AttnSkipUpBlock2D",
@@ -58,20 +54,23 @@ UNCONDITIONAL = {
     "three heads": {"attention_head_dim": 16, "block_out_channels": (32, 48)},
     "no middle attention": {"add_attention": False},
     "no middle": {"mid_block_type": None},
-    "middle scaled": {"mid_block_scale_factor": 2.0},
-    "dropout": {"dropout": 0.5},
-    "centred input": {"center_input_sample": True},
     "fourier": {"time_embedding_type": "fourier"},
     "learned time": {"time_embedding_type": "learned", "num_train_timesteps": 1000},
-    "time_embedding_dim": {"time_embedding_dim": 40},
-    "one image channel": {"in_channels": 1, "out_channels": 2},
-    "padding 0": {"downsample_padding": 0},
+    "small settings": {
+        "mid_block_scale_factor": 2.0,
+        "dropout": 0.5,
+        "center_input_sample": True,
+        "time_embedding_dim": 40,
+        "downsample_padding": 0,
+        "in_channels": 1,
+        "out_channels": 2,
+    },
     "three levels": {
         "block_out_channels": (16, 32, 64),
         "layers_per_block": 2,
+        "norm_num_groups": 4,
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        "norm_num_groups": 4,
         "act_fn": "gelu",
     },
     "class embedding": {"num_class_embeds": 5},
@@ -90,34 +89,30 @@ CROSS = {
 SIMPLE = blocks(
     "SimpleCrossAttnDownBlock2D",
     "SimpleCrossAttnUpBlock2D",
+    encoder_hid_dim=12,
     mid_block_type="UNetMidBlock2DSimpleCrossAttn",
     attention_head_dim=8,
-    encoder_hid_dim=12,
 )
 CONDITIONAL = {
     "default": {},
-    "linear projection": {"use_linear_projection": True},
-    "two transformer layers": {"transformer_layers_per_block": 2},
+    "linear projection": {"use_linear_projection": True, "transformer_layers_per_block": 2},
     "only cross attention": {"only_cross_attention": True},
-    "simple cross attention": {**SIMPLE, "resnet_time_scale_shift": "scale_shift"},
+    "simple": {**SIMPLE, "resnet_time_scale_shift": "scale_shift"},
     "simple, group norm": {
         **SIMPLE, "cross_attention_norm": "group_norm", "cross_attention_dim": 32,
     },
     "plain middle": {"mid_block_type": "UNetMidBlock2D"},
     "class embedding": {"num_class_embeds": 5},
     "class projection": {
-        "class_embed_type": "projection",
-        "projection_class_embeddings_input_dim": 6,
+        "class_embed_type": "projection", "projection_class_embeddings_input_dim": 6,
     },
     "class simple projection, concatenated": {
-        "class_embed_type": "simple_projection",
-        "projection_class_embeddings_input_dim": 6,
+        "class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 6,
         "class_embeddings_concat": True,
     },
     "text": {"addition_embed_type": "text", "addition_embed_type_num_heads": 3},
     "text_time": {
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 58,
     },
     "text projection": {"encoder_hid_dim": 10},
@@ -126,16 +121,16 @@ CONDITIONAL = {
     "K blocks": {
         "down_block_types": ("KDownBlock2D", "KCrossAttnDownBlock2D", "KCrossAttnDownBlock2D"),
         "up_block_types": ("KCrossAttnUpBlock2D", "KCrossAttnUpBlock2D", "KUpBlock2D"),
-        "mid_block_type": None,
-        "block_out_channels": (64, 128, 128),
-        "layers_per_block": 2,
-        "norm_num_groups": None,
-        "attention_head_dim": 8,
-        "act_fn": "gelu",
-        "resnet_time_scale_shift": "scale_shift",
-        "time_embedding_type": "fourier",
+        "mid_block_type": None, "block_out_channels": (64, 128, 128), "layers_per_block": 2,
+        "norm_num_groups": None, "attention_head_dim": 8, "act_fn": "gelu",
+        "resnet_time_scale_shift": "scale_shift", "time_embedding_type": "fourier",
     },
 }  # fmt: skip
+NETWORKS = {name: (UNet2DModel, {**BASE, **more}) for name, more in UNCONDITIONAL.items()}
+NETWORKS |= {
+    f"text to image: {name}": (UNet2DConditionModel, {**CROSS, **more})
+    for name, more in CONDITIONAL.items()
+}
 
 
 def randomize(model: torch.nn.Module) -> torch.nn.Module:
@@ -178,61 +173,52 @@ def batch(channels: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(2, channels, SIZE, SIZE), torch.tensor([3, 700])
 
 
-def check_network(cls: type, config: dict) -> None:
-    """Width 1 is the original; every width runs, trains and equals its dense network."""
-    model = randomize(cls(**config))
-    conditioning = conditioning_of(config)
+def case(name: str) -> tuple[torch.nn.Module, tuple, dict]:
+    """A network of NETWORKS with random weights, its (x, t) and its conditioning."""
+    cls, config = NETWORKS[name]
+    model, conditioning = randomize(cls(**config)), conditioning_of(config)
     x, t = batch(config.get("in_channels", 3))
-    if config.get("time_embedding_type") == "fourier":
-        t = t.float()
+    fourier = config.get("time_embedding_type") == "fourier"
+    return model, (x, t.float() if fourier else t), conditioning
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_option_of_the_config(name):
+    """Width 1 is the original; every width runs, trains and equals its dense network."""
+    model, inputs, conditioning = case(name)
     with torch.no_grad():
-        expected = copy.deepcopy(model)(x, t, **conditioning).sample
+        expected = copy.deepcopy(model)(*inputs, **conditioning).sample
     net = SlimmableDiffusersUNet(model)
-    torch.testing.assert_close(net(x, t, **conditioning), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(net(*inputs, **conditioning), expected, atol=1e-5, rtol=0)
     for width in (0.75, 0.25):
         net.check_width(width)
-        out = net(x, t, width, **conditioning)
+        out = net(*inputs, width, **conditioning)
         dense = net.subnet(width)
-        assert isinstance(dense.model, cls)
-        torch.testing.assert_close(dense(x, t, **conditioning), out, atol=1e-5, rtol=0)
+        assert isinstance(dense.model, type(model))
+        torch.testing.assert_close(dense(*inputs, **conditioning), out, atol=1e-5, rtol=0)
         assert all(p.is_contiguous() for p in dense.parameters())
-    net(x, t, 0.5, **conditioning).square().mean().backward()
-    grads = {n: p.grad for n, p in net.named_parameters()}
-    assert grads["model.conv_in.weight"][0].abs().sum() > 0
-    assert grads["model.conv_in.weight"][-1].abs().sum() == 0
+    out.square().mean().backward()
+    grad = net.model.conv_in.weight.grad
+    assert grad[0].abs().sum() > 0
+    assert grad[-1].abs().sum() == 0
     rebuilt = SlimmableDiffusersUNet.from_settings(json.loads(json.dumps(net.settings_dict())))
     rebuilt.load_state_dict(net.state_dict())
-    with torch.no_grad():
-        again = rebuilt.eval()(x, t, 0.5, **conditioning)
-    torch.testing.assert_close(again, net(x, t, 0.5, **conditioning))
+    torch.testing.assert_close(rebuilt.eval()(*inputs, 0.25, **conditioning), out)
 
 
-@pytest.mark.parametrize("name", UNCONDITIONAL)
-def test_every_unconditional_option(name):
-    check_network(UNet2DModel, {**BASE, **UNCONDITIONAL[name]})
-
-
-@pytest.mark.parametrize("name", CONDITIONAL)
-def test_every_conditional_option(name):
-    check_network(UNet2DConditionModel, {**CROSS, **CONDITIONAL[name]})
-
-
-@pytest.mark.parametrize("name", ["default", "scale_shift", "attention conv samplers"])
+@pytest.mark.parametrize("name", ["default", "scale_shift, attention norm", "conv samplers"])
 def test_proportional_groups(name):
-    config = {**BASE, **UNCONDITIONAL[name]}
-    torch.manual_seed(0)
-    model = UNet2DModel(**config)
-    net = SlimmableDiffusersUNet(model, norm_groups="proportional").eval()
-    x, t = batch()
+    model, inputs, _ = case(name)
+    net = SlimmableDiffusersUNet(model, norm_groups="proportional")
+    wide_norms = [m for m in model.modules() if isinstance(m, torch.nn.GroupNorm)]
     with torch.no_grad():
-        assert torch.equal(net(x, t, 1), model(x, t).sample)
-        for width in (0.75, 0.5, 0.25):
+        assert torch.equal(net(*inputs, 1), model(*inputs).sample)
+        for width in (0.75, 0.25):
             net.check_width(width)
             dense = net.subnet(width)
-            torch.testing.assert_close(dense(x, t), net(x, t, width))
+            torch.testing.assert_close(dense(*inputs), net(*inputs, width))
             norms = [m for m in dense.modules() if isinstance(m, torch.nn.GroupNorm)]
-            full = [m for m in model.modules() if isinstance(m, torch.nn.GroupNorm)]
-            for narrow, wide in zip(norms, full, strict=True):
+            for narrow, wide in zip(norms, wide_norms, strict=True):
                 size = wide.num_channels // wide.num_groups
                 assert narrow.num_channels == size * narrow.num_groups
     again = SlimmableDiffusersUNet.from_settings(json.loads(json.dumps(net.settings_dict())))
@@ -240,27 +226,26 @@ def test_proportional_groups(name):
     assert SlimmableDiffusersUNet(model).settings.norm_groups == "fixed"
 
 
-def test_flops_fall_with_width_for_conditional_networks_too():
-    configs = [(UNet2DModel, BASE), (UNet2DModel, {**BASE, "num_class_embeds": 5})]
-    configs += [(UNet2DConditionModel, {**CROSS, **CONDITIONAL["text_time"]})]
-    for cls, config in configs:
-        net = SlimmableDiffusersUNet(cls(**config))
-        counts = [flops(net, width, (3, SIZE, SIZE)) for width in (0.25, 0.5, 0.75, 1)]
-        assert counts == sorted(set(counts))
-        assert counts[1] < 0.4 * counts[3]
+@pytest.mark.parametrize("name", ["default", "class embedding", "text to image: text_time"])
+def test_flops_fall_with_width(name):
+    cls, config = NETWORKS[name]
+    net = SlimmableDiffusersUNet(cls(**config))
+    counts = [flops(net, width, (3, SIZE, SIZE)) for width in (0.25, 0.5, 1)]
+    assert counts == sorted(set(counts))
+    assert counts[1] < 0.4 * counts[2]
 
 
 def test_a_width_is_diffusers_own_network_of_narrower_config():
     """Same shapes and numbers as the class built with half of the channels, sinusoids apart."""
     net = SlimmableDiffusersUNet(tiny())
-    x, t = batch()
     dense = net.subnet(0.5)
     built = UNet2DModel(**{**BASE, "block_out_channels": (16, 32)}).eval()
     built.time_proj = net.model.time_proj
     built.time_embedding.linear_1 = torch.nn.Linear(32, 64)
     built.load_state_dict(dense.model.state_dict())
     with torch.no_grad():
-        torch.testing.assert_close(built(x, t).sample, net(x, t, 0.5), atol=1e-5, rtol=0)
+        expected = built(*batch()).sample
+        torch.testing.assert_close(net(*batch(), 0.5), expected, atol=1e-5, rtol=0)
     assert [m.heads for m in dense.modules() if hasattr(m, "to_q")] == [4, 4, 4, 4]
 
 
@@ -301,23 +286,14 @@ def test_heads_narrow_whole_or_each_in_part():
 
 
 def test_threads_and_copies_do_not_disturb_each_other():
-    net = SlimmableDiffusersUNet(tiny())
-    x, t = batch()
+    net = SlimmableDiffusersUNet(tiny()).requires_grad_(False)
     widths = [1, 0.75, 0.5, 0.25] * 2
-    with torch.no_grad():
-        expected = [net(x, t, width) for width in widths]
-    found: list = [None] * len(widths)
-
-    def work(i: int) -> None:
-        with torch.no_grad():
-            found[i] = net(x, t, widths[i])
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(widths))]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    torch.testing.assert_close(found, expected)
+    expected = [net(*batch(), width) for width in widths]
+    with ThreadPoolExecutor(len(widths)) as pool:
+        outputs = list(pool.map(lambda width: net(*batch(), width), widths))
+    torch.testing.assert_close(outputs, expected)
     again = pickle.loads(pickle.dumps(copy.deepcopy(net)))
-    torch.testing.assert_close(again(x, t, 0.5), net(x, t, 0.5))
+    torch.testing.assert_close(again(*batch(), 0.5), expected[2])
 
 
 def replica_of(module: torch.nn.Module) -> torch.nn.Module:
@@ -337,21 +313,19 @@ def replica_of(module: torch.nn.Module) -> torch.nn.Module:
 
 def test_replicas_of_data_parallel_pass_gradients_back():
     net = SlimmableDiffusersUNet(tiny())
-    x, t = batch()
-    out = replica_of(net)(x, t, 0.5)
-    torch.testing.assert_close(out, net(x, t, 0.5))
+    out = replica_of(net)(*batch(), 0.5)
+    torch.testing.assert_close(out, net(*batch(), 0.5))
     out.sum().backward()
     assert net.model.conv_in.weight.grad[:16].abs().sum() > 0
 
 
 def test_gradient_checkpointing_sees_the_width_of_its_own_call():
-    x, t = batch()
     grads, model = [], tiny()
     for checkpointed in (False, True):
         net = SlimmableDiffusersUNet(copy.deepcopy(model)).train()
         if checkpointed:
             net.model.enable_gradient_checkpointing()
-        (net(x, t, 0.5).square().mean() + net(x, t, 0.25).square().mean()).backward()
+        sum(net(*batch(), width).square().mean() for width in (0.5, 0.25)).backward()
         grads.append(net.model.mid_block.resnets[0].conv1.weight.grad)
     torch.testing.assert_close(*grads)
 
@@ -375,106 +349,24 @@ def test_missing_conditioning_is_one_line():
         net(*batch(), 0.5)
 
 
-@pytest.mark.parametrize("pipeline", [False, True])
-def test_reads_a_folder(tmp_path, pipeline):
-    model = tiny()
-    if pipeline:
-        DDPMPipeline(model, DDPMScheduler(num_train_timesteps=50)).save_pretrained(tmp_path)
-    else:
-        model.save_pretrained(tmp_path)
-    net = SlimmableDiffusersUNet.from_pretrained(tmp_path)
-    x, t = batch()
-    torch.testing.assert_close(net(x, t), model(x, t).sample, atol=1e-5, rtol=0)
-    steps = 50 if pipeline else 1000
-    assert steps == net.settings.T
-    assert SlimmableDiffusersUNet.from_pretrained(tmp_path, T=7).settings.T == 7
-    if pipeline:
-        assert SlimmableDiffusersUNet.from_pretrained(tmp_path / "unet").settings.T == 50
-    net.settings.check_image_size(8)
-    with pytest.raises(UserError, match="multiple of 2"):
-        net.settings.check_image_size(7)
-
-
-def broken(folder: Path, what: str) -> str:
-    """Break a model folder, and say what the error must mention."""
-    config, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
-    if what == "no config":
-        config.unlink()
-        return "no config.json"
-    if what == "no json":
-        config.write_text("{")
-        return "cannot read"
-    if what == "other class":
-        config.write_text('{"_class_name": "VQModel"}')
-        return "VQModel"
-    if what == "pickle":
-        weights.rename(folder / "diffusion_pytorch_model.bin")
-        return "save_pretrained"
-    if what == "no weights":
-        weights.unlink()
-        return "has no diffusion_pytorch_model.safetensors"
-    if what == "truncated":
-        weights.write_bytes(weights.read_bytes()[:1000])
-        return "cannot read the diffusers model"
-    if what == "other sizes":
-        UNet2DModel(**{**BASE, "block_out_channels": (64, 64)}).save_config(folder)
-        return "cannot read the diffusers model"
-    tensors = load_file(weights)
-    del tensors["conv_in.weight"]
-    save_file(tensors, weights, metadata={"format": "pt"})
-    return "no entry conv_in.weight"
-
-
-@pytest.mark.parametrize(
-    "what",
-    [
-        "no config",
-        "no json",
-        "other class",
-        "pickle",
-        "no weights",
-        "truncated",
-        "other sizes",
-        "fewer weights",
-    ],
-)
-def test_a_folder_that_is_no_model_is_one_line(tmp_path, what):
-    tiny().save_pretrained(tmp_path)
-    message = broken(tmp_path, what)
-    with pytest.raises(UserError, match=message) as error:
-        SlimmableDiffusersUNet.from_pretrained(tmp_path)
-    assert "\n" not in str(error.value)
-
-
 def test_settings_of_something_else_are_refused():
-    with pytest.raises(UserError, match="not the settings"):
-        SlimmableDiffusersUNet.from_settings({"kind": "diffusers"})
-    with pytest.raises(UserError, match="not one of"):
-        SlimmableDiffusersUNet.from_settings({"class": "VQModel", "config": {}, "T": 1})
+    for settings in ({"kind": "diffusers"}, {"class": "VQModel", "config": {}, "T": 1}):
+        with pytest.raises(UserError, match=r"not (the settings|one) of"):
+            SlimmableDiffusersUNet.from_settings(settings)
 
 
-ORDERED = {
-    "default": (UNet2DModel, BASE),
-    "scale_shift": (UNet2DModel, {**BASE, "resnet_time_scale_shift": "scale_shift"}),
-    "class embedding": (UNet2DModel, {**BASE, "num_class_embeds": 5}),
-    "one head": (UNet2DModel, {**BASE, "attention_head_dim": None}),
-    "skip": (UNet2DModel, {**BASE, **UNCONDITIONAL["skip"]}),
-    "cross attention": (UNet2DConditionModel, CROSS),
-    "simple cross attention": (UNet2DConditionModel, {**CROSS, **SIMPLE}),
-}
+ORDERED = ["default", "scale_shift, attention norm", "class embedding", "one head", "skip"]
+ORDERED += ["text to image: default", "text to image: simple"]
 
 
 @pytest.mark.parametrize("name", ORDERED)
 def test_ordering_changes_no_output_at_width_1(name):
-    cls, config = ORDERED[name]
-    net = SlimmableDiffusersUNet(randomize(cls(**config)))
-    conditioning = conditioning_of(config)
-    x, t = batch()
-    before = {n: p.clone() for n, p in net.named_parameters()}
-    with torch.no_grad():
-        expected = net(x, t, **conditioning)
-        order_by_importance(net)
-        torch.testing.assert_close(net(x, t, **conditioning), expected, atol=1e-5, rtol=1e-5)
+    model, inputs, conditioning = case(name)
+    net = SlimmableDiffusersUNet(model).requires_grad_(False)
+    before = copy.deepcopy(net.state_dict())
+    expected = net(*inputs, **conditioning)
+    order_by_importance(net)
+    torch.testing.assert_close(net(*inputs, **conditioning), expected, atol=1e-5, rtol=1e-5)
     moved = [n for n, p in net.named_parameters() if not torch.equal(p, before[n])]
     assert any("to_q" in n for n in moved)
     assert any("conv2" in n for n in moved)
@@ -504,14 +396,12 @@ def weaken(net: SlimmableDiffusersUNet) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_ordering_brings_half_width_closer_to_full_width(seed):
     torch.manual_seed(seed)
-    net = SlimmableDiffusersUNet(UNet2DModel(**BASE).eval())
+    net = SlimmableDiffusersUNet(UNet2DModel(**BASE).eval()).requires_grad_(False)
     weaken(net)
-    x, t = batch()
-    with torch.no_grad():
 
-        def error() -> float:
-            return (net(x, t, 0.5) - net(x, t, 1)).square().mean().item()
+    def error() -> float:
+        return (net(*batch(), 0.5) - net(*batch(), 1)).square().mean().item()
 
-        before = error()
-        order_by_importance(net)
-        assert error() < 0.5 * before
+    before = error()
+    order_by_importance(net)
+    assert error() < 0.5 * before

@@ -7,11 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import contents
 from diffusers import UNet2DModel
 
 from diffusion import NoiseSchedule, sample_ddim, sample_ddpm
 from model import SlimmableUNet, StepAwareDenoiser, WidthSchedule
 from model.diffusers.export import export_diffusers, step_aware
+from model.diffusers.step_aware_unet import build
 from model.diffusers.supernet import SlimmableDiffusersUNet
 from runtime.errors import UserError
 
@@ -25,20 +27,20 @@ import sys, json
 import numpy as np, torch
 from diffusers import DDIMPipeline, DDPMPipeline
 
-folder, out = sys.argv[1:]
-arrays = {}
-for name, cls, options in (
-    ("ddpm", DDPMPipeline, {"num_inference_steps": 20}),
-    ("ddim", DDIMPipeline, {"num_inference_steps": 5}),
-    ("ddim_eta", DDIMPipeline, {"num_inference_steps": 10, "eta": 0.7}),
-):
-    pipeline = cls.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(7)
-    result = pipeline(batch_size=2, generator=generator, output_type="np", **options)
-    arrays[name] = result.images
-assert not any(name.split(".")[0] in ("model", "errors", "diffusion") for name in sys.modules)
-np.savez(out, **arrays)
+for folder in sys.argv[1:]:
+    arrays = {}
+    for name, cls, options in (
+        ("ddpm", DDPMPipeline, {"num_inference_steps": 20}),
+        ("ddim", DDIMPipeline, {"num_inference_steps": 5}),
+        ("ddim_eta", DDIMPipeline, {"num_inference_steps": 10, "eta": 0.7}),
+    ):
+        pipeline = cls.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(7)
+        result = pipeline(batch_size=2, generator=generator, output_type="np", **options)
+        arrays[name] = result.images
+    np.savez(folder + ".npz", **arrays)
+assert not any(name.split(".")[0] in ("model", "runtime", "diffusion") for name in sys.modules)
 """
 
 
@@ -84,7 +86,7 @@ def subnets(net: torch.nn.Module) -> dict[float, torch.nn.Module]:
 
 
 class Seeded:
-    """Noise as a pipeline draws it: x_T, then one tensor a step, from one generator."""
+    """Noise as a pipeline draws it: x_T, then one tensor per step, from one generator."""
 
     def __init__(self) -> None:
         self.generator = torch.Generator().manual_seed(7)
@@ -105,36 +107,52 @@ def our_images(net: torch.nn.Module) -> dict[str, torch.Tensor]:
     return images
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
-def test_a_fresh_process_gets_our_images_from_the_folder(tmp_path, kind):
-    net = NETWORKS[kind]()
-    folder, out = tmp_path / "exported", tmp_path / "images.npz"
-    export_diffusers(folder, subnets(net), WIDTHS, (3, SIZE, SIZE), BETAS)
-    names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-    assert names == {
-        "model_index.json",
-        "scheduler/scheduler_config.json",
-        "unet/config.json",
-        "unet/diffusion_pytorch_model.safetensors",
-        "unet/step_aware_unet.py",
-    }
-    assert json.loads((folder / "unet/config.json").read_text())["schedule"] == list(WIDTHS.widths)
+def test_a_fresh_process_gets_our_images_from_the_folder(tmp_path):
+    nets = {name: make() for name, make in NETWORKS.items()}
+    for name, net in nets.items():
+        export_diffusers(tmp_path / name, subnets(net), WIDTHS, (3, SIZE, SIZE), BETAS)
+        assert contents(tmp_path / name).keys() == {
+            "model_index.json",
+            "scheduler/scheduler_config.json",
+            "unet/config.json",
+            "unet/diffusion_pytorch_model.safetensors",
+            "unet/step_aware_unet.py",
+        }
+        config = json.loads((tmp_path / name / "unet/config.json").read_text())
+        assert config["schedule"] == list(WIDTHS.widths)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(folder), str(out)],
+        [sys.executable, "-c", RUN, *(str(tmp_path / name) for name in nets)],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
         text=True,
-        check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = np.load(out)
-    for name, expected in our_images(net).items():
-        expected = (expected / 2 + 0.5).permute(0, 2, 3, 1).numpy()
-        assert expected.std() > 0.01
-        np.testing.assert_allclose(found[name], expected, atol=2e-4, err_msg=name)
+    for name, net in nets.items():
+        theirs = np.load(tmp_path / f"{name}.npz")
+        for sampler, images in our_images(net).items():
+            expected = (images / 2 + 0.5).permute(0, 2, 3, 1).numpy()
+            assert expected.std() > 0.01
+            np.testing.assert_allclose(theirs[sampler], expected, atol=2e-4, err_msg=name)
+
+
+def test_folders_of_earlier_versions_can_be_built():
+    """They have one number of groups for all norms, or none where the config says it."""
+    for net in (own_network(), diffusers_network()):
+        unet = step_aware(subnets(net), WIDTHS, (3, SIZE, SIZE))
+        spec = dict(unet.config.networks["width_0_5"])
+        if spec["kind"] == "ddsm":
+            spec["num_groups"] = 8
+        else:
+            del spec["num_groups"]
+        network = build(spec)
+        network.load_state_dict(unet.candidates["width_0_5"].state_dict())
+        x, t = torch.randn(2, 3, SIZE, SIZE), torch.tensor([4, 4])
+        output = network(x, t)
+        output = output if torch.is_tensor(output) else output.sample
+        torch.testing.assert_close(output, net(x, t, 0.5), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -163,23 +181,24 @@ def test_only_the_widths_in_use_are_written():
     assert list(unet.candidates) == ["width_0_5"]
 
 
-def test_mistakes_are_one_line_and_overwrite_nothing(tmp_path):
-    nets = subnets(own_network())
-    shape = (3, SIZE, SIZE)
-    with pytest.raises(UserError, match=r"names width 0\.75"):
-        export_diffusers(tmp_path / "a", nets, WidthSchedule([0.75] * T), shape, BETAS)
-    with pytest.raises(UserError, match="mean_type=xprev"):
-        export_diffusers(tmp_path / "a", nets, WIDTHS, shape, BETAS, mean_type="xprev")
-    with pytest.raises(UserError, match="var_type=learned"):
-        export_diffusers(tmp_path / "a", nets, WIDTHS, shape, BETAS, var_type="learned")
-    with pytest.raises(UserError, match="cannot export a Linear"):
-        export_diffusers(
-            tmp_path / "a", dict.fromkeys(nets, torch.nn.Linear(1, 1)), WIDTHS, shape, BETAS
-        )
-    with pytest.raises(UserError, match="cannot export a SlimmableUNet"):
-        export_diffusers(tmp_path / "a", dict.fromkeys(nets, own_network()), WIDTHS, shape, BETAS)
+@pytest.mark.parametrize(
+    ("what", "changes"),
+    [
+        (r"width 0\.75", dict(schedule=WidthSchedule([0.75] * T))),
+        ("mean_type=xprev", dict(mean_type="xprev")),
+        ("var_type=learned", dict(var_type="learned")),
+        ("Linear", dict(networks=dict.fromkeys((1.0, 0.5, 0.25), torch.nn.Linear(1, 1)))),
+        ("SlimmableUNet", dict(networks=dict.fromkeys((1.0, 0.5, 0.25), own_network()))),
+        ("not empty", dict(directory="b")),
+    ],
+)
+def test_mistakes_are_one_line_and_overwrite_nothing(tmp_path, what, changes):
     (tmp_path / "b").mkdir()
     (tmp_path / "b/mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="not empty"):
-        export_diffusers(tmp_path / "b", nets, WIDTHS, shape, BETAS)
-    assert [p.name for p in tmp_path.rglob("*")] == ["b", "mine.txt"]
+    arguments = dict(directory="a", networks=subnets(own_network()), schedule=WIDTHS,
+                     image_shape=(3, SIZE, SIZE), betas=BETAS)  # fmt: skip
+    arguments |= changes
+    arguments["directory"] = tmp_path / arguments["directory"]
+    with pytest.raises(UserError, match=what):
+        export_diffusers(**arguments)
+    assert contents(tmp_path) == {"b/mine.txt": b"mine"}
