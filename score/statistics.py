@@ -15,6 +15,7 @@ import torch
 
 from runtime import files, processes
 from runtime.errors import UserError
+from runtime.identity import agree
 from runtime.progress import progress
 from score.features import Encoder
 from score.fid import Array, Gaussian, Moments
@@ -152,9 +153,8 @@ def load_statistics(
         if key not in entries:
             found = ", ".join(sorted(entries)) or "nothing"
             raise UserError(f"{path} has no entry {key!r} (found: {found}): {remedy}")
-    for key, expected in {"encoder": encoder_name, **about}.items():
-        if key in entries and str(entries[key]) != str(expected):
-            raise UserError(f"{path} is for {key} {entries[key]}, not {expected}: {remedy}")
+    stored = {name: value.item() for name, value in entries.items() if value.size == 1}
+    agree(path, stored, {"encoder": encoder_name, **about}, remedy)
     for key, shape in (("mu", (dim,)), ("sigma", (dim, dim))):
         if entries[key].shape != shape:
             raise UserError(

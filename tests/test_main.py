@@ -513,7 +513,10 @@ def test_data_set_of_other_channels(refused: Refused, run_folder: Path, here: Pa
         ({"mu": np.zeros(64), "sigma": np.eye(5)}, r"sigma has shape \(5, 5\)"),
         ({"mu": np.zeros(64)}, "no entry 'sigma'"),
         ({"mu": np.full(64, np.nan), "sigma": np.eye(64)}, "finite"),
-        ({"mu": np.zeros(64), "sigma": np.eye(64), "dataset": "cifar10"}, "for dataset cifar10"),
+        (
+            {"mu": np.zeros(64), "sigma": np.eye(64), "dataset": "cifar10"},
+            "dataset: cifar10 there, digits here",
+        ),
         ({"mu": np.array([Trap], dtype=object), "sigma": np.eye(64)}, "no readable .npz"),
     ],
 )

@@ -16,22 +16,20 @@ SHAPE = (3, 8, 8)
     ("counter", "key", "answer"),
     [
         # From the known-answer tests of Random123, the authors' own code (philox4x32, 10 rounds).
-        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ("00000000 " * 4, "00000000 " * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff " * 4, "ffffffff " * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
         (
-            (0xFFFFFFFF,) * 4,
-            (0xFFFFFFFF,) * 2,
-            (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
-        ),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            (0xA4093822, 0x299F31D0),
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+            "243f6a88 85a308d3 13198a2e 03707344",
+            "a4093822 299f31d0",
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
         ),
     ],
 )
-def test_philox_known_answers(counter: tuple, key: tuple, answer: tuple) -> None:
-    words = philox([torch.tensor([c]) for c in counter], key)
-    assert tuple(int(word) for word in words) == answer
+def test_philox_known_answers(counter: str, key: str, answer: str) -> None:
+    words = philox(
+        [torch.tensor([int(c, 16)]) for c in counter.split()], [int(k, 16) for k in key.split()]
+    )
+    assert " ".join(f"{int(word):08x}" for word in words) == answer
 
 
 def test_philox_broadcasts_counters() -> None:
@@ -62,13 +60,9 @@ def test_an_image_depends_on_nothing_but_its_index() -> None:
         assert torch.equal(normal(3, SAMPLING, torch.tensor(order), 5, SHAPE), whole[order])
     parts = [normal(3, SAMPLING, part, 5, SHAPE) for part in torch.arange(10).split(3)]
     assert torch.equal(torch.cat(parts), whole)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 49])
-def test_odd_sizes_are_the_start_of_larger_ones(size: int) -> None:
-    images = torch.arange(4)
-    whole = normal(0, SAMPLING, images, 0, (64,))
-    assert torch.equal(normal(0, SAMPLING, images, 0, (size,)), whole[:, :size])
+    for size in (1, 2, 3, 5, 7, 49):  # odd sizes are the start of larger ones
+        small = normal(3, SAMPLING, torch.arange(10), 5, (size,))
+        assert torch.equal(small, whole.flatten(1)[:, :size])
 
 
 def test_moments_and_distribution() -> None:
@@ -114,15 +108,11 @@ def test_streams_steps_and_seeds_differ() -> None:
 
 
 def test_image_noise() -> None:
+    before = torch.random.get_rng_state()
     images = torch.tensor([2, 5])
     noise = ImageNoise(4, SAMPLING, images, SHAPE)
     assert torch.equal(noise(9), normal(4, SAMPLING, images, 9, SHAPE))
     assert torch.equal(noise(9), noise(9))
     # x_T belongs to no timestep, so it is the same whatever T is.
     assert torch.equal(noise.initial(), normal(4, SAMPLING, images, 2**32 - 1, SHAPE))
-
-
-def test_global_generator_is_left_alone() -> None:
-    before = torch.random.get_rng_state()
-    normal(0, SAMPLING, torch.arange(2), 0, SHAPE)
     assert torch.equal(torch.random.get_rng_state(), before)
