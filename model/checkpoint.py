@@ -16,8 +16,8 @@ from runtime.errors import UserError
 from runtime.files import replacing
 
 FORMAT = 1
-# What a file that does not say so is: released ones, and those older than the setting.
-UNSAID = {"skip_slicing": "leading", "norm_groups": "fixed"}
+# Settings of files that lack them: released ones, and those older than the setting.
+DEFAULTS = {"skip_slicing": "leading", "norm_groups": "fixed"}
 
 
 def save(path: str | Path, state: Mapping[str, object]) -> None:
@@ -32,15 +32,15 @@ def save(path: str | Path, state: Mapping[str, object]) -> None:
 
 
 def load(path: str | Path) -> dict:
-    """Read a checkpoint onto the CPU. Raises UserError for a file that is none."""
+    """Read a checkpoint onto the CPU. UserError where the file does not exist or is not one."""
     path = Path(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         beside = sorted(p.stem for p in path.parent.glob("[!.]*.pt"))
-        found = f"; there are {', '.join(beside)}" if beside else ""
+        others = f"; there are {', '.join(beside)}" if beside else ""
         raise UserError(
-            f"no checkpoint at {path}{found}; see --logdir and --ckpt_name, or run --train first"
+            f"no checkpoint at {path}{others}; see --logdir and --ckpt_name, or run --train first"
         ) from error
     except pickle.UnpicklingError as error:
         with path.open("rb") as file:
@@ -57,20 +57,22 @@ def load(path: str | Path) -> dict:
             "take an earlier one with --ckpt_name"
         ) from error
     if not isinstance(state, dict) or not {"net_model", "ema_model"} <= state.keys():
-        found = ", ".join(map(str, list(state)[:5])) if isinstance(state, dict) else type(state)
-        raise UserError(f"{path} has no net_model and ema_model entries (found: {found})")
+        names = ", ".join(map(str, list(state)[:5])) if isinstance(state, dict) else type(state)
+        raise UserError(f"{path} has no net_model and ema_model entries (it has: {names})")
     if not isinstance(state.get("settings", {}), dict):
-        raise UserError(f"{path}: its settings are no table of names and values")
+        raise UserError(f"{path}: its settings are not a table of names and values")
     try:
         int(state.get("step", 0))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be continued or scored: its step is no number") from error
+        raise UserError(
+            f"{path} cannot be continued or scored: its step is not a number"
+        ) from error
     return state
 
 
 def settings(state: Mapping[str, object]) -> dict[str, object]:
-    """What a checkpoint says of its network and training."""
-    return {**UNSAID, **state.get("settings", {})}
+    """The settings of a checkpoint's network and training."""
+    return {**DEFAULTS, **state.get("settings", {})}
 
 
 def fingerprint(net: nn.Module) -> str:
@@ -93,20 +95,20 @@ def entries(state: object, path: str | Path) -> dict[str, Tensor]:
 
 def fill(net: nn.Module, state: object, path: str | Path) -> None:
     """Copy a state dict into `net`. Raises UserError that names the first entry that differs."""
-    found = entries(state, path)
+    stored = entries(state, path)
     for name, expected in net.state_dict().items():
-        if name not in found:
+        if name not in stored:
             raise UserError(f"{path} is for another network: it has no entry {name}")
-        if found[name].shape != expected.shape:
+        if stored[name].shape != expected.shape:
             raise UserError(
-                f"{path} is for another network: {name} is {list(found[name].shape)} there and "
+                f"{path} is for another network: {name} is {list(stored[name].shape)} there and "
                 f"{list(expected.shape)} here; compare --T, --ch, --ch_mult, --attn, "
                 "--num_res_blocks and the data set's channels"
             )
-    extra = [name for name in found if name not in net.state_dict()]
+    extra = [name for name in stored if name not in net.state_dict()]
     if extra:
         raise UserError(f"{path} is for another network: its entry {extra[0]} has no place here")
-    net.load_state_dict(found)
+    net.load_state_dict(stored)
 
 
 def _first_line(error: BaseException) -> str:

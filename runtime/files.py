@@ -52,7 +52,7 @@ def _clear(path: Path) -> None:
         except ProcessLookupError:
             file.unlink(missing_ok=True)
         except (OSError, OverflowError, ValueError):
-            continue  # alive, or none of ours
+            continue  # alive, or not our name
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -67,7 +67,7 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def read_json(path: str | Path) -> object:
-    """The JSON value in `path`; UserError where it is missing or no JSON."""
+    """The JSON value in `path`; UserError where it does not exist or is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -87,10 +87,10 @@ def append_jsonl(path: str | Path, record: object) -> None:
 
 
 def read_jsonl(path: str | Path) -> list:
-    """The records of `path`, none where it is missing.
+    """The records of `path`, none where it does not exist.
 
-    A last line that a killed writer left unfinished is no record; anything else that is not JSON
-    is a UserError.
+    A last line that a killed writer left unfinished is left out; anything else that is not JSON is
+    a UserError.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -114,65 +114,65 @@ def write_jsonl(path: str | Path, records: Iterable[object]) -> None:
 
 @dataclass
 class Unfinished:
-    """A file with what long work has come to, so that it goes on after a kill.
+    """A file with the partial results of long work, which goes on from there after a kill.
 
-    identity: what it depends on; a file of another one is ignored, and one that cannot be read.
-    every: seconds between two looks that are kept.
+    identity: what they depend on; a file with another one is ignored, as is one that cannot be
+    read. every: seconds between two writes.
     """
 
     path: Path
     identity: str
     every: float = 60.0
-    _kept: float = field(default_factory=time.monotonic, init=False)
+    _written: float = field(default_factory=time.monotonic, init=False)
 
     def read(self, device: str | torch.device = "cpu") -> dict | None:
-        """The state that `write` got, its tensors on `device`; None where there is none."""
+        """The state that `write` was given, its tensors on `device`; None where there is none."""
         import torch
 
         try:
             state = torch.load(self.path, map_location=device, weights_only=True)
             return state["state"] if state["identity"] == self.identity else None
-        except Exception:  # none there, or damaged: the work begins anew
+        except Exception:  # missing or damaged: the work starts from the beginning
             return None
 
     def due(self) -> bool:
         """Whether it is time to write."""
-        return time.monotonic() - self._kept >= self.every
+        return time.monotonic() - self._written >= self.every
 
     def write(self, state: Mapping[str, object]) -> None:
-        """Keep this: tensors, numbers, and tuples, lists and dictionaries of them."""
+        """Write `state`: tensors, numbers, and tuples, lists and dictionaries of them."""
         import torch
 
         with replacing(self.path) as temporary:
             torch.save({"identity": self.identity, "state": dict(state)}, temporary)
-        self._kept = time.monotonic()
+        self._written = time.monotonic()
 
     def remove(self) -> None:
-        """The work is done."""
+        """Remove the file: the work is done."""
         self.path.unlink(missing_ok=True)
 
 
-_locks: set[int] = set()  # of folders that this process is alone in
+_locks: set[int] = set()  # file descriptors of folders that this process has locked
 
 
-def _let_go() -> None:
-    """A child has its parent's locks, and one that outlives a killed parent would keep them."""
+def _release_locks() -> None:
+    """A child inherits its parent's locks, and would keep them where it outlives the parent."""
     for lock in _locks:
         os.close(lock)
     _locks.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
+    os.register_at_fork(after_in_child=_release_locks)
 
 
 @contextlib.contextmanager
 def alone_in(folder: str | Path, wait: bool = True) -> Iterator[None]:
-    """A block that one process of this machine at a time is in, for this folder; the others wait,
-    or raise UserError.
+    """A block that one process of this machine at a time may run for this folder; the others wait,
+    or raise UserError where `wait` is false.
 
-    Makes the folder, and takes it away again where nothing was put into it. Where it cannot be
-    locked, as some systems and network disks have it, none waits.
+    Makes the folder, and removes it again where it stayed empty. Where folders cannot be locked, as
+    on some systems and network disks, no process waits.
     """
     folder = Path(folder)
     with contextlib.ExitStack() as stack:
@@ -207,7 +207,7 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 
 def writable_folder(path: str | Path) -> Path:
-    """`path` as a folder that exists and takes files, or UserError."""
+    """`path` as a folder that exists and can be written to, or UserError."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -224,13 +224,13 @@ def writable_folder(path: str | Path) -> Path:
 def save_grid(path: str | Path, images: Tensor, columns: int = 0) -> Tensor:
     """Save images (N, C, H, W) uint8 as one picture (C, H, W), which it returns.
 
-    columns: images a row, about √N by default.
+    columns: images per row, about √N by default.
     """
     from torchvision.io import encode_png
     from torchvision.utils import make_grid
 
     grid = make_grid(images.cpu(), nrow=columns or math.ceil(math.sqrt(len(images))))
     with replacing(path) as temporary:
-        # Not write_png, which leaves half a picture on a full disk and says nothing.
+        # Not write_png, which leaves half a picture on a full disk without an error.
         temporary.write_bytes(encode_png(grid).numpy().tobytes())
     return grid

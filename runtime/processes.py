@@ -1,7 +1,7 @@
-"""Several processes, as torchrun starts them: who am I, and sums over all of us.
+"""Several processes, as torchrun starts them: which one is this, and values of all of them.
 
-Without torchrun there is one process and every function here does next to nothing. A process knows
-itself by its rank, never by its place on a machine, so several machines are nothing special.
+Without torchrun there is one process and every function here does next to nothing. A process is
+known by its rank, never by its place on a machine, so several machines need no special care.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ import torch.distributed as dist
 from runtime.errors import UserError
 
 # How long a process waits for the others: for rank 0 while it writes, or for a candidate of full
-# width that another scores. The loss of a process is seen at once, by torchrun and, on CPUs, by the
-# closed connection.
+# width that another one scores. The end of a process is noticed at once, by torchrun and, on CPUs,
+# by the closed connection.
 PATIENCE = datetime.timedelta(days=1)
 
 _store: dist.Store | None = None
@@ -46,9 +46,9 @@ def is_main() -> bool:
 
 
 def first_to_speak() -> bool:
-    """Whether this process is the first of all to ask, as one that has an error to tell does."""
+    """Whether this process is the first of all to call this: the one that reports an error."""
     if _store is None:
-        return is_main()  # what went wrong before the processes met went wrong in all of them
+        return is_main()  # an error before the processes met is an error of all of them
     try:
         return _store.add("spoken", 1) == 1
     except RuntimeError:  # the store went down with another process
@@ -83,20 +83,20 @@ def group(device: torch.device) -> Iterator[None]:
 
 
 def _end_with_launcher() -> None:
-    """Have the system send SIGTERM when torchrun is gone, which else would leave us at work."""
+    """Have the system send SIGTERM when torchrun ends, which else would leave us running."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, on Linux
 
 
 def _is_loss(error: RuntimeError) -> bool:
-    """Whether `error` says that another process went away."""
+    """Whether `error` says that another process ended."""
     text = str(error).lower()
     signs = ("gloo", "connection closed by peer", "connection reset", "broken pipe")
     return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
 
 
 def gather(value: object) -> list[object]:
-    """Everybody's `value`, in the order of ranks; for small things."""
+    """The `value` of every process, in the order of ranks; for small things."""
     if world() == 1:
         return [value]
     values: list[object] = [None] * world()
@@ -105,5 +105,5 @@ def gather(value: object) -> list[object]:
 
 
 def share(count: int) -> slice:
-    """Which of `count` things in a row are this process's: neighbours, as many as the others'."""
+    """Which of `count` things are this process's share: neighbours, as many as the others have."""
     return slice(rank() * count // world(), (rank() + 1) * count // world())

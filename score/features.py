@@ -160,14 +160,14 @@ def _inception_file(weights: str | Path | None) -> Path:
     if weights is not None:
         path = Path(weights).expanduser()
         if not path.is_file():
-            raise UserError(f"there is no Inception weights file {path}")
+            raise UserError(f"the Inception weights file {path} does not exist; see --fid_weights")
         return path
     from pytorch_fid.inception import FID_WEIGHTS_URL
 
     name = FID_WEIGHTS_URL.rsplit("/", 1)[1]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.is_file():
-        digest = Path(name).stem.rsplit("-", 1)[1]  # torch hub's habit: the SHA-256 begins so
+        digest = Path(name).stem.rsplit("-", 1)[1]  # torch hub: the first digits of the SHA-256
         try:
             os.makedirs(path.parent, exist_ok=True)
             torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(path), hash_prefix=digest)
@@ -189,15 +189,15 @@ def _frozen(network: nn.Module, path: str | Path, device: str | torch.device) ->
     except Exception as error:  # the unpickler trips over foreign bytes in many ways
         raise UserError(f"{path} is not a readable file of network weights") from error
     if not isinstance(state, dict):
-        raise UserError(f"{path} holds no network weights but a {type(state).__name__}")
+        raise UserError(f"{path} holds a {type(state).__name__} instead of network weights")
     expected = network.state_dict()
     for key, value in expected.items():
         # Old files lack these counters, which inference does not read.
         if key not in state and not key.endswith("num_batches_tracked"):
             raise UserError(f"{path} is not for this encoder: it has no entry {key}")
-        found = state.get(key, value)
-        if not isinstance(found, torch.Tensor) or found.shape != value.shape:
-            shape = tuple(getattr(found, "shape", ()))
+        stored = state.get(key, value)
+        if not isinstance(stored, torch.Tensor) or stored.shape != value.shape:
+            shape = tuple(getattr(stored, "shape", ()))
             raise UserError(
                 f"{path} is not for this encoder: {key} has shape {shape}, not {tuple(value.shape)}"
             )

@@ -53,9 +53,9 @@ class InceptionScore:
     @classmethod
     def from_state(cls, state: dict[str, object]) -> "InceptionScore":
         """The inverse of `state`."""
-        found = cls(state["total"], state["splits"])
-        vars(found).update(state)
-        return found
+        score = cls(state["total"], state["splits"])
+        vars(score).update(state)
+        return score
 
     def result(self) -> tuple[float, float]:
         """Mean and (population) standard deviation over the splits."""

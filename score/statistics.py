@@ -1,4 +1,4 @@
-"""Statistics of a data set's features: computed by all processes, kept in files.
+"""Statistics of a data set's features: computed by all processes, written to files.
 
 This file knows images as batches that it is given: no data sets, no flags.
 """
@@ -73,8 +73,9 @@ def _compute(
         "content": images.content,
         "images": (share.start, share.stop),
     }
-    kept = path.with_name(f".{path.name}.unfinished-{rank}.pt")
-    unfinished = files.Unfinished(kept, json.dumps(identity))
+    unfinished = files.Unfinished(
+        path.with_name(f".{path.name}.unfinished-{rank}.pt"), json.dumps(identity)
+    )
     moments = _moments_of(images, share, encoder, description, unfinished)
     if processes.is_main():
         save_statistics(
@@ -89,8 +90,8 @@ def _moments_of(
     images: Images, share: slice, encoder: Encoder, description: str, unfinished: files.Unfinished
 ) -> Moments:
     """Of the features of all images, of which this process encodes its share."""
-    known = unfinished.read(encoder.device)
-    moments = Moments.from_state(known) if known else Moments()
+    state = unfinished.read(encoder.device)
+    moments = Moments.from_state(state) if state else Moments()
     start = share.start + moments.count
     moments = statistics_of(
         images.batches(start, share.stop),
@@ -102,8 +103,8 @@ def _moments_of(
     )
     everyone = processes.gather({key: value.cpu() for key, value in moments.state().items()})
     moments = Moments()
-    for theirs in everyone:
-        moments.merge(Moments.from_state(theirs))
+    for state in everyone:
+        moments.merge(Moments.from_state(state))
     return moments
 
 
@@ -147,12 +148,12 @@ def load_statistics(
     What the file says of itself must agree with `encoder_name` and `about`; pytorch-fid's files
     say nothing and are believed. UserError names the file, what is in it and what to do.
     """
-    remedy = "delete it or name another file with --fid_cache, and it is computed anew"
+    remedy = "delete it or name another file with --fid_cache, and it is computed again"
     entries = _read_npz(Path(path), remedy)
     for key in ("mu", "sigma"):
         if key not in entries:
-            found = ", ".join(sorted(entries)) or "nothing"
-            raise UserError(f"{path} has no entry {key!r} (found: {found}): {remedy}")
+            names = ", ".join(sorted(entries)) or "none"
+            raise UserError(f"{path} has no entry {key!r} (its entries: {names}): {remedy}")
     stored = {name: value.item() for name, value in entries.items() if value.size == 1}
     agree(path, stored, {"encoder": encoder_name, **about}, remedy)
     for key, shape in (("mu", (dim,)), ("sigma", (dim, dim))):
@@ -162,7 +163,7 @@ def load_statistics(
                 f"{encoder_name} need {shape}: {remedy}"
             )
         if entries[key].dtype.kind not in "fiu" or not np.isfinite(entries[key]).all():
-            raise UserError(f"{path}: {key} holds something else than finite numbers: {remedy}")
+            raise UserError(f"{path}: {key} holds values that are not finite numbers: {remedy}")
     return entries["mu"].astype(np.float64), entries["sigma"].astype(np.float64)
 
 
@@ -176,8 +177,8 @@ def _read_npz(path: Path, remedy: str) -> dict[str, np.ndarray]:
             with loaded:
                 return {key: loaded[key] for key in loaded.files}
     except FileNotFoundError as error:
-        raise UserError(f"there is no statistics file {path}") from error
+        raise UserError(f"the statistics file {path} does not exist") from error
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
-            f"{path} is no readable .npz of plain arrays mu, sigma: {remedy}"
+            f"{path} is not a readable .npz of plain arrays mu, sigma: {remedy}"
         ) from error

@@ -517,7 +517,7 @@ def test_data_set_of_other_channels(refused: Refused, run_folder: Path, here: Pa
             {"mu": np.zeros(64), "sigma": np.eye(64), "dataset": "cifar10"},
             "dataset: cifar10 there, digits here",
         ),
-        ({"mu": np.array([Trap], dtype=object), "sigma": np.eye(64)}, "no readable .npz"),
+        ({"mu": np.array([Trap], dtype=object), "sigma": np.eye(64)}, "not a readable .npz"),
     ],
 )
 def test_wrong_statistics(
@@ -532,7 +532,7 @@ def test_wrong_statistics(
 def test_statistics_that_are_no_npz(refused: Refused, run_folder: Path, here: Path) -> None:
     for content in (b"", b"PK\x03\x04 torn", b"text", pickle.dumps({"mu": 1})):
         (here / "stats.npz").write_bytes(content)
-        refused("stats.npz is no readable .npz", *EVAL, "--eval")
+        refused("stats.npz is not a readable .npz", *EVAL, "--eval")
 
 
 def test_statistics_of_two_folders(run_folder: Path) -> None:
@@ -599,7 +599,7 @@ def test_inception_that_cannot_be_had(
     line = refused("put pt_inception-2015-12-05-6726825d.pth", *EVAL, "--eval",
                    "--fid_encoder=inception")  # fmt: skip
     assert str(here / "torch" / "hub" / "checkpoints") in line
-    refused("no Inception weights file nothing.pth", *EVAL, "--eval", "--fid_encoder=inception",
+    refused("Inception weights file nothing.pth", *EVAL, "--eval", "--fid_encoder=inception",
             "--fid_weights=nothing.pth")  # fmt: skip
 
 
