@@ -172,10 +172,12 @@ class Trainer:
                 f"{self.path} was trained with other settings ({'; '.join(differing)}); "
                 "use the same ones to continue it, or another --logdir to start anew"
             )
+        checkpoint.check_optimizer(state.get("optim"), self.optim, self.path)
+        checkpoint.check_scheduler(state.get("sched"), self.sched, self.path)
         checkpoint.fill(self.net, state["net_model"], self.path)
         checkpoint.fill(self.ema.model, state["ema_model"], self.path)
         try:
-            self.optim.load_state_dict(state["optim"])
+            checkpoint.load_optimizer(self.optim, state["optim"])
             self.sched.load_state_dict(state["sched"])
             self.step = int(state["step"])
             self.arithmetic = str(state.get("arithmetic", ""))
@@ -183,8 +185,10 @@ class Trainer:
             raise UserError(
                 f"{self.path} cannot be continued: its optim, sched or step does not fit ({error})"
             ) from error
-        if getattr(state.get("x_T"), "shape", None) == self.x_T.shape:
-            self.x_T = state["x_T"]
+        x_T = state.get("x_T", self.x_T)
+        if getattr(x_T, "shape", None) == self.x_T.shape:  # else of another --sample_size
+            checkpoint.check_tensor(x_T, self.x_T, f"{self.path}: x_T")
+            self.x_T = x_T
         return True
 
     def save(self, numbered: bool = False) -> None:

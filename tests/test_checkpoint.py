@@ -1,5 +1,6 @@
 """Checkpoints that must load, that must be refused, and the moving average they hold."""
 
+import copy
 import os
 import pickle
 import resource
@@ -11,9 +12,17 @@ import pytest
 import torch
 from conftest import ROOT
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from model import EMA
-from model.checkpoint import fill, load, save
+from model.checkpoint import (
+    check_optimizer,
+    check_scheduler,
+    fill,
+    load,
+    load_optimizer,
+    save,
+)
 from runtime.errors import UserError
 from runtime.files import save_grid
 
@@ -156,6 +165,10 @@ GOOD = network().state_dict()
         ({k: v for k, v in GOOD.items() if k[0] == "0"}, r"no entry 1\.weight"),
         (GOOD | {"2.weight": torch.zeros(1)}, r"entry 2\.weight has no place"),
         (GOOD | {"1.bias": torch.zeros(5)}, r"1\.bias"),
+        (GOOD | {"1.bias": torch.tensor([0.0, torch.nan])}, r"1\.bias.*finite"),
+        (GOOD | {"1.bias": torch.zeros(2).to_sparse()}, r"1\.bias.*dense"),
+        (GOOD | {"1.bias": torch.zeros(2, device="meta")}, r"1\.bias.*dense"),
+        (GOOD | {"1.bias": torch.zeros(2, dtype=torch.long)}, r"1\.bias.*int64"),
         *[(entries, "") for entries in (None, [1], {"0.weight": 3}, {"0.weight": [1.0]}, {})],
     ],
 )
@@ -165,6 +178,123 @@ def test_the_first_mismatch_is_named_and_changes_nothing(entries: object, messag
     with pytest.raises(UserError, match=rf"f\.pt.*{message}"):
         fill(net, entries, "f.pt")
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+# --- the state of a training run ------------------------------------------------------------------
+
+
+def trained(net: nn.Module, steps: int = 3) -> tuple[torch.optim.Adam, LambdaLR]:
+    """What a training run goes on from."""
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1, fused=True)
+    scheduler = LambdaLR(optimizer, lambda step: 1.0)
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        for parameter in net.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = torch.empty_like(parameter).copy_(noise)
+        optimizer.step()
+        scheduler.step()
+    optimizer.zero_grad()
+    return optimizer, scheduler
+
+
+def replaced(state: dict, *place: object) -> dict:
+    """A copy of nested dictionaries and lists with the last of `place` at the others."""
+    *keys, last, value = place
+    state = inner = copy.deepcopy(state)
+    for key in keys:
+        inner = inner[key]
+    inner[last] = value
+    return state
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (("state", 3, "exp_avg", torch.zeros(3)), "3 exp_avg .*3.*2"),
+        (("state", 0, "exp_avg", torch.zeros(())), "0 exp_avg "),
+        (("state", 0, "exp_avg", torch.zeros(2, 3)), "0 exp_avg "),
+        (("state", 0, "exp_avg", torch.zeros(3, 2).to_sparse()), "0 exp_avg .*dense"),
+        (("state", 0, "exp_avg", torch.zeros(3, 2, dtype=torch.int8)), "0 exp_avg .*int8"),
+        (("state", 0, "exp_avg", torch.full((3, 2), torch.inf)), "0 exp_avg .*finite"),
+        (("state", 0, "exp_avg_sq", -torch.ones(3, 2)), "0 exp_avg_sq .*negative"),
+        (("state", 0, "exp_avg_sq", [0.0]), "0 exp_avg_sq .*tensor"),
+        (("state", 0, "step", torch.zeros(2)), "0 step"),
+        (("state", 0, "step", torch.tensor(-1.0)), "0 step"),
+        (("state", 0, "step", torch.tensor(torch.nan)), "0 step"),
+        (("state", 0, "step", "3"), "0 step"),
+        (("state", 0, "step", 3), "step"),  # where the others are tensors
+        (("state", 0, {}), "state 0"),
+        (("state", 9, {}), "state 9"),
+        (("state", torch.zeros(2, 2), {}), "state tensor"),
+        (("state", []), "optim"),
+        (("param_groups", {}), "group"),
+        (("param_groups", 0, []), "group"),
+        (("param_groups", 0, "params", [0, 1, 2]), "parameters"),
+        (("param_groups", 0, "params", [0, 1, 2, 2]), "twice"),
+        (("param_groups", 0, "params", [0, 1, 2, "a"]), "numbered"),
+        (("param_groups", 0, "lr", "0.1"), "lr"),
+        (("param_groups", 0, "lr", torch.nan), "lr"),
+        (("param_groups", 0, "lr", 10**400), "lr"),
+        (("param_groups", 0, "betas", [0.9]), "betas"),
+        (("param_groups", 0, "betas", torch.ones(2)), "betas"),
+        (("param_groups", 0, "eps", 0.1), "eps"),
+        (("param_groups", 0, "amsgrad", True), "amsgrad"),
+        (("param_groups", 0, "fused", "yes"), "fused"),
+        (("param_groups", 0, "later", torch.ones(2)), "later"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_optimizer_state_that_does_not_fit_is_refused(place: tuple, message: str) -> None:
+    optimizer, _ = trained(network())
+    state = optimizer.state_dict()
+    check_optimizer(state, optimizer, "f.pt")
+    with pytest.raises(UserError, match=rf"f\.pt: optim.*{message}") as error:
+        check_optimizer(replaced(state, *place), optimizer, "f.pt")
+    assert "\n" not in str(error.value)
+
+
+def test_optimizer_states_of_other_programs_are_welcome() -> None:
+    """Steps that are numbers, as torch 1.11 wrote them; groups without or with a few names more."""
+    optimizer, scheduler = trained(network())
+    state = optimizer.state_dict()
+    group = {k: v for k, v in state["param_groups"][0].items() if k in ("lr", "betas", "eps")}
+    group |= {"weight_decay": 0, "params": [5, 6, 7, 8], "amsgrad": False, "later": None}
+    values = {5 + k: v | {"step": int(v["step"])} for k, v in state["state"].items()}
+    check_optimizer({"state": values, "param_groups": [group]}, optimizer, "f.pt")
+    check_optimizer({"state": {}, "param_groups": [group]}, optimizer, "f.pt")
+    check_scheduler(scheduler.state_dict() | {"verbose": False}, scheduler, "f.pt")
+
+
+def test_moments_go_to_their_own_weights_in_any_memory_order() -> None:
+    nets = [nn.Conv2d(3, 4, 2), nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)]
+    optimizer, _ = trained(nets[0])
+    other, _ = trained(nets[1], 0)
+    nets[1].load_state_dict(nets[0].state_dict())
+    state = copy.deepcopy(optimizer.state_dict())
+    check_optimizer(state, other, "f.pt")
+    load_optimizer(other, state)
+    for net, one in zip(nets, (optimizer, other), strict=True):
+        net(torch.ones(1, 3, 2, 2)).square().sum().backward()
+        one.step()
+    torch.testing.assert_close(nets[1].weight, nets[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("last_epoch", -1), ("last_epoch", 2.5), ("last_epoch", True), ("_step_count", None),
+        ("base_lrs", [0.1, 0.1]), ("base_lrs", ["a"]), ("base_lrs", [torch.nan]), ("base_lrs", 1),
+        ("lr_lambdas", [{"a": 1}]), ("_last_lr", []), ("step", 3), ("optimizer", None),
+        ("later", [1]), (3, [1]),
+    ],
+)  # fmt: skip
+def test_a_scheduler_state_that_does_not_fit_is_refused(name: object, value: object) -> None:
+    _, scheduler = trained(network())
+    check_scheduler(scheduler.state_dict(), scheduler, "f.pt")
+    for state in (scheduler.state_dict() | {name: value}, None, {}):
+        with pytest.raises(UserError, match=rf"f\.pt: sched.*{name if state else ''}"):
+            check_scheduler(state, scheduler, "f.pt")
 
 
 def test_names_from_data_parallel() -> None:

@@ -561,4 +561,19 @@ def test_checkpoint_that_cannot_go_on(run_folder: Path, refused: Callable, entry
     for value in (None, {"param_groups": 3}):
         state[entry] = value
         torch.save(state, run_folder / "ckpt.pt")
-        refused(r"run/ckpt\.pt cannot be continued", *TRAIN, "--logdir=run", "--total_steps=8")
+        refused(rf"run/ckpt\.pt.*{entry}", *TRAIN, "--logdir=run", "--total_steps=8")
+
+
+@pytest.mark.parametrize("entry", ["moments", "EMA", "x_T"])
+def test_tensors_that_do_not_fit_are_refused(
+    run_folder: Path, refused: Callable, entry: str
+) -> None:
+    state = torch.load(run_folder / "ckpt.pt", weights_only=True)
+    if entry == "moments":  # fused Adam would end in SIGSEGV
+        state["optim"]["state"][3]["exp_avg"], about = torch.zeros(3), "3 exp_avg"
+    elif entry == "EMA":
+        state["ema_model"]["head.weight"][0, 0, 0, 0], about = torch.nan, "head.weight .*finite"
+    else:
+        state["x_T"][0], about = torch.inf, "x_T .*finite"
+    torch.save(state, run_folder / "ckpt.pt")
+    refused(rf"run/ckpt\.pt: .*{about}", *TRAIN, "--logdir=run", "--total_steps=8")
