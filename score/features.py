@@ -201,6 +201,8 @@ def _frozen(network: nn.Module, path: str | Path, device: str | torch.device) ->
             raise UserError(
                 f"{path} is not for this encoder: {key} has shape {shape}, not {tuple(value.shape)}"
             )
+        if not bool(stored.isfinite().all()):
+            raise UserError(f"{path}: {key} holds values that are not finite")
     extra = next((key for key in state if key not in expected), None)
     if extra is not None:
         raise UserError(f"{path} is not for this encoder: unexpected entry {extra}")

@@ -11,6 +11,7 @@ import scipy.linalg
 import torch
 
 from runtime import processes
+from runtime.errors import UserError
 
 Array = np.ndarray | torch.Tensor
 
@@ -55,9 +56,18 @@ class Moments:
 
     @property
     def covariance(self) -> torch.Tensor:
-        """Unbiased (D, D), as np.cov; ValueError with fewer than two samples."""
+        """Unbiased (D, D), as np.cov; ValueError with fewer than two samples.
+
+        UserError where any feature was not finite, which the sums then are not, either. Looking at
+        every batch would have a GPU wait.
+        """
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
+        if not bool(self.mean.isfinite().all() and self.scatter.isfinite().all()):
+            raise UserError(
+                f"the features of {self.count} images are not all finite numbers, so they have no "
+                "score: see the encoder's weights (--fid_weights)"
+            )
         return self.scatter / (self.count - 1)
 
     def state(self) -> dict[str, torch.Tensor]:

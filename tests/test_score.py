@@ -123,6 +123,15 @@ def test_moments_share_no_memory_and_one_sample_has_no_covariance():
         _ = one.covariance
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_features_that_are_not_finite_have_no_score(value):
+    moments = score.Moments()
+    for batch in torch.ones(6, 3).index_put((torch.tensor(1),), torch.tensor(value)).split(2):
+        moments.update(batch)
+    with pytest.raises(UserError, match="finite"):
+        _ = moments.covariance
+
+
 # --- Inception Score ------------------------------------------------------------------------------
 
 
@@ -381,6 +390,7 @@ def test_wrong_inception_weights_name_the_entry(hub, monkeypatch, tmp_path):
     cases = {
         f"it has no entry {key}": {k: v for k, v in good.items() if k != key},
         rf"{key} has shape \(1,\), not \(64, 192, 1, 1\)": good | {key: torch.zeros(1)},
+        f"{key} .*finite": good | {key: torch.full((64, 192, 1, 1), torch.nan)},
         "unexpected entry more": good | {"more": torch.zeros(1)},
         "list": [1],
     }
