@@ -27,8 +27,15 @@ from tqdm import tqdm
 
 import dataset as data
 import diffusion
-from model import EMA, Condition, StepAwareDenoiser, candidates, checkpoint, compile_network
-from model.cpu import native
+from model import (
+    EMA,
+    Condition,
+    StepAwareDenoiser,
+    candidates,
+    checkpoint,
+    compile_network,
+    ready_to_train,
+)
 from runtime import processes as distributed
 from runtime.errors import UserError
 from runtime.files import append_jsonl, read_jsonl, save_grid, write_jsonl
@@ -236,7 +243,7 @@ class Trainer:
     def train_step(self, network: nn.Module, x_0: Tensor, labels: Tensor | None = None) -> None:
         """One update on a batch; labels (B,) where there are classes. `network` wraps self.net."""
         s, rank, world = self.settings, distributed.rank(), distributed.world()
-        # Dropout's. On a CPU every process draws all masks, see model/slimmable.py.
+        # Dropout's. On a CPU every process draws all masks, see model/cpu/dropout.py.
         together = self.device.type == "cpu" and not self._compiles()
         torch.manual_seed(_mix(s.seed, self.step, 0 if together else rank))
         mine = slice(rank * len(x_0), (rank + 1) * len(x_0))
@@ -255,10 +262,7 @@ class Trainer:
             last = i == len(widths) - 1
             # Gradients of all passes add up; several processes exchange them once.
             quiet = getattr(network, "no_sync", contextlib.nullcontext)
-            with (
-                contextlib.nullcontext() if last else quiet(),
-                native.active(self.arithmetic == "winograd"),
-            ):
+            with contextlib.nullcontext() if last else quiet():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
                     prediction = network(x_t, t, width, *told).to(target)
                     loss = nn.functional.mse_loss(prediction, target)
@@ -361,6 +365,7 @@ class Trainer:
         if not self.arithmetic:
             default = "bfloat16" if self.settings.amp == "bf16" else "float32"
             self.arithmetic = self.choose_arithmetic() if self.choose_arithmetic else default
+        ready_to_train(self.net, self.arithmetic, self.device)
         # Not as CUDA graphs: gradients add up over the passes, and a graph's would be overwritten.
         net = compile_network(self.net) if self._compiles() else self.net
         if distributed.world() > 1:

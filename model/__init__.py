@@ -1,10 +1,16 @@
 """The slimmable network, its width schedules and its checkpoints. Sees tensors, nothing else."""
 
 from model.compiling import check_compiler, compile_network
-from model.cpu.allocator import keep_freed
 from model.denoiser import Condition, StepAwareDenoiser
 from model.ema import EMA
-from model.networks import ARITHMETIC, Candidate, candidates, latency
+from model.networks import (
+    ARITHMETIC,
+    Candidate,
+    candidates,
+    keep_freed,
+    latency,
+    ready_to_train,
+)
 from model.schedule import WidthSchedule, average, entries_for_calls
 from model.unet import SlimmableUNet, UNetSettings
 
@@ -24,4 +30,5 @@ __all__ = [
     "entries_for_calls",
     "keep_freed",
     "latency",
+    "ready_to_train",
 ]

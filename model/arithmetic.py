@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from model import ARITHMETIC, Candidate
-from model.cpu import native
-from model.networks import latency
+from model.networks import available, latency
 from runtime import processes as distributed
 from runtime.errors import UserError
 from runtime.files import read_json, write_json
@@ -66,7 +65,7 @@ def _read(path: Path) -> dict[float, str]:
 def _fastest(net: nn.Module, width: float, shape: tuple[int, int, int]) -> str:
     """The one of CPU_CHOICES in which a pass of the subnet takes least time."""
     cpu = torch.device("cpu")
-    names = [name for name in CPU_CHOICES if name != "winograd" or native.library()]
+    names = [name for name in CPU_CHOICES if name != "winograd" or available()]
     networks = {name: Candidate(net.subnet(width), name) for name in names}
     # Where bfloat16 is emulated it is many times slower, and one image tells that already.
     one = {name: latency(network, shape, 1, cpu, 0.0) for name, network in networks.items()}

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 
 import torch
 from torch import nn
 
-from model.cpu.native import compiler
 from runtime.errors import UserError
 
 # A network is compiled for each of its widths, and each width's subnet counts as one more version
 # of the same code; torch's own limit is 8.
 VERSIONS = 64
+
+
+def compiler() -> str | None:
+    """The path of a C++ compiler, the one of $CXX before others."""
+    named = (os.environ.get("CXX", ""), "g++", "clang++", "c++")
+    return next(filter(None, map(shutil.which, filter(None, named))), None)
 
 
 def check_compiler(device: torch.device) -> None:

@@ -11,8 +11,28 @@ import torch
 from torch import Tensor, nn
 
 from model.compiling import compile_network
-from model.cpu import native
-from model.cpu.dense import replace_layers
+from runtime.errors import UserError
+
+try:
+    from model.cpu import available, fast_dropout, fuse, keep_freed
+except ImportError:  # that folder may be missing
+
+    def available() -> bool:
+        """Whether Winograd's convolutions can be had here."""
+        return False
+
+    def fuse(network: nn.Module) -> None:
+        """What `winograd` needs."""
+        raise UserError(
+            "the arithmetic `winograd` needs the folder model/cpu, which is not there: put it "
+            "back, or name another arithmetic with --amp"
+        )
+
+    def fast_dropout(network: nn.Module) -> None:
+        """Torch's own stays."""
+
+    def keep_freed(enabled: bool = True) -> None:
+        """The C library's own way stays."""
 
 
 class Supernet(Protocol):
@@ -44,7 +64,7 @@ class Candidate(nn.Module):
         self.arithmetic, self.dtype = arithmetic, ARITHMETIC[arithmetic]
         network = network.to(dtype=self.dtype, memory_format=torch.channels_last)
         if arithmetic == "winograd":
-            replace_layers(network)
+            fuse(network)
         self.compiled, self._batch = compiled and arithmetic != "winograd", 0
         self.network = compile_network(network, graphs=True) if self.compiled else network
 
@@ -58,8 +78,7 @@ class Candidate(nn.Module):
             inputs = [torch.cat([v, v[:1].expand(more, *v.shape[1:])]) for v in inputs]
         x, t, *labels = inputs
         x = x.to(self.dtype, memory_format=torch.channels_last)
-        with native.active(self.arithmetic == "winograd"):
-            out = self.network(x, t, **({"labels": labels[0]} if labels else {}))[:count]
+        out = self.network(x, t, **({"labels": labels[0]} if labels else {}))[:count]
         # A CUDA graph writes its next result over this one, hence a copy.
         return out.to(torch.float32, memory_format=torch.contiguous_format, copy=self.compiled)
 
@@ -73,6 +92,17 @@ def candidates(
     """A dense candidate network for each width; `arithmetic` is for all or by width."""
     named = {w: arithmetic if isinstance(arithmetic, str) else arithmetic[w] for w in widths}
     return {w: Candidate(net.subnet(w), named[w], compiled) for w in named}
+
+
+def ready_to_train(net: nn.Module, arithmetic: str, device: torch.device) -> None:
+    """Put into `net`, in place, what its training steps run faster with; its parameters stay.
+
+    arithmetic: a key of ARITHMETIC.
+    """
+    if device.type == "cpu":
+        fast_dropout(net)
+        if arithmetic == "winograd":
+            fuse(net)
 
 
 @torch.inference_mode()

@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.cpu import native, norm, winograd
-from runtime import processes as distributed
 from runtime.errors import UserError
 
 
@@ -104,19 +102,13 @@ class SlimmableConv2d(Slimmable, nn.Conv2d):
         weight = self.inputs.take(self.outputs.take(self.weight, width), width, dim=1)
         return weight, self.outputs.take(self.bias, width)
 
-    def forward(self, x: Tensor, width: float, plus: Tensor | None = None) -> Tensor:
-        """plus: what is added to the output, (B, C, H, W) or (B, C, 1, 1)."""
-        weight, bias = self.slice(width)
-        if native.wanted() and winograd.fits(self, weight):
-            return winograd.convolution(x, weight, bias, plus)
-        out = self._conv_forward(x, weight, bias)
-        # Into what has just been made: one tensor less to write and to keep.
-        return out if plus is None else out.add_(plus)
+    def forward(self, x: Tensor, width: float) -> Tensor:
+        return self._conv_forward(x, *self.slice(width))
 
     def cut(self, width: float) -> SlimmableConv2d:
         """A dense layer of its own that holds a contiguous copy of what `width` uses."""
         with torch.device("meta"):  # parameters that are replaced anyway
-            layer = SlimmableConv2d(
+            layer = type(self)(
                 self.inputs.at(width), self.outputs.at(width), self.kernel_size[0], self.stride[0]
             )
         return _filled(layer, *self.slice(width))
@@ -168,64 +160,20 @@ class SlimmableGroupNorm(Slimmable, nn.GroupNorm):
         """Scale and shift (c,) at `width`."""
         return self.inputs.take(self.weight, width), self.inputs.take(self.bias, width)
 
-    def forward(self, x: Tensor, width: float, silu: bool = False) -> Tensor:
-        """silu: whether that follows."""
-        (weight, bias), groups = self.slice(width), self.groups(width)
-        if native.wanted() and norm.fits(weight, groups):
-            return norm.norm(x, weight, bias, groups, self.eps, silu)
-        out = F.group_norm(x, groups, weight, bias, self.eps)
-        return F.silu(out) if silu else out
+    def forward(self, x: Tensor, width: float) -> Tensor:
+        return F.group_norm(x, self.groups(width), *self.slice(width), self.eps)
 
     def cut(self, width: float) -> SlimmableGroupNorm:
         """A dense layer of its own that holds a copy of what `width` uses."""
         with torch.device("meta"):
-            layer = SlimmableGroupNorm(self.groups(width), self.inputs.at(width))
+            layer = type(self)(self.groups(width), self.inputs.at(width))
         return _filled(layer, *self.slice(width))
-
-
-class Dropout(nn.Dropout):
-    """Dropout; on a CPU from 16 random bits an element, which is several times faster than torch's
-    way and rounds the rate to 1/65536.
-
-    There each of several processes draws the masks of the whole batch and keeps those of its own
-    images, so that, with the same seed, they are those of one process.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if (
-            not (self.training and self.p)
-            or x.device.type != "cpu"
-            or torch.compiler.is_compiling()
-        ):
-            return super().forward(x)
-        count = x.numel()
-        draws = torch.empty(-(-distributed.world() * count // 4), dtype=torch.int64)
-        draws = draws.random_(-(2**63), None).view(torch.int16)
-        mine = draws[distributed.rank() * count :][:count]
-        kept = mine >= round(self.p * 2**16) - 2**15
-        strides = torch.empty_like(x).stride()  # x's own where it has no gaps
-        return x * (kept / (1 - self.p)).to(x).as_strided(x.shape, strides)
-
-
-def replace_dropout(net: nn.Module) -> None:
-    """Torch's dropout in `net` becomes that of this file."""
-    for module in list(net.modules()):
-        for name, layer in list(module.named_children()):
-            if type(layer) is nn.Dropout:
-                setattr(module, name, Dropout(layer.p).train(layer.training))
 
 
 class SlimmableSequential(Slimmable, nn.Sequential):
     """Layers in a row; those that can narrow are told the width."""
 
-    def forward(self, x: Tensor, width: float, plus: Tensor | None = None) -> Tensor:
-        """plus: what the last layer, a convolution, adds to its output."""
-        layers = list(self)
-        while layers:
-            layer = layers.pop(0)
-            more = {} if layers or plus is None else {"plus": plus}
-            if isinstance(layer, SlimmableGroupNorm) and layers and isinstance(layers[0], nn.SiLU):
-                layers.pop(0)
-                more = {"silu": True}
-            x = layer(x, width, **more) if isinstance(layer, Slimmable) else layer(x)
+    def forward(self, x: Tensor, width: float) -> Tensor:
+        for layer in self:
+            x = layer(x, width) if isinstance(layer, Slimmable) else layer(x)
         return x

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from model.slimmable import (
     Channels,
-    Dropout,
     Slimmable,
     SlimmableConv2d,
     SlimmableGroupNorm,
@@ -211,15 +210,18 @@ class Attention(nn.Module):
             _initialise(layer)
         _initialise(self.proj, gain=1e-5)
 
-    def forward(self, x: Tensor, width: float) -> Tensor:
+    def attend(self, x: Tensor, width: float) -> Tensor:
+        """What each pixel takes from all, before it is projected and added."""
         h = self.group_norm(x, width)
         q, k, v = (
             proj(h, width).flatten(2).transpose(1, 2)[:, None]  # (B, 1, H·W, C)
             for proj in (self.proj_q, self.proj_k, self.proj_v)
         )
         h = F.scaled_dot_product_attention(q, k, v)  # scaled by the sliced C
-        h = h[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
-        return self.proj(h, width, plus=x)
+        return h[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
+
+    def forward(self, x: Tensor, width: float) -> Tensor:
+        return self.proj(self.attend(x, width), width) + x  # a sum is laid out as its first term
 
 
 class ResBlock(nn.Module):
@@ -240,7 +242,7 @@ class ResBlock(nn.Module):
         self.block2 = SlimmableSequential(
             norm(outputs),
             nn.SiLU(),
-            Dropout(dropout),
+            nn.Dropout(dropout),
             SlimmableConv2d(outputs, outputs, 3),
         )
         self.shortcut = (
@@ -254,8 +256,9 @@ class ResBlock(nn.Module):
             _initialise(self.shortcut)
 
     def forward(self, x: Tensor, temb: Tensor, width: float) -> Tensor:
-        h = self.block1(x, width, plus=self.temb_proj(temb, width)[:, :, None, None])
-        h = self.block2(h, width, plus=self.shortcut(x, width))
+        h = self.block1(x, width)
+        h = h + self.temb_proj(temb, width)[:, :, None, None]
+        h = self.block2(h, width) + self.shortcut(x, width)
         return self.attn(h, width)
 
 

@@ -98,7 +98,7 @@ def test_another_program_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> Non
     truth = {"float32": 3.0, "bfloat16": 4.0, "winograd": 2.0}
     turns = dict.fromkeys(truth, 0)
     monkeypatch.setattr(arithmetic, "Candidate", lambda net, name: name)
-    monkeypatch.setattr(arithmetic.native, "library", lambda: True)
+    monkeypatch.setattr(arithmetic, "available", lambda: True)
 
     def busy(name: str, shape: tuple, batch: int, *rest: object) -> float:
         if batch == 1:

@@ -11,15 +11,12 @@ from torch import nn
 from model import Candidate, SlimmableUNet, UNetSettings, candidates
 from model.slimmable import (
     Channels,
-    Dropout,
     SlimmableConv2d,
     SlimmableGroupNorm,
     SlimmableLinear,
-    replace_dropout,
     round_channels,
 )
 from model.unet import ResBlock, sinusoids
-from runtime import processes as distributed
 from runtime.errors import UserError
 
 CIFAR = dict(T=1000, ch=128, ch_mult=[1, 2, 2, 2], attn=[1], num_res_blocks=2, dropout=0.1)
@@ -254,8 +251,6 @@ def test_proportional_groups(width: float, slicing: str, batch: tuple) -> None:
     net.check_width(width)
     out = net(*batch, width)
     torch.testing.assert_close(net.subnet(width)(*batch), out, rtol=1e-4, atol=1e-5)
-    winograd = candidates(net, [width], "winograd")[width](*batch)
-    torch.testing.assert_close(winograd, out, rtol=1e-3, atol=1e-4)
     if width == 1:
         assert torch.equal(out, fixed(*batch))
     else:
@@ -361,49 +356,6 @@ def test_dropout_acts_in_training_alone(batch: tuple) -> None:
     assert torch.equal(net(*batch, 0.5), net(*batch, 0.5))
     net.train()
     assert not torch.equal(net(*batch, 0.5), net(*batch, 0.5))
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_dropouts_masks(layout: torch.memory_format) -> None:
-    layer, x = Dropout(0.3), torch.full((5, 7, 33, 31), 2.0).to(memory_format=layout)
-    x.requires_grad_()
-    torch.manual_seed(0)
-    found = layer(x)
-    torch.manual_seed(0)
-    assert torch.equal(layer(x), found)
-    assert not torch.equal(layer(x), found)
-    found.sum().backward()
-    assert torch.equal(layer.eval()(x), x)
-    assert torch.equal(x.grad * 2, found)
-    dropped = found == 0
-    torch.testing.assert_close(
-        found[~dropped], (2 / 0.7 * torch.ones(())).expand(int((~dropped).sum()))
-    )
-    # Neighbours share a draw's bits: they, too, have to be independent.
-    for many in (dropped, dropped.flatten()[::4]):
-        share = many.double().mean()
-        assert abs(share - 0.3) < 5 * (0.21 / many.numel()) ** 0.5
-    both = (dropped.flatten()[1:] & dropped.flatten()[:-1]).double().mean()
-    assert abs(both - 0.09) < 0.01
-
-
-def test_processes_drop_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = Dropout(0.3), torch.randn(6, 4, 3, 3).to(memory_format=torch.channels_last)
-    torch.manual_seed(0)
-    whole, parts = layer(x), []
-    monkeypatch.setattr(distributed, "world", lambda: 3)
-    for rank in range(3):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        torch.manual_seed(0)
-        parts.append(layer(x[2 * rank : 2 * rank + 2]))
-    assert torch.equal(torch.cat(parts), whole)
-
-
-def test_dropout_of_other_networks_is_replaced() -> None:
-    net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(0.3))).eval()
-    replace_dropout(net)
-    assert isinstance(net[1][0], Dropout)
-    assert (net[1][0].p, net[1][0].training) == (0.3, False)
 
 
 @pytest.mark.parametrize(

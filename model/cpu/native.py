@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import os
-import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextvars import ContextVar
 from pathlib import Path
 
 import torch
+
+from model.compiling import compiler
 
 POINTER, LONG = ctypes.c_void_p, ctypes.c_long
 ARGUMENTS = {
@@ -23,29 +20,6 @@ ARGUMENTS = {
     "norm": [POINTER] * 5 + [LONG] * 6 + [ctypes.c_float],
     "norm_backward": [POINTER] * 7 + [LONG] * 6,
 }
-
-_active: ContextVar[bool] = ContextVar("native", default=False)
-
-
-@contextlib.contextmanager
-def active(enabled: bool = True) -> Iterator[None]:
-    """Slimmable layers that are called within use these loops where they fit."""
-    token = _active.set(enabled)
-    try:
-        yield
-    finally:
-        _active.reset(token)
-
-
-def wanted() -> bool:
-    """Whether a call is within `active`, and not of code that torch.compile takes apart."""
-    return not torch.compiler.is_compiling() and _active.get()
-
-
-def compiler() -> str | None:
-    """The path of a C++ compiler, the one of $CXX before others."""
-    named = (os.environ.get("CXX", ""), "g++", "clang++", "c++")
-    return next(filter(None, map(shutil.which, filter(None, named))), None)
 
 
 @functools.cache
@@ -68,6 +42,11 @@ def library() -> ctypes.CDLL | None:
         function = getattr(found, name)
         function.argtypes, function.restype = arguments, None
     return found
+
+
+def available() -> bool:
+    """Whether these loops can be compiled here."""
+    return library() is not None
 
 
 def nhwc(x: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from model.diffusers.loading import CLASSES, read_model, trained_timesteps
 from model.diffusers.plan import RESNETS, Planner, narrow
-from model.slimmable import replace_dropout
 from runtime.errors import UserError
 
 TOKENS = 77  # of a text prompt, for counting FLOPs where none is given
@@ -74,7 +73,6 @@ class SlimmableDiffusersUNet(nn.Module):
         if type(model).__name__ not in CLASSES:
             raise UserError(f"a {type(model).__name__} is not one of {', '.join(CLASSES)}")
         self.model = model
-        replace_dropout(model)
         self.plan = Planner(model, norm_groups == "proportional")()
         config = json.loads(model.to_json_string())
         self.settings = DiffusersSettings(
