@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from dataset.images import AnySet, to_network
 from runtime.errors import UserError
 
-# An in-memory set up to this size lives on the training device, where picking a batch is free.
+# A set in memory up to this size is kept on the training device, where indexing costs nothing.
 RESIDENT_BYTES = 2 * 2**30
 
 
@@ -35,36 +35,35 @@ def batches(
 ) -> Iterator[torch.Tensor]:
     """Endless training batches, float32 in [-1, 1], (batch_size / world, C, H, W) on `device`.
 
-    The batch of a step depends on `seed` and the step alone: it takes positions
-    [step · batch_size, (step + 1) · batch_size) of an endless row of shuffled epochs, so
+    The batch of a step depends only on `seed` and the step: it holds positions
+    [step · batch_size, (step + 1) · batch_size) of an endless sequence of shuffled epochs, so
     starting at `start_step` continues a run exactly, and no image is dropped at an epoch's end.
     `part` = (rank, world) takes the rank's contiguous share of every step's batch.
-    Where the set allows flips, each image is mirrored with probability ½.
+    Where the set allows it, each image is mirrored with probability ½.
     """
-    rank, world = part
+    world = part[1]
     if batch_size < 1 or batch_size % world:
         raise UserError(
-            f"batch_size {batch_size} cannot be shared by {world} processes: "
-            f"take a positive multiple of {world}"
+            f"--batch_size={batch_size} cannot be shared by {world} processes: "
+            f"use a positive multiple of {world}"
         )
-    share = batch_size // world
-    mine = slice(rank * share, (rank + 1) * share)
-    steps = _step_indices(len(dataset), batch_size, seed, start_step, mine)
+    local_slice = _local_slice(batch_size, part)
+    steps = _step_indices(len(dataset), batch_size, seed, start_step, local_slice)
     if dataset.tensor is not None:
-        picked = _pick(dataset.tensor, steps, device)
+        pixels = _indexed(dataset.tensor, steps, device)
     else:
-        picked = _decode(dataset, steps, num_workers, torch.device(device).type == "cuda")
+        pixels = _decoded(dataset, steps, num_workers, torch.device(device).type == "cuda")
 
-    def finished() -> Iterator[torch.Tensor]:
-        for step, images in enumerate(picked, start_step):
+    def network_inputs() -> Iterator[torch.Tensor]:
+        for step, images in enumerate(pixels, start_step):
             images = to_network(images.to(device, non_blocking=True))
             if dataset.flip:
                 mirror = torch.rand(batch_size, generator=_generator(seed, "flip", step)) < 0.5
-                mirror = mirror[mine].to(device, non_blocking=True)
+                mirror = mirror[local_slice].to(device, non_blocking=True)
                 images = torch.where(mirror[:, None, None, None], images.flip(3), images)
             yield images
 
-    return finished()
+    return network_inputs()
 
 
 def batch_labels(
@@ -76,44 +75,50 @@ def batch_labels(
     part: tuple[int, int] = (0, 1),
 ) -> Iterator[torch.Tensor]:
     """The labels, int64 (batch_size / world,) on the CPU, of the images that `batches` yields."""
-    rank, world = part
-    share = batch_size // world
-    mine = slice(rank * share, (rank + 1) * share)
-    for indices in _step_indices(len(dataset), batch_size, seed, start_step, mine):
+    local_slice = _local_slice(batch_size, part)
+    for indices in _step_indices(len(dataset), batch_size, seed, start_step, local_slice):
         yield dataset.labels[indices]
 
 
 def everything(
     dataset: AnySet, batch_size: int, num_workers: int = 0, start: int = 0, stop: int | None = None
 ) -> Iterator[torch.Tensor]:
-    """Every image from `start` up to `stop` (all) once, in order, never flipped: uint8
-    (≤ batch_size, C, H, W) on the CPU."""
+    """Every image from `start` up to `stop` (default: the end) once, in order, never mirrored:
+    uint8 (≤ batch_size, C, H, W) on the CPU."""
     stop = len(dataset) if stop is None else stop
     if start >= stop:
         return iter(())
     if dataset.tensor is not None:
         return iter(dataset.tensor[start:stop].split(batch_size))
-    return _decode(dataset, torch.arange(start, stop).split(batch_size), num_workers, False)
+    return _decoded(dataset, torch.arange(start, stop).split(batch_size), num_workers, False)
+
+
+def _local_slice(batch_size: int, part: tuple[int, int]) -> slice:
+    """Which positions of a step's batch belong to process `part` = (rank, world)."""
+    rank, world = part
+    share = batch_size // world
+    return slice(rank * share, (rank + 1) * share)
 
 
 def _generator(seed: int, stream: str, counter: int) -> torch.Generator:
-    """A CPU generator of its own for each (seed, stream, counter)."""
+    """The CPU generator of this (seed, stream, counter), independent of all others."""
     entropy = [seed % 2**64, zlib.crc32(stream.encode()), counter]
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) % 2**63)
 
 
 def _step_indices(
-    count: int, batch_size: int, seed: int, start_step: int, mine: slice
+    count: int, batch_size: int, seed: int, start_step: int, local_slice: slice
 ) -> Iterator[torch.Tensor]:
-    """For each step from `start_step` on, the indices of its batch's share `mine`."""
+    """For each step from `start_step` on, the image indices at `local_slice` of its batch."""
 
     @functools.lru_cache(maxsize=2)
     def epoch_order(epoch: int) -> torch.Tensor:
         return torch.randperm(count, generator=_generator(seed, "epoch", epoch))
 
     for step in itertools.count(start_step):
-        position, end = step * batch_size + mine.start, step * batch_size + mine.stop
+        position = step * batch_size + local_slice.start
+        end = step * batch_size + local_slice.stop
         pieces = []
         while position < end:
             epoch, offset = divmod(position, count)
@@ -122,21 +127,21 @@ def _step_indices(
         yield torch.cat(pieces)
 
 
-def _pick(
+def _indexed(
     tensor: torch.Tensor, steps: Iterable[torch.Tensor], device: str | torch.device
 ) -> Iterator[torch.Tensor]:
-    """The images of each step's indices, out of a set that lies in memory."""
+    """The images of each step's indices, from a set in memory."""
     if tensor.nbytes <= RESIDENT_BYTES:
         tensor = tensor.to(device)
     for indices in steps:
         yield tensor[indices.to(tensor.device, non_blocking=True)]
 
 
-class _Fetched(Dataset):
+class _BatchOrError(Dataset):
     """What a loading process runs: a list of indices → one uint8 batch, or the UserError.
 
-    Raised there, the error would arrive wrapped in that process's traceback; returned, it
-    arrives as the one line that it is.
+    An error raised there would arrive wrapped in that process's traceback; one that is returned
+    arrives unchanged.
     """
 
     def __init__(self, dataset: Dataset):
@@ -152,39 +157,40 @@ class _Fetched(Dataset):
             return error
 
 
-def _unchanged(batch: object) -> object:
+def _no_collation(batch: object) -> object:
     return batch
 
 
-def _leave_signals(worker: int) -> None:
-    """A signal to the whole group of processes is for the main one, which saves and ends us."""
+def _ignore_signals_to_the_group(worker: int) -> None:
+    """End a loading process only by a signal from its parent. A signal to the whole process group,
+    such as Ctrl-C, is for the main process, which saves and then ends the others."""
     if not hasattr(signal, "sigwaitinfo"):
         return
     numbers = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
 
-    def heed_parent() -> None:
+    def end_with_parent() -> None:
         while signal.sigwaitinfo(numbers).si_pid != os.getppid():
             pass
         os._exit(0)
 
-    threading.Thread(target=heed_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _decode(
+def _decoded(
     dataset: Dataset, index_lists: Iterable[torch.Tensor], num_workers: int, pin: bool
 ) -> Iterator[torch.Tensor]:
-    """The images of each list of indices, decoded by `num_workers` processes (0: right here)."""
+    """The images of each list of indices, decoded by `num_workers` processes (0: by this one)."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     loader = DataLoader(
-        _Fetched(dataset),
+        _BatchOrError(dataset),
         batch_sampler=(indices.tolist() for indices in index_lists),
-        collate_fn=_unchanged,
-        num_workers=min(num_workers, cores),  # more would only wait for each other
+        collate_fn=_no_collation,
+        num_workers=min(num_workers, cores),  # more would wait for each other
         pin_memory=pin,
-        generator=torch.Generator(),  # else it draws from the run's own random numbers
-        worker_init_fn=_leave_signals,
+        generator=torch.Generator(),  # otherwise it draws from the run's own generator
+        worker_init_fn=_ignore_signals_to_the_group,
     )
     for images in loader:
         if isinstance(images, UserError):

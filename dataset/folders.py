@@ -21,8 +21,8 @@ from runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a set, sorted by path. labels: (N,) int64, or None where there are no classes;
-    classes: their names."""
+    """The image files of a set, sorted by path. labels: int64 (N,), or None where there are no
+    classes; classes: their names."""
 
     paths: list[str]
     labels: torch.Tensor | None = None
@@ -30,10 +30,10 @@ class Listing:
 
 
 class ImageFiles(Dataset):
-    """A list of image files, decoded when asked for: shorter side to `img_size`, centre crop.
+    """Image files, decoded on demand: shorter side resized to `img_size`, then centre crop.
 
-    The first file's mode decides for all: greyscale → 1 channel, anything else → 3. `labels` and
-    `classes` are as those of Images.
+    The first file's mode decides for all: greyscale → 1 channel, anything else → 3. `flip`,
+    `labels` and `classes` as in images.Images.
     """
 
     tensor = None
@@ -41,21 +41,21 @@ class ImageFiles(Dataset):
     def __init__(self, name: str, files: Listing, img_size: int, flip: bool):
         self.name, self.paths, self.img_size, self.flip = name, files.paths, img_size, flip
         self.labels, self.classes = files.labels, files.classes
-        self.channels = 1 if _is_grey(_open_image(self.paths[0])) else 3
-        _open_image(self.paths[-1])  # what an archive that was half unpacked leaves torn
+        self.channels = 1 if _is_grey(decode(self.paths[0])) else 3
+        decode(self.paths[-1])  # an archive that was unpacked only in part ends in a torn file
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return _fitted(_open_image(self.paths[index]), self.channels, self.img_size)
+        return resize_and_crop(decode(self.paths[index]), self.channels, self.img_size)
 
 
 class LsunImages(Dataset):
-    """LSUN's own database of encoded images, decoded when asked for; needs the package lmdb.
+    """LSUN's own database of encoded images, decoded on demand; needs the package lmdb.
 
-    torchvision's reader keeps the list of keys as a pickle in the working folder; this one reads
-    it from the database each time.
+    torchvision's reader keeps the list of keys as a pickle in the working directory; this one
+    reads the keys from the database each time.
     """
 
     tensor, flip, labels, classes, channels = None, True, None, (), 3
@@ -66,10 +66,10 @@ class LsunImages(Dataset):
         try:
             with self._open().begin(buffers=False) as transaction:
                 self.keys = list(transaction.cursor().iternext(values=False))
-        except Exception as error:  # lmdb's errors have no base that could be imported without it
+        except Exception as error:  # lmdb's errors have no base class outside the package
             raise self._broken(error) from error
         if not self.keys:
-            raise UserError(f"{name}: {folder} holds no image: unpack it again")
+            raise UserError(f"{name}: {folder} contains no image: unpack it again")
 
     def _open(self):
         import lmdb
@@ -85,7 +85,7 @@ class LsunImages(Dataset):
         return UserError(f"{self.name}: cannot read {self.folder} ({reason}): unpack it again")
 
     def __getstate__(self) -> dict:
-        # A process that decodes opens the database itself.
+        # Each loading process opens the database itself.
         return {**self.__dict__, "_database": None}
 
     def __len__(self) -> int:
@@ -97,11 +97,11 @@ class LsunImages(Dataset):
                 content = transaction.get(self.keys[index])
         except Exception as error:
             raise self._broken(error) from error
-        return _fitted(_open_image(io.BytesIO(content)), 3, self.img_size)
+        return resize_and_crop(decode(io.BytesIO(content)), 3, self.img_size)
 
 
-def _fitted(image, channels: int, img_size: int) -> torch.Tensor:
-    """A PIL image as uint8 (channels, img_size, img_size): resized, then its centre."""
+def resize_and_crop(image, channels: int, img_size: int) -> torch.Tensor:
+    """A PIL image as uint8 (channels, img_size, img_size): shorter side resized, centre crop."""
     from torchvision.transforms.v2 import functional
 
     image = image.convert("L" if channels == 1 else "RGB")
@@ -114,8 +114,9 @@ def _is_grey(image) -> bool:
     return image.mode in ("1", "L", "LA")
 
 
-def _open_image(path: str | io.BytesIO):
-    """Decode one file, upright, 16-bit greys scaled to 8 bits; UserError names a broken file."""
+def decode(path: str | io.BytesIO):
+    """One image file as a PIL image, upright, 16-bit greys scaled to 8 bits. UserError names a
+    damaged file."""
     from PIL import Image, ImageOps
 
     try:
@@ -126,11 +127,11 @@ def _open_image(path: str | io.BytesIO):
             values = np.asarray(image, dtype=np.float64) / 257
             image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
         return image
-    except Exception as error:  # PIL's decoders raise whatever their format's parser raises
+    except Exception as error:  # PIL's decoders raise many kinds of errors
         reason = str(error).split("\n")[0] or type(error).__name__
         path = path if isinstance(path, str) else "in the database"
         raise UserError(
-            f"cannot read the image {path} ({reason}): repair it or take it out of the folder"
+            f"cannot read the image {path} ({reason}): repair it or remove it from the folder"
         ) from error
 
 
@@ -138,10 +139,10 @@ def _open_image(path: str | io.BytesIO):
 
 
 def image_folder(root: Path) -> Listing:
-    """Every image below `root`. Its first level of folders are classes where all images lie in
-    one and there are at least two."""
+    """Every image below `root`. The folders of the first level are the classes, if there are at
+    least two and every image is in one of them."""
     if not root.is_dir():
-        raise UserError(f"image_folder: there is no folder {root}")
+        raise UserError(f"image_folder: {root} is not a directory")
     paths = sorted(images_below(root), key=Path)
     if not paths:
         raise UserError(
@@ -162,16 +163,15 @@ def _suffixes() -> tuple[str, ...]:
 
 
 def images_in(folder: Path) -> list[str]:
-    """The images right in `folder`, sorted. Hidden files are other programs' leftovers
-    (._photo.jpg, half-written temporaries)."""
+    """The paths of the images directly in `folder`, sorted. Hidden files are leftovers of other
+    programs (._photo.jpg, half-written temporaries)."""
     endings = _suffixes()
     with os.scandir(folder) as entries:
-        found = [e.path for e in entries if _is_image(e.name, endings)]
-    return sorted(found)
+        return sorted(e.path for e in entries if _is_image(e.name, endings))
 
 
 def images_below(folder: Path) -> Iterable[str]:
-    """The images at any depth below `folder`."""
+    """The paths of the images at any depth below `folder`."""
     endings = _suffixes()
     for where, folders, names in os.walk(folder):
         folders.sort()

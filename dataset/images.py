@@ -27,10 +27,11 @@ from runtime.files import alone_in
 
 
 class Images(Dataset):
-    """A whole set in memory: `tensor` (N, C, H, W), uint8, or float as a network sees it.
+    """A whole data set in memory.
 
-    `flip` says whether a mirrored image is as good as the image itself. `labels` int64 (N,) and
-    the names of the `classes`, where the set has classes; otherwise None and ().
+    tensor: (N, C, H, W), uint8, or float where it holds latents. flip: whether training may mirror
+    the images. labels: int64 (N,), and the names of the classes; None and () where the set has no
+    classes.
     """
 
     def __init__(
@@ -52,20 +53,20 @@ class Images(Dataset):
         return self.tensor[index]
 
 
-# --- Where the named sets come from ---------------------------------------------------------------
+# --- The named sets -------------------------------------------------------------------------------
 
 
 def _cifar10(root: Path, img_size: int, train: bool) -> Images:
     from torchvision.datasets import CIFAR10
 
     # The files are pickles; torchvision opens them only after their MD5 sums agree.
-    raw = _download(
+    source = _download(
         root,
         lambda: CIFAR10(str(root), train=train, download=True),
         f"cifar10: put cifar-10-python.tar.gz (or its folder cifar-10-batches-py) into {root}",
     )
-    images = _resize(torch.from_numpy(raw.data).movedim(3, 1), img_size)
-    return Images("cifar10", images, True, torch.tensor(raw.targets), raw.classes)
+    images = _resize(torch.from_numpy(source.data).movedim(3, 1), img_size)
+    return Images("cifar10", images, True, torch.tensor(source.targets), source.classes)
 
 
 def _fashion_mnist(root: Path, img_size: int, train: bool) -> Images:
@@ -77,20 +78,20 @@ def _fashion_mnist(root: Path, img_size: int, train: bool) -> Images:
     archive = next((path for path in archives if path.is_file()), None)
     if archive and not (raw_folder / stem).is_file():
         images, labels = _read_idx_gz(archive, 3), None
-        beside = archive.with_name(archive.name.replace("images-idx3", "labels-idx1"))
-        if beside.is_file():
-            labels = _read_idx_gz(beside, 1).long()
+        label_archive = archive.with_name(archive.name.replace("images-idx3", "labels-idx1"))
+        if label_archive.is_file():
+            labels = _read_idx_gz(label_archive, 1).long()
     else:
-        raw = _download(
+        source = _download(
             root,
             lambda: FashionMNIST(str(root), train=train, download=True),
             f"fashion_mnist: put {stem}.gz into {root} (or into {raw_folder})",
         )
-        images, labels = raw.data, raw.targets
+        images, labels = source.data, source.targets
     images = images[:, None]
     if img_size == 32:  # the usual 28 → 32: a black margin keeps every pixel as it is
         images = torch.nn.functional.pad(images, (2, 2, 2, 2))
-    # Not flipped: every shoe of this set points to the left.
+    # Never mirrored: every shoe of this set points to the left.
     classes = () if labels is None else FashionMNIST.classes
     return Images("fashion_mnist", _resize(images, img_size), False, labels, classes)
 
@@ -109,12 +110,14 @@ def _digits(root: Path, img_size: int, train: bool) -> Images:
 
 def _image_folder(root: Path, img_size: int, train: bool) -> ImageFiles:
     if not train:
-        raise UserError("image_folder has no test split: name the test images' folder instead")
+        raise UserError(
+            "image_folder has no test split: give the folder of the test images instead"
+        )
     return ImageFiles("image_folder", image_folder(root), img_size, True)
 
 
 def _files(list_files: Callable[[Path, bool], Listing]) -> Callable:
-    """The loader of a set that is a folder of image files."""
+    """The loader of a data set whose listing `list_files` makes."""
 
     def load_files(root: Path, img_size: int, train: bool) -> ImageFiles:
         return ImageFiles(list_files.__name__, list_files(root, train), img_size, True)
@@ -136,7 +139,7 @@ def _lsun_bedroom(root: Path, img_size: int, train: bool) -> ImageFiles | LsunIm
 
 AnySet = Images | ImageFiles | LsunImages
 
-# A further data set is one more entry: (root, img_size, train) → Images or ImageFiles.
+# To add a data set, add an entry: (root, img_size, train) → one of AnySet.
 _LOADERS: dict[str, Callable[[Path, int, bool], AnySet]] = {
     "cifar10": _cifar10,
     "fashion_mnist": _fashion_mnist,
@@ -152,25 +155,25 @@ NAMES = tuple(_LOADERS)
 
 
 def channels(name: str) -> int:
-    """Image channels of a named set, without loading it; 3 where only its files could tell."""
+    """Image channels of a named set, without loading it; 3 where that depends on its files."""
     return 1 if name in ("digits", "fashion_mnist") else 3
 
 
 def load(name: str, root: str | Path, img_size: int, train: bool = True) -> AnySet:
-    """The data set `name`, whose files are (or are downloaded) below `root`.
+    """The data set `name`, whose files are, or will be downloaded, below `root`.
 
     - cifar10: 50,000 / 10,000 colour images of 32×32.
     - fashion_mnist: 60,000 / 10,000 grey images of 28×28; `img_size` 32 pads them with zeros.
-      The .gz files may lie in `root` itself, which is only read then.
+      Its .gz files may be in `root` itself, which is then only read.
     - image_folder: every image below `root`, sorted by path; shorter side resized, centre crop.
     - digits: scikit-learn's 1797 grey images of 8×8, all of them for training; needs no `root`.
     - celeba, celeba_hq, afhq, lsun_bedroom, imagenet: colour images in the folders that the sets'
-      archives unpack to, see sets.py; an unpacking that broke off is noticed.
+      archives unpack to (sets.py); an archive that was unpacked only in part is an error.
 
-    Other sizes are resized, bilinear and antialiased. Items are uint8 (C, img_size, img_size);
-    the set has `name`, `channels`, `flip`, `labels` (N,) int64 and `classes` (None and () where
-    there are no classes), and `tensor` (N, C, H, W), which is None where images are decoded one by
-    one. Raises UserError where files are missing, broken or not downloadable.
+    Images of another size are resized, bilinear and antialiased. Items are uint8
+    (C, img_size, img_size). The set has `name`, `channels`, `flip`, `labels` and `classes` as
+    Images has, and `tensor` (N, C, H, W), which is None where images are decoded on demand.
+    Raises UserError where files are missing, damaged or cannot be downloaded.
     """
     if name not in _LOADERS:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(NAMES)}")
@@ -180,8 +183,8 @@ def load(name: str, root: str | Path, img_size: int, train: bool = True) -> AnyS
 
 
 def _download(root: Path, fetch: Callable, remedy: str):
-    """Call `fetch`, in one process at a time: several would unpack into each other's files. Where
-    it can't get or use its files, say which file to put where."""
+    """The result of `fetch`, which runs in one process at a time: several would unpack into each
+    other's files. Where it fails, the UserError says `remedy`: which file to put where."""
     try:
         with alone_in(root):
             return fetch()
@@ -191,8 +194,8 @@ def _download(root: Path, fetch: Callable, remedy: str):
 
 
 def _read_idx_gz(archive: Path, dims: int) -> torch.Tensor:
-    """The uint8 (N, H, W) images (dims 3) or (N,) labels (dims 1) of a gzipped idx file, unpacked
-    outside its (system) folder."""
+    """The uint8 (N, H, W) images (dims 3) or (N,) labels (dims 1) of a gzipped idx file. It is
+    unpacked outside its folder, which may be read-only."""
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
     read = read_image_file if dims == 3 else read_label_file
@@ -203,11 +206,11 @@ def _read_idx_gz(archive: Path, dims: int) -> torch.Tensor:
             unpacked.flush()
             return read(unpacked.name)
     except (OSError, EOFError, zlib.error, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"{archive} is damaged ({error}): fetch it again") from error
+        raise UserError(f"{archive} is damaged ({error}): download it again") from error
 
 
 def _resize(images: torch.Tensor, img_size: int) -> torch.Tensor:
-    """uint8 (N, C, H, W) → (N, C, img_size, img_size), in pieces to bound the memory."""
+    """uint8 (N, C, H, W) → (N, C, img_size, img_size), 1000 images at a time to bound memory."""
     from torchvision.transforms.v2 import functional
 
     if images.shape[-2:] == (img_size, img_size):
@@ -221,12 +224,12 @@ def _resize(images: torch.Tensor, img_size: int) -> torch.Tensor:
 
 
 def to_network(images: torch.Tensor) -> torch.Tensor:
-    """uint8 0..255 → float32 in [-1, 1]; what is float already, as latents are, stays."""
+    """uint8 0..255 → float32 in [-1, 1]. Floats (latents) keep their values."""
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Float in [-1, 1], clamped there → uint8, rounded to the nearest: what a PNG would hold."""
+    """Float, clamped to [-1, 1] → uint8 0..255, rounded to nearest: what a PNG holds."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -234,13 +237,13 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 
 
 def fingerprint(dataset: AnySet) -> str:
-    """16 hexadecimal digits that other images would change, wherever the files lie.
+    """16 hexadecimal digits that identify the images, wherever the files are stored.
 
-    Of image files: all names and sizes, and the content of 64 of them.
+    Of image files: all relative paths and sizes, and the content of 64 files.
     """
     digest = hashlib.sha256()
     if isinstance(dataset, LsunImages):
-        for key in dataset.keys:  # the keys are themselves made of the images' content
+        for key in dataset.keys:  # LSUN's keys are hashes of the images' content
             digest.update(key)
     elif isinstance(dataset, ImageFiles):
         top = os.path.commonpath([*map(os.path.dirname, dataset.paths)])

@@ -1,10 +1,10 @@
-"""Latent diffusion: a frozen autoencoder of diffusers, and a data set encoded by it once.
+"""Latent diffusion: a frozen autoencoder from diffusers, and a data set encoded with it once.
 
-This file knows AutoencoderKL and VQModel folders and the file of latents. It does not know the
-network that is trained in latents, nor flags.
+This file knows AutoencoderKL and VQModel folders and the latents file. It does not know the network
+that is trained on latents, nor flags.
 
-The file is a .npy of float16 (N, c, h, w), scaled as the network sees it, that is memory-mapped
-when it is used; NAME.npy.json beside it says which autoencoder made it from which images.
+The latents file is a .npy of float16 (N, c, h, w), scaled as the network sees them, and is read by
+memory mapping; NAME.npy.json beside it says which autoencoder made it from which images.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ from runtime.errors import UserError
 from runtime.files import read_json, write_json
 
 KINDS = ("AutoencoderKL", "VQModel")
-DECODED = 2**22  # pixels that are decoded at once: a decoder's activations are large
+REMEDY = "delete it and the next run makes it again"
+PIXELS_AT_ONCE = 2**22  # that are decoded together: a decoder's activations are large
 
 
 class Autoencoder:
     """The autoencoder in a folder that diffusers wrote, in float32.
 
-    channels: of the latents. image_channels. factor: pixels a side that one latent stands for.
-    fingerprint: of its weights and config.
+    channels: of the latents. image_channels: of the images. factor: side of an image over the side
+    of its latents. fingerprint: of weights and config.
     """
 
     def __init__(self, folder: str | Path, device: torch.device | str) -> None:
@@ -55,46 +56,45 @@ class Autoencoder:
         self.scale = float(config.scaling_factor or 1.0)
         self.shift = float(config.get("shift_factor") or 0.0)
         if config.out_channels != self.image_channels:
-            raise UserError(f"{folder}: it makes {config.out_channels} channels of "
-                            f"{self.image_channels}")  # fmt: skip
+            raise UserError(
+                f"--latent_vae: {folder} turns images of {self.image_channels} channels into "
+                f"images of {config.out_channels}"
+            )
 
     def shape(self, img_size: int) -> tuple[int, int, int]:
         """(c, h, w) of the latents of images of `img_size` pixels a side."""
         if img_size < self.factor or img_size % self.factor:
             raise UserError(
-                f"--img_size={img_size}: {self.folder} makes one latent of {self.factor} pixels a "
-                f"side; use a multiple of {self.factor}"
+                f"--img_size={img_size}: {self.folder} makes one latent of {self.factor}×"
+                f"{self.factor} pixels; use a multiple of {self.factor}"
             )
         return self.channels, img_size // self.factor, img_size // self.factor
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) → float32 latents (B, c, h, w): the mean, where it makes a Gaussian,
-        scaled by the config's scaling_factor."""
-        found = self.network.encode(to_network(images.to(self.device)))
-        latents = found.latents if self.quantised else found.latent_dist.mode()
+        """uint8 (B, C, H, W) → float32 latents (B, c, h, w), scaled by the config's
+        scaling_factor; of an AutoencoderKL's Gaussian, the mean."""
+        output = self.network.encode(to_network(images.to(self.device)))
+        latents = output.latents if self.quantised else output.latent_dist.mode()
         return (latents - self.shift) * self.scale
 
     @torch.inference_mode()
     def to_images(self, latents: Tensor) -> Tensor:
-        """Latents (B, c, h, w) → uint8 (B, C, H, W), some at a time."""
-        at_once = max(1, DECODED // (latents[0, 0].numel() * self.factor**2))
+        """Latents (B, c, h, w) → uint8 (B, C, H, W), PIXELS_AT_ONCE at a time."""
+        at_once = max(1, PIXELS_AT_ONCE // (latents[0, 0].numel() * self.factor**2))
         return torch.cat([to_uint8(self._decode(part)) for part in latents.split(at_once)])
 
     def _decode(self, latents: Tensor) -> Tensor:
         return self.network.decode(latents.float() / self.scale + self.shift).sample
 
     def decoder_flops(self, img_size: int) -> int:
-        """FLOPs (2 × multiply-adds) of decoding one image, counted on a copy without data."""
-        copied = copy.copy(self)
-        copied.network = copy.deepcopy(self.network).to("meta")
+        """FLOPs (2 × multiply-adds) of decoding one image, counted on the meta device."""
+        network = copy.deepcopy(self.network).to("meta")
         latents = torch.zeros(1, *self.shape(img_size), device="meta")
+        # A quantiser's look-up costs next to nothing and needs values.
+        options = {"force_not_quantize": True} if self.quantised else {}
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            # Looking codes up costs next to nothing and needs their values.
-            if self.quantised:
-                copied.network.decode(latents, force_not_quantize=True)
-            else:
-                copied.network.decode(latents)
+            network.decode(latents, **options)
         return int(counter.get_total_flops())
 
     def decoder_parameters(self) -> int:
@@ -102,25 +102,25 @@ class Autoencoder:
 
 
 def _config(folder: Path) -> dict:
-    """config.json of an autoencoder that can be used; UserError for anything else."""
+    """config.json of a supported autoencoder; UserError for anything else."""
     if not folder.is_dir():
-        raise UserError(f"--latent_vae: there is no folder {folder}")
+        raise UserError(f"--latent_vae: {folder} is not a directory")
     if not (folder / "config.json").is_file():
-        inner = [name for name in ("vae", "vqvae", "movq") if (folder / name).is_dir()]
-        hint = f"; did you mean {folder / inner[0]}?" if inner else ""
+        subfolders = [name for name in ("vae", "vqvae", "movq") if (folder / name).is_dir()]
+        hint = f"; did you mean {folder / subfolders[0]}?" if subfolders else ""
         raise UserError(f"--latent_vae: {folder} has no config.json of an autoencoder{hint}")
     config = read_json(folder / "config.json")
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind not in KINDS:
-        raise UserError(f"--latent_vae: {folder} holds {kind}, not one of {', '.join(KINDS)}")
+        raise UserError(f"--latent_vae: {folder} contains {kind}, not one of {', '.join(KINDS)}")
     return config
 
 
 def _fingerprint(folder: Path, config: dict) -> str:
-    """16 hexadecimal digits that another config or other weights would change."""
-    known = {key: value for key, value in config.items() if key not in
-             ("_name_or_path", "_diffusers_version")}  # fmt: skip
-    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
+    """16 hexadecimal digits that identify config and weights."""
+    ignored = ("_name_or_path", "_diffusers_version")
+    settings = {key: value for key, value in config.items() if key not in ignored}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(
@@ -148,11 +148,11 @@ def _network(folder: Path, kind: str) -> torch.nn.Module:
     return network.eval().requires_grad_(False)
 
 
-# --- The file of latents --------------------------------------------------------------------------
+# --- The latents file -----------------------------------------------------------------------------
 
 
 def identity(dataset: AnySet, autoencoder: Autoencoder, img_size: int) -> dict[str, object]:
-    """What a file of latents depends on."""
+    """What the content of a latents file depends on."""
     return {
         "autoencoder": autoencoder.fingerprint,
         "dataset": dataset.name,
@@ -170,36 +170,44 @@ def encoded(
     batch_size: int,
     num_workers: int,
 ) -> Images:
-    """`dataset` in latents, out of the file `path`; where it is missing, it is made first, by all
-    processes. Raises UserError where another autoencoder made it, or from other images."""
+    """`dataset` in latents, from the file `path`. Where it is missing, all processes of the group
+    make it first. Raises UserError where the file is of another autoencoder or of other images."""
     check_channels(dataset, autoencoder)
-    about = identity(dataset, autoencoder, img_size)
+    wanted = identity(dataset, autoencoder, img_size)
     shape = (len(dataset), *autoencoder.shape(img_size))
     if not distributed.gather(path.exists())[0]:
-        _make(dataset, autoencoder, about, shape, path, batch_size, num_workers)
-    known = read_json(_beside(path))
-    known = known if isinstance(known, dict) else {}
-    differing = [f"{n}: {known.get(n)} there, {about[n]} here" for n in about
-                 if known.get(n) != about[n]]  # fmt: skip
-    if differing:
-        who = "by another VAE" if "autoencoder" in differing[0] else "from other data"
-        raise UserError(
-            f"{path} was made {who} ({'; '.join(differing)}): delete it and it is made anew, or "
-            "name another file with --latent_cache"
-        )
+        _make(dataset, autoencoder, wanted, shape, path, batch_size, num_workers)
+    _check_identity(path, wanted)
     try:
-        # Copy-on-write, because torch has no tensors that can't be written.
+        # Copy-on-write, because torch has no read-only tensors.
         latents = np.load(path, mmap_mode="c", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"cannot read {path} ({error}): delete it and it is made anew") from error
+        raise UserError(f"cannot read {path} ({error}): {REMEDY}") from error
     if latents.shape != shape or latents.dtype != np.float16:
-        raise UserError(f"{path} is damaged: delete it and it is made anew")
+        raise UserError(f"{path} is damaged: {REMEDY}")
     # A mirrored latent is not the latent of the mirrored image.
     return Images(dataset.name, torch.from_numpy(latents), False, dataset.labels, dataset.classes)
 
 
+def _check_identity(path: Path, wanted: dict[str, object]) -> None:
+    """Raise UserError where the latents in `path` are not the wanted ones."""
+    stored = read_json(_identity_path(path))
+    stored = stored if isinstance(stored, dict) else {}
+    differing = [
+        f"{name}: {stored.get(name)} there, {value} here"
+        for name, value in wanted.items()
+        if stored.get(name) != value
+    ]
+    if differing:
+        how = "by another VAE" if "autoencoder" in differing[0] else "from other data"
+        raise UserError(
+            f"{path} was made {how} ({'; '.join(differing)}): {REMEDY}, or name another file with "
+            "--latent_cache"
+        )
+
+
 def check_channels(dataset: AnySet, autoencoder: Autoencoder) -> None:
-    """Raise UserError where the autoencoder is for other images."""
+    """Raise UserError where the autoencoder is for images of other channels."""
     if dataset.channels != autoencoder.image_channels:
         raise UserError(
             f"--latent_vae: {autoencoder.folder} is for images of {autoencoder.image_channels} "
@@ -208,66 +216,67 @@ def check_channels(dataset: AnySet, autoencoder: Autoencoder) -> None:
 
 
 def sample(dataset: AnySet, autoencoder: Autoencoder, count: int) -> Images:
-    """The first `count` images in latents, without a file: for measurements."""
+    """The first `count` images in latents, without a file; for measurements."""
     check_channels(dataset, autoencoder)
     images = next(iter(everything(dataset, count)))
     labels = None if dataset.labels is None else dataset.labels[:count]
     return Images(dataset.name, autoencoder.encode(images), False, labels, dataset.classes)
 
 
-def _beside(path: Path) -> Path:
+def _identity_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
 def _make(
     dataset: AnySet,
     autoencoder: Autoencoder,
-    about: dict,
+    wanted: dict[str, object],
     shape: tuple[int, ...],
     path: Path,
     batch_size: int,
     num_workers: int,
 ) -> None:
-    """Write the latents to a file of another name, going on with what a stopped run left there,
-    and rename it when it is whole. Each process writes its share; the first joins them."""
-    names = ["", *(f"-{rank}" for rank in range(1, distributed.world()))]
-    parts = [path.with_name(f".{path.stem}.partial{name}.npy") for name in names]
-    mine, share = parts[distributed.rank()], distributed.share(len(dataset))
+    """Write the latents to a partial file, continuing one of a stopped run, and rename it when it
+    is complete. Each process writes its share; the first appends the others' to its own."""
+    suffixes = ["", *(f"-{rank}" for rank in range(1, distributed.world()))]
+    partials = [path.with_name(f".{path.stem}.partial{suffix}.npy") for suffix in suffixes]
+    partial, share = partials[distributed.rank()], distributed.share(len(dataset))
     header = _header(shape) if distributed.is_main() else b""
     image_bytes = 2 * math.prod(shape[1:])
-    about = about | {"processes": len(parts)}  # others would have other shares
+    wanted = wanted | {"processes": len(partials)}  # another number would have other shares
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        going_on = _beside(path).exists() and read_json(_beside(path)) == about
-        going_on = distributed.gather(going_on)[0] and mine.exists()
-        with open(mine, "rb+" if going_on else "wb+") as file:
+        stored = _identity_path(path)
+        resumes = stored.exists() and read_json(stored) == wanted
+        resumes = distributed.gather(resumes)[0] and partial.exists()
+        with open(partial, "rb+" if resumes else "wb+") as file:
             file.write(header)
-            there = max(0, os.fstat(file.fileno()).st_size - len(header)) // image_bytes
-            done = min(there, share.stop - share.start)
+            written = max(0, os.fstat(file.fileno()).st_size - len(header)) // image_bytes
+            done = min(written, share.stop - share.start)
             file.truncate(len(header) + done * image_bytes)
             file.seek(0, os.SEEK_END)
             if distributed.is_main():
-                write_json(_beside(path), about)
-            part = slice(share.start + done, share.stop)
-            for latents in _latents(dataset, autoencoder, part, done, batch_size, num_workers):
+                write_json(stored, wanted)
+            rest = slice(share.start + done, share.stop)
+            for latents in _latents(dataset, autoencoder, rest, done, batch_size, num_workers):
                 file.write(latents.tobytes())
             file.flush()
             os.fsync(file.fileno())
-        distributed.gather(None)  # every share is there
+        distributed.gather(None)  # wait until every share is complete
         if distributed.is_main():
-            _join(mine, parts[1:])
-            os.replace(mine, path)
-            for other in parts[1:]:
+            _append(partial, partials[1:])
+            os.replace(partial, path)
+            for other in partials[1:]:
                 other.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; see --latent_cache"
         ) from error
-    distributed.gather(None)  # the others wait for the file
+    distributed.gather(None)  # wait until the first process has renamed the file
 
 
 def _header(shape: tuple[int, ...]) -> bytes:
-    """What an .npy of float16 begins with."""
+    """The first bytes of a .npy of float16 with this shape."""
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         file, {"descr": "<f2", "fortran_order": False, "shape": shape}
@@ -275,8 +284,8 @@ def _header(shape: tuple[int, ...]) -> bytes:
     return file.getvalue()
 
 
-def _join(first: Path, others: Sequence[Path]) -> None:
-    """Append the others to the first."""
+def _append(first: Path, others: Sequence[Path]) -> None:
+    """Append the content of `others` to `first`."""
     if not others:
         return
     with open(first, "ab") as whole:
@@ -295,7 +304,7 @@ def _latents(
     batch_size: int,
     num_workers: int,
 ) -> Iterator[np.ndarray]:
-    """Latents of these images in batches, float16, with a progress bar that `done` are on."""
+    """Latents of these images in batches, float16, with a progress bar that starts at `done`."""
     with tqdm(
         total=done + part.stop - part.start,
         initial=done,
@@ -308,8 +317,8 @@ def _latents(
             latents = autoencoder.encode(images).half()
             if not bool(latents.isfinite().all()):
                 raise UserError(
-                    f"--latent_vae: {autoencoder.folder} makes latents that are not finite numbers "
-                    "of 16 bits; it is damaged, or its scaling_factor is wrong"
+                    f"--latent_vae: {autoencoder.folder} makes latents that are not finite in "
+                    "16 bits: it is damaged, or its scaling_factor is wrong"
                 )
             bar.update(len(images))
             yield latents.cpu().numpy()

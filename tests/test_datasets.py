@@ -1,4 +1,4 @@
-"""sets.py and data.py: each large set in its real layout, and archives that are half unpacked."""
+"""dataset/sets.py: each large set in its real layout, and archives that were unpacked in part."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from conftest import ROOT, TRAIN, run_main
 from PIL import Image
 
 import dataset as data
-import main
 from dataset import sets
 from runtime.errors import UserError
 
@@ -65,51 +64,48 @@ def test_real_layouts(unpacked: tuple[str, Path]) -> None:
 
 def test_nothing_there(unpacked: tuple[str, Path], tmp_path: Path) -> None:
     name, _ = unpacked
-    with pytest.raises(UserError, match=rf"{name}: no .* in .*nowhere, which is no folder"):
+    with pytest.raises(UserError, match=rf"{name}: .*nowhere.*--data_root"):
         data.load(name, tmp_path / "nowhere", 8)
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UserError, match=r"--data_root"):
-        data.load(name, empty, 8)
     (empty / "all.zip").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"empty/all\.zip is there, but not unpacked"):
+    with pytest.raises(UserError, match=r"--data_root.*empty/all\.zip"):
         data.load(name, empty, 8)
 
 
-def test_half_unpacked(unpacked: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unpacked_in_part(unpacked: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     name, root = unpacked
     monkeypatch.setattr(sets, "COUNTS", dict.fromkeys(sets.COUNTS, 100))
-    with pytest.raises(UserError, match=rf"{name}: .* has 6 of the set's 100 images") as error:
+    with pytest.raises(UserError, match=rf"^{name}: [^\n]* has 6 of [^\n]* 100 [^\n]*$") as error:
         data.load(name, root, 8)
-    assert "\n" not in str(error.value)
     folder = re.search(r": (\S+) has 6", str(error.value))[1]
     (Path(folder).parent / "images.zip").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"unpack \S+images\.zip again"):
+    with pytest.raises(UserError, match=r"images\.zip"):
         data.load(name, root, 8)
 
 
 def test_torn_image(unpacked: tuple[str, Path]) -> None:
-    """The last file is what an unpacking that broke off leaves torn."""
+    """Unpacking that was interrupted leaves the last file torn."""
     name, root = unpacked
     last = root / LAYOUTS[name][-1]
     Image.effect_noise((64, 64), 90).convert("RGB").save(last, format=FORMATS[last.suffix])
     last.write_bytes(last.read_bytes()[:-900])
-    with pytest.raises(UserError, match=rf"cannot read the image .*{last.name}"):
+    with pytest.raises(UserError, match=last.name):
         data.load(name, root, 8)
 
 
 def test_classes_that_are_not_there(tmp_path: Path) -> None:
     for path in LAYOUTS["afhq"][:4]:
         picture(tmp_path / path)
-    with pytest.raises(UserError, match="has 2 folders, and the set 3 classes"):
+    with pytest.raises(UserError, match=r"afhq: .* 2 folders.* 3 classes"):
         data.load("afhq", tmp_path, 8)
     (tmp_path / "afhq" / "train" / "wild").mkdir()
-    with pytest.raises(UserError, match="train/wild has no image"):
+    with pytest.raises(UserError, match="train/wild"):
         data.load("afhq", tmp_path, 8)
     for name in SYNSETS[:2]:
         picture(tmp_path / "train" / name / "a.JPEG")
     (tmp_path / "train" / "n01484850.tar").write_bytes(b"")
-    with pytest.raises(UserError, match=r"2 folders.*n01484850\.tar is not unpacked"):
+    with pytest.raises(UserError, match=r"2 folders.*n01484850\.tar"):
         data.load("imagenet", tmp_path, 8)
 
 
@@ -125,7 +121,7 @@ def test_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(data.load("celeba", tmp_path, 8)) == 3
     assert len(data.load("celeba", tmp_path, 8, train=False)) == 2
     partition.write_text("no list of pairs here\n")
-    with pytest.raises(UserError, match="fetch it again"):
+    with pytest.raises(UserError, match="list_eval_partition"):
         data.load("celeba", tmp_path, 8)
     for folder in ("cat", "dog", "wild"):
         picture(tmp_path / "afhq" / "val" / folder / "a.jpg")
@@ -156,41 +152,6 @@ def test_lsun_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (len(found), found[2].shape, found.labels) == (3, (3, 8, 8), None)
     many = torch.cat(list(data.everything(found, 2, num_workers=1)))
     assert [round(int(image[0].float().mean()) / 90) for image in many] == [0, 1, 2]
-
-
-# --- labels ---------------------------------------------------------------------------------------
-
-
-def test_labels_of_small_sets(tmp_path: Path) -> None:
-    from sklearn.datasets import load_digits
-
-    digits = data.load("digits", ".", 8)
-    assert digits.labels.tolist() == load_digits().target.tolist()
-    assert digits.classes == tuple("0123456789")
-
-
-def test_folders_are_classes_where_all_images_lie_in_one(tmp_path: Path) -> None:
-    for i, path in enumerate(("b/1.png", "a/x/2.png", "a/3.png", "b/0.png")):
-        picture(tmp_path / path, 50 * i)
-    found = data.load("image_folder", tmp_path, 8)
-    assert found.classes == ("a", "b")
-    assert [Path(p).name for p in found.paths] == ["3.png", "2.png", "0.png", "1.png"]
-    assert found.labels.tolist() == [0, 0, 1, 1]
-    picture(tmp_path / "loose.png")
-    assert data.load("image_folder", tmp_path, 8).labels is None
-
-
-@pytest.mark.parametrize("part", [(0, 1), (0, 2), (1, 2)])
-def test_labels_go_with_their_images(part: tuple[int, int]) -> None:
-    values = torch.arange(10, dtype=torch.uint8)
-    images = values[:, None, None, None].repeat(1, 1, 2, 2)
-    numbered = data.Images("numbered", images, False, values.long(), [*"0123456789"])
-    common = {"seed": 3, "start_step": 4, "part": part}
-    batches = data.batches(numbered, 6, **common)
-    labels = data.batch_labels(numbered, 6, **common)
-    for _ in range(5):
-        pixels = ((next(batches)[:, 0, 0, 0] + 1) * 127.5).round().long()
-        assert torch.equal(pixels, next(labels))
 
 
 # --- recipes --------------------------------------------------------------------------------------
@@ -228,10 +189,11 @@ def test_recipes_cost_what_they_say(name: str) -> None:
     assert f"{GFLOPS[name]:.2f}" in (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8")
 
 
-def test_training_from_a_real_layout(unpacked: tuple[str, Path], here: Path) -> None:
-    name, _ = unpacked
-    result = run_main(*TRAIN, f"--dataset={name}", "--data_root=.", "--logdir=run",
-                      "--total_steps=1", "--sample_step=0")  # fmt: skip
+def test_training_from_a_real_layout(here: Path) -> None:
+    for path in LAYOUTS["imagenet"]:
+        picture(here / path)
+    result = run_main(*TRAIN, "--dataset=imagenet", "--num_classes=3", "--data_root=.",
+                      "--logdir=run", "--total_steps=1", "--sample_step=0")  # fmt: skip
     assert result.status == 0, result.err
     assert (here / "run" / "ckpt.pt").exists()
 
@@ -241,4 +203,3 @@ def test_every_data_set_is_on_its_page() -> None:
     assert [name for name in data.NAMES if f"| `{name}` |" not in text] == []
     recipes = [path.stem for path in (ROOT / "config").glob("*.txt")]
     assert [name for name in recipes if f"| `{name}` |" not in text] == []
-    assert all(name in main.FLAGS["dataset"].help for name in data.NAMES)

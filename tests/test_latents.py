@@ -14,7 +14,6 @@ import pytest
 import torch
 from conftest import ROOT, TRAIN, run_main
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 import dataset as data
 import diffusion
@@ -67,35 +66,24 @@ def digits(count: int = 30) -> data.Images:
     return data.Images("digits", whole.tensor[:count], False, whole.labels[:count], whole.classes)
 
 
-# --- the autoencoder ------------------------------------------------------------------------------
+# --- The autoencoder ------------------------------------------------------------------------------
 
 
-def test_encoding_is_what_diffusers_does(vae: Path) -> None:
-    from diffusers import AutoencoderKL
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "VQModel"])
+def test_encoding_is_what_diffusers_does(autoencoders: Path, kind: str) -> None:
+    import diffusers
 
-    ours, theirs = Autoencoder(vae, "cpu"), AutoencoderKL.from_pretrained(vae).eval()
-    images = digits(5).tensor
-    assert (ours.channels, ours.factor, ours.image_channels) == (4, 2, 1)
-    assert ours.shape(16) == (4, 8, 8)
+    folder = autoencoders / ("vae" if kind == "AutoencoderKL" else "vq")
+    ours, theirs = Autoencoder(folder, "cpu"), getattr(diffusers, kind).from_pretrained(folder)
+    images, scale = digits(5).tensor, theirs.config.scaling_factor
+    assert (ours.factor, ours.image_channels) == (2, 1)
+    assert ours.shape(16) == ((4 if kind == "AutoencoderKL" else 3), 8, 8)
     with torch.no_grad():
-        mean = theirs.encode(data.to_network(images)).latent_dist.mean
-        torch.testing.assert_close(ours.encode(images), 0.5 * mean)
-        decoded = data.to_uint8(theirs.decode(mean).sample)
-    assert (ours.to_images(0.5 * mean).int() - decoded.int()).abs().max() <= 1
-
-
-def test_quantised_latents(autoencoders: Path) -> None:
-    from diffusers import VQModel
-
-    folder = autoencoders / "vq"
-    ours, theirs = Autoencoder(folder, "cpu"), VQModel.from_pretrained(folder).eval()
-    images = digits(5).tensor
-    with torch.no_grad():
-        latents = theirs.encode(data.to_network(images)).latents
-        decoded = data.to_uint8(theirs.decode(latents).sample)
-    torch.testing.assert_close(ours.encode(images), latents * theirs.config.scaling_factor)
-    assert (ours.to_images(ours.encode(images)).int() - decoded.int()).abs().max() <= 1
-    assert ours.decoder_flops(16) > 0
+        output = theirs.eval().encode(data.to_network(images))
+        z = output.latent_dist.mean if kind == "AutoencoderKL" else output.latents
+        decoded = data.to_uint8(theirs.decode(z).sample)
+    torch.testing.assert_close(ours.encode(images), scale * z)
+    assert (ours.to_images(scale * z).int() - decoded.int()).abs().max() <= 1
 
 
 def test_shift_is_undone(here: Path) -> None:
@@ -109,20 +97,33 @@ def test_shift_is_undone(here: Path) -> None:
 
 
 def test_images_are_decoded_some_at_a_time(vae: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = Autoencoder(vae, "cpu")
+    autoencoder = Autoencoder(vae, "cpu")
     z = torch.randn(5, 4, 8, 8)
-    whole = ours.to_images(z)
-    monkeypatch.setattr(latents, "DECODED", 2 * 16 * 16)
-    assert (ours.to_images(z).int() - whole.int()).abs().max() <= 1
+    whole = autoencoder.to_images(z)
+    monkeypatch.setattr(latents, "PIXELS_AT_ONCE", 2 * 16 * 16)
+    assert (autoencoder.to_images(z).int() - whole.int()).abs().max() <= 1
     assert whole.shape == (5, 1, 16, 16)
 
 
-def test_decoder_flops_are_those_of_a_pass(vae: Path) -> None:
-    ours = Autoencoder(vae, "cpu")
-    with FlopCounterMode(display=False) as counter:
-        ours.to_images(torch.randn(1, 4, 8, 8))
-    assert ours.decoder_flops(16) == counter.get_total_flops()
-    assert 0 < ours.decoder_parameters() < sum(p.numel() for p in ours.network.parameters())
+def test_decoder_flops_are_those_of_its_layers(autoencoders: Path) -> None:
+    """2 × multiply-adds of every convolution and matrix product of AutoencoderKL's decoder."""
+
+    def conv(inputs: int, outputs: int, kernel: int, side: int) -> int:
+        return 2 * inputs * outputs * kernel**2 * side**2
+
+    def block(inputs: int, outputs: int, side: int) -> int:
+        shortcut = conv(inputs, outputs, 1, side) if inputs != outputs else 0
+        return conv(inputs, outputs, 3, side) + conv(outputs, outputs, 3, side) + shortcut
+
+    attention = 4 * 2 * 64 * 16 * 16 + 2 * 2 * 64 * 64 * 16  # q, k, v, out; q·kᵀ, softmax·v
+    middle = 2 * block(16, 16, 8) + attention
+    up = 2 * block(16, 16, 8) + conv(16, 16, 3, 16) + block(16, 8, 16) + block(8, 8, 16)
+    ends = conv(4, 4, 1, 8) + conv(4, 16, 3, 8) + conv(8, 1, 3, 16)
+    autoencoder = Autoencoder(autoencoders / "vae", "cpu")
+    assert autoencoder.decoder_flops(16) == ends + middle + up
+    assert Autoencoder(autoencoders / "vq", "cpu").decoder_flops(16) > 0
+    parameters = sum(p.numel() for p in autoencoder.network.parameters())
+    assert 0 < autoencoder.decoder_parameters() < parameters
 
 
 def test_latents_are_not_clipped() -> None:
@@ -152,7 +153,7 @@ def test_fingerprints(autoencoders: Path, vae: Path) -> None:
     assert Autoencoder(vae, "cpu").fingerprint != first
 
 
-# --- the file -------------------------------------------------------------------------------------
+# --- The file -------------------------------------------------------------------------------------
 
 
 def encode(dataset: data.AnySet, folder: Path, path: Path) -> data.Images:
@@ -160,22 +161,17 @@ def encode(dataset: data.AnySet, folder: Path, path: Path) -> data.Images:
 
 
 def test_made_once_and_mapped(vae: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = here / "deep" / "digits.npy"
-    dataset = digits()
-    found = encode(dataset, vae, path)
-    assert (found.tensor.shape, found.tensor.dtype) == ((30, 4, 8, 8), torch.float16)
-    assert (found.flip, found.channels, found.classes) == (False, 4, dataset.classes)
-    assert torch.equal(found.labels, dataset.labels)
+    path, dataset = here / "deep" / "digits.npy", digits()
+    result = encode(dataset, vae, path)
+    assert (result.tensor.shape, result.tensor.dtype) == ((30, 4, 8, 8), torch.float16)
+    assert (result.flip, result.channels, result.classes) == (False, 4, dataset.classes)
+    assert torch.equal(result.labels, dataset.labels)
     expected = Autoencoder(vae, "cpu").encode(dataset.tensor)
-    torch.testing.assert_close(found.tensor.float(), expected, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(result.tensor.float(), expected, atol=2e-3, rtol=2e-3)
     assert np.load(path).shape == (30, 4, 8, 8)
-
-    def no_more(*args: object) -> None:
-        raise AssertionError("encoded again")
-
-    monkeypatch.setattr(Autoencoder, "encode", no_more)
+    monkeypatch.delattr(Autoencoder, "encode")  # it is not needed again
     again = encode(dataset, vae, path)
-    assert torch.equal(again.tensor, found.tensor)
+    assert torch.equal(again.tensor, result.tensor)
     batch = next(data.batches(again, 4, seed=0))
     assert (batch.dtype, batch.shape) == (torch.float32, (4, 4, 8, 8))
     assert sorted(p.name for p in path.parent.iterdir()) == ["digits.npy", "digits.npy.json"]
@@ -203,13 +199,11 @@ def test_a_stopped_encoding_goes_on(vae: Path, here: Path, monkeypatch: pytest.M
     assert not (here / ".part.partial.npy").exists()
 
 
-def test_what_another_run_left_is_not_gone_on_with(
-    vae: Path, autoencoders: Path, here: Path
-) -> None:
+def test_what_another_run_left_is_not_gone_on_with(vae: Path, here: Path) -> None:
     expected = encode(digits(), vae, here / "a.npy").tensor
     shutil.copy(here / "a.npy", here / ".b.partial.npy")
-    about = json.loads((here / "a.npy.json").read_text())
-    (here / "b.npy.json").write_text(json.dumps({**about, "autoencoder": "another"}))
+    identity = json.loads((here / "a.npy.json").read_text())
+    (here / "b.npy.json").write_text(json.dumps({**identity, "autoencoder": "another"}))
     assert torch.equal(encode(digits(), vae, here / "b.npy").tensor, expected)
 
 
@@ -218,35 +212,32 @@ def test_stale_files(vae: Path, autoencoders: Path, here: Path) -> None:
     encode(digits(), vae, path)
     changed = digits()
     changed.tensor[3, 0, 5, 5] ^= 1
-    fewer, size = digits(29), path.stat().st_size
+    size = path.stat().st_size
     for dataset, folder, match in (
-        (digits(), autoencoders / "other", r"by another VAE \(autoencoder: \w{16} there, \w{16} "),
-        (changed, vae, r"from other data \(content: \w{16} there"),
-        (fewer, vae, r"from other data \(images: 30 there, 29 here"),
+        (digits(), autoencoders / "other", r"another VAE \(autoencoder: \w{16} there, \w{16} "),
+        (changed, vae, r"other data \(content: \w{16} there"),
+        (digits(29), vae, r"other data \(images: 30 there, 29 here"),
     ):
-        with pytest.raises(UserError, match=match) as error:
+        with pytest.raises(UserError, match=rf"latents.npy .*{match}.*delete it.*--latent_cache"):
             encode(dataset, folder, path)
-        assert "delete it and it is made anew" in str(error.value)
-        assert "--latent_cache" in str(error.value)
     assert path.stat().st_size == size
     for torn in (path.read_bytes()[:-100], b"", b"text"):
         path.write_bytes(torn)
-        with pytest.raises(UserError, match="delete it"):
+        with pytest.raises(UserError, match=r"latents.npy .*delete it"):
             encode(digits(), vae, path)
 
 
-def test_image_files_that_changed(vae: Path, here: Path) -> None:
+def test_image_files_that_changed(here: Path) -> None:
     for i in range(3):
         Image.new("L", (16, 16), 60 * i).save(here / f"{i}.png")
     before = data.fingerprint(data.load("image_folder", here, 16))
-    shutil.copytree(here, here.parent / "moved", ignore=lambda *args: ["vae"])
-    moved = data.load("image_folder", here.parent / "moved", 16)
-    assert data.fingerprint(moved) == before
+    shutil.copytree(here, here.parent / "moved")
+    assert data.fingerprint(data.load("image_folder", here.parent / "moved", 16)) == before
     Image.new("L", (16, 16), 61).save(here / "1.png")
     assert data.fingerprint(data.load("image_folder", here, 16)) != before
 
 
-# --- a whole run ----------------------------------------------------------------------------------
+# --- A whole run ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -254,10 +245,10 @@ def work(tmp_path_factory: pytest.TempPathFactory, autoencoders: Path) -> Path:
     """Real images in latents: trained with classes, searched, scored on decoded images."""
     folder = tmp_path_factory.mktemp("latent")
     shutil.copytree(autoencoders / "vae", folder / "vae")
-    few = ["--num_generation=2", "--pop_size=4"]
+    few = ["--num_generation=2", "--pop_size=3"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(main, "latency", functools.partial(main.latency, seconds=0.05))
+        patch.setattr(main, "latency", functools.partial(main.latency, seconds=0.01))
         for arguments in (
             [*LATENT, "--dry_run"],
             [*LATENT, "--total_steps=3", "--eval_step=3", "--num_images=20", "--num_classes=10"],
@@ -283,20 +274,19 @@ def run_latent(work: Path, here: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["eval", "eval_stepaware"])
 def test_scores_are_of_decoded_images(work: Path, name: str) -> None:
-    found = json.loads((work / "run" / f"{name}.json").read_text())
+    scores = json.loads((work / "run" / f"{name}.json").read_text())
     vae = Autoencoder(work / "vae", "cpu")
-    assert found["distance"] > 0
-    assert found["autoencoder"] == vae.fingerprint
-    assert found["decoder"]["gflops"] == pytest.approx(vae.decoder_flops(16) / 1e9)
-    assert found["decoder"]["ms_per_image"] > 0
+    assert scores["distance"] > 0
+    assert scores["autoencoder"] == vae.fingerprint
+    assert scores["decoder"]["gflops"] == pytest.approx(vae.decoder_flops(16) / 1e9)
+    assert scores["decoder"]["ms_per_image"] > 0
     with np.load(work / "stats.npz", allow_pickle=False) as statistics:
         assert statistics["mu"].shape == (16 * 16,)
     with Image.open(work / "run" / f"{name}.png") as grid:
         assert grid.size == (5 * 18 + 2, 4 * 18 + 2)
     assert (work / "latents" / "digits16.npy").exists()
     settings = checkpoint.load(work / "run" / "ckpt.pt")["settings"]
-    assert settings["in_ch"] == 4
-    assert settings["latent_vae"] == "vae"
+    assert (settings["in_ch"], settings["latent_vae"]) == (4, "vae")
 
 
 def test_the_decoder_is_told_apart(work: Path) -> None:
@@ -316,17 +306,19 @@ def test_a_moved_autoencoder_is_still_the_same(run_latent: Path, here: Path) -> 
     assert result.status == 0, result.err
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- What is refused ------------------------------------------------------------------------------
 
 
 def test_evaluation_with_another_autoencoder(
-    refused: Refused, run_latent: Path, autoencoders: Path, here: Path
+    refused: Refused, run_latent: Path, autoencoders: Path
 ) -> None:
-    refused("in the latents of another VAE", *EVAL, "--eval",
-            f"--latent_vae={autoencoders / 'other'}")  # fmt: skip
-    refused("was trained in latents: name its --latent_vae", *EVAL, "--eval", "--latent_vae=")
-    refused("there is no folder nothing", *EVAL, "--eval", "--latent_vae=nothing")
-    refused("--clip_denoised is for pixels", *EVAL, "--eval", "--clip_denoised")
+    for match, flag in (
+        ("another VAE", f"--latent_vae={autoencoders / 'other'}"),
+        ("--latent_vae", "--latent_vae="),
+        ("nothing", "--latent_vae=nothing"),
+        ("--clip_denoised", "--clip_denoised"),
+    ):
+        refused(match, *EVAL, "--eval", flag)
     (run_latent / "search.txt").write_text("[" + ", ".join(["1"] * 10) + "]")
     refused("--export_diffusers", *EVAL, "--export_diffusers=out")
 
@@ -336,25 +328,22 @@ def test_training_with_another_autoencoder(
 ) -> None:
     arguments = [*LATENT, "--num_classes=10", "--total_steps=9"]
     other = f"--latent_vae={autoencoders / 'other'}"
-    refused("made by another VAE", *arguments, other)
+    refused("another VAE", *arguments, other)
     shutil.rmtree("latents")
-    result = run_main(*arguments, other)
-    assert "autoencoder: " in result.error
-    assert "trained with other settings" in result.error
+    assert "autoencoder: " in run_main(*arguments, other).error
 
 
 def test_autoencoder_for_a_network_of_pixels(refused: Refused, run_folder: Path, vae: Path) -> None:
-    refused("was trained in pixels", *EVAL, "--eval", "--latent_vae=vae")
+    refused("pixels.*--latent_vae", *EVAL, "--eval", "--latent_vae=vae")
 
 
 def test_autoencoders_that_do_not_fit(refused: Refused, autoencoders: Path, here: Path) -> None:
     for name in ("vae", "colour"):
         shutil.copytree(autoencoders / name, here / name)
-    refused("images of 3 channels, and --dataset=digits has 1", *LATENT, "--latent_vae=colour")
+    refused("colour.* 3 .*--dataset=digits has 1", *LATENT, "--latent_vae=colour")
     refused("--img_size=15.*multiple of 2", *LATENT, "--img_size=15")
-    result = run_main(*LATENT, "--img_size=6", "--latent_cache=six.npy")
-    assert "--img_size=6 makes latents of 3 a side" in result.error
-    assert "--ch_mult" in result.error
+    line = run_main(*LATENT, "--img_size=6", "--latent_cache=six.npy").error
+    assert re.search("--img_size=6 .*--ch_mult", line)
 
 
 def break_folder(vae: Path, how: str) -> None:
@@ -378,28 +367,25 @@ def break_folder(vae: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "match"),
     [
-        ("torn", "--latent_vae: cannot load vae"),
-        ("no weights", r"no \.safetensors weights"),
+        ("torn", "--latent_vae: .* vae "),
+        ("no weights", r"\.safetensors"),
         ("no config", r"vae has no config\.json"),
         ("pipeline", "did you mean vae/vae"),
-        ("other class", "holds UNet2DModel, not one of AutoencoderKL, VQModel"),
-        ("no JSON", r"cannot read vae/config\.json"),
+        ("other class", "UNet2DModel.* AutoencoderKL, VQModel"),
+        ("no JSON", r"vae/config\.json"),
     ],
 )
-def test_folders_that_hold_no_autoencoder(
-    refused: Refused, vae: Path, how: str, match: str
-) -> None:
+def test_folders_without_an_autoencoder(refused: Refused, vae: Path, how: str, match: str) -> None:
     break_folder(vae, how)
     refused(match, *LATENT)
 
 
 def test_places_that_cannot_be_written(refused: Refused, vae: Path, here: Path) -> None:
     (here / "file").write_text("in the way")
-    refused("cannot write file/latents.npy.*--latent_cache", *LATENT,
-            "--latent_cache=file/latents.npy")  # fmt: skip
+    refused(r"file/latents\.npy.*--latent_cache", *LATENT, "--latent_cache=file/latents.npy")
 
 
-# --- samplers -------------------------------------------------------------------------------------
+# --- Samplers -------------------------------------------------------------------------------------
 
 TABLE = [
     [cell.strip() for cell in line.strip("|").split("|")]
@@ -432,6 +418,6 @@ def test_the_samplers_table(row: list[str], run_latent: Path, with_edm: Path) ->
     assert (result.status == 0) == (says["latent"] == "yes"), result.err
     assert says["latent"] == says["class-conditional"]
     if says["latent"] == "yes":
-        found = json.loads((run_latent / "eval.json").read_text())
-        assert found["passes"] % 8 == 0
-        assert found["decoder"]["gflops"] > 0
+        scores = json.loads((run_latent / "eval.json").read_text())
+        assert scores["passes"] % 8 == 0
+        assert scores["decoder"]["gflops"] > 0

@@ -494,7 +494,7 @@ def test_data_set_that_cannot_be_had(
 
 def test_folder_that_is_not_there(refused: Refused) -> None:
     arguments = [*TRAIN, "--logdir=run", "--dataset=image_folder", "--data_root=nothing"]
-    refused("no folder nothing", *arguments)
+    refused("nothing is not a directory", *arguments)
 
 
 def test_data_set_of_other_channels(refused: Refused, run_folder: Path, here: Path) -> None:
