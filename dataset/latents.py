@@ -9,6 +9,7 @@ memory mapping; NAME.npy.json beside it says which autoencoder made it from whic
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import io
@@ -29,7 +30,7 @@ from dataset.batches import everything
 from dataset.images import AnySet, Images, fingerprint, to_network, to_uint8
 from runtime import processes as distributed
 from runtime.errors import UserError
-from runtime.files import read_json, write_json
+from runtime.files import alone_in, read_json, write_json
 
 KINDS = ("AutoencoderKL", "VQModel")
 REMEDY = "delete it and the next run makes it again"
@@ -176,7 +177,9 @@ def encoded(
     wanted = identity(dataset, autoencoder, img_size)
     shape = (len(dataset), *autoencoder.shape(img_size))
     if not distributed.gather(path.exists())[0]:
-        _make(dataset, autoencoder, wanted, shape, path, batch_size, num_workers)
+        with _only_maker(path):
+            if not distributed.gather(path.exists())[0]:
+                _make(dataset, autoencoder, wanted, shape, path, batch_size, num_workers)
     _check_identity(path, wanted)
     try:
         # Copy-on-write, because torch has no read-only tensors.
@@ -225,6 +228,14 @@ def sample(dataset: AnySet, autoencoder: Autoencoder, count: int) -> Images:
 
 def _identity_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
+
+
+def _only_maker(path: Path) -> contextlib.AbstractContextManager:
+    """A block that one group of processes at a time is in, for this file; other groups wait."""
+    if not distributed.is_main():
+        return contextlib.nullcontext()  # waits for the first process, in `gather`
+    # A folder of its own, because a run is alone in its LOGDIR, where `path` may be.
+    return alone_in(path.with_name(f".{path.name}.lock"))
 
 
 def _make(

@@ -174,25 +174,44 @@ def alone_in(folder: str | Path, wait: bool = True) -> Iterator[None]:
     Makes the folder, and removes it again where it stayed empty. Where folders cannot be locked, as
     on some systems and network disks, no process waits.
     """
-    folder = Path(folder)
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError, ImportError):
-            import fcntl
+    locked = _lock(Path(folder), wait)
+    try:
+        yield
+    finally:
+        if locked:
+            lock, made = locked
+            _remove_empty(made)
+            _unlock(lock)
 
+
+def _lock(folder: Path, wait: bool) -> tuple[int, list[Path]] | None:
+    """A descriptor that locks `folder`, and the folders that were made for it; None where it cannot
+    be locked."""
+    with contextlib.suppress(OSError, ImportError):
+        import fcntl
+
+        while True:
             missing = [path for path in (folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(folder, os.O_RDONLY)
-            stack.callback(_unlock, lock)
-            stack.callback(_remove_empty, missing)
-            _locks.add(lock)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError as error:
-                raise UserError(
-                    f"another process is at work in {folder}: stop it or let it end, or name "
-                    "another folder"
-                ) from error
-        yield
+            with contextlib.suppress(FileNotFoundError):
+                lock = os.open(folder, os.O_RDONLY)
+                _locks.add(lock)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                    # Another process may have removed the folder that this one waited for.
+                    if os.path.samestat(os.fstat(lock), os.stat(folder)):
+                        return lock, missing
+                except BlockingIOError as error:
+                    _unlock(lock)
+                    raise UserError(
+                        f"another process is at work in {folder}: stop it or let it end, or name "
+                        "another folder"
+                    ) from error
+                except BaseException:
+                    _unlock(lock)
+                    raise
+                _unlock(lock)
+    return None
 
 
 def _unlock(lock: int) -> None:

@@ -6,6 +6,8 @@ import functools
 import json
 import re
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -205,6 +207,32 @@ def test_what_another_run_left_is_not_gone_on_with(vae: Path, here: Path) -> Non
     identity = json.loads((here / "a.npy.json").read_text())
     (here / "b.npy.json").write_text(json.dumps({**identity, "autoencoder": "another"}))
     assert torch.equal(encode(digits(), vae, here / "b.npy").tensor, expected)
+
+
+def test_two_makers_wait_for_each_other(
+    vae: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads do what processes do: each opens the lock itself."""
+    real, calls, results = Autoencoder.encode, [], []
+
+    def slow(self: Autoencoder, images: torch.Tensor) -> torch.Tensor:
+        calls.append(len(images))
+        time.sleep(0.05)
+        return real(self, images)
+
+    monkeypatch.setattr(Autoencoder, "encode", slow)
+    path = here / "digits.npy"
+    threads = [
+        threading.Thread(target=lambda: results.append(encode(digits(), vae, path)))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(calls) == 30
+    assert torch.equal(results[0].tensor, results[1].tensor)
+    assert sorted(p.name for p in here.iterdir()) == ["digits.npy", "digits.npy.json", "vae"]
 
 
 def test_stale_files(vae: Path, autoencoders: Path, here: Path) -> None:
