@@ -1,11 +1,13 @@
 """Images: named sets, folders, batches. Latents are in dataset.latents, which needs diffusers."""
 
 from dataset.batches import batch_labels, batches, everything
+from dataset.folders import ImageOptions
 from dataset.images import (
     NAMES,
     AnySet,
     Images,
     channels,
+    describe,
     fingerprint,
     load,
     to_network,
@@ -13,6 +15,6 @@ from dataset.images import (
 )
 
 __all__ = [
-    "NAMES", "AnySet", "Images", "batch_labels", "batches", "channels", "everything",
-    "fingerprint", "load", "to_network", "to_uint8",
+    "NAMES", "AnySet", "ImageOptions", "Images", "batch_labels", "batches", "channels",
+    "describe", "everything", "fingerprint", "load", "to_network", "to_uint8",
 ]  # fmt: skip

@@ -1,54 +1,96 @@
-"""Image files: a folder → its paths, a path → uint8 pixels of one size; and LSUN's database.
+"""Image files: a folder → its files, a file → uint8 pixels of one size; and LSUN's database.
 
-This file knows how image files are found and decoded. It does not know the named sets, nor in
-which order a run sees the images.
+This file knows how image files are found. It does not know the named sets, nor in which order a run
+sees the images.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from dataset.decoding import ENDINGS, decode, resize_and_crop
+from dataset.survey import survey
 from runtime.errors import UserError
+
+# Folders that hold no images of the set: other programs' previews, copies and deleted files.
+TRASH = ("__MACOSX", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "lost+found")
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How images are read. background: a colour name or #rrggbb, behind transparent pixels.
+    channels: auto (3 where any image has colour), 1 or 3. flip: whether training mirrors images:
+    auto (where the set allows it), on or off."""
+
+    background: str = "white"
+    channels: str = "auto"
+    flip: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("channels", ("auto", "1", "3")), ("flip", ("auto", "on", "off"))):
+            if getattr(self, name) not in choices:
+                raise UserError(f"--{name}={getattr(self, name)}: one of {', '.join(choices)}")
+        self.rgb()
+
+    def rgb(self) -> tuple[int, int, int]:
+        """The background's red, green and blue, 0 to 255."""
+        from PIL import ImageColor
+
+        try:
+            return ImageColor.getrgb(self.background)[:3]
+        except ValueError as error:
+            raise UserError(
+                f"--background={self.background}: a colour name, such as black, or #rrggbb"
+            ) from error
+
+    def count_channels(self, default: int) -> int:
+        return default if self.channels == "auto" else int(self.channels)
+
+    def flips(self, default: bool) -> bool:
+        return default if self.flip == "auto" else self.flip == "on"
 
 
 @dataclass(frozen=True)
 class Listing:
     """The image files of a set, sorted by path. labels: int64 (N,), or None where there are no
-    classes; classes: their names."""
+    classes; classes: their names. left_out: files and folders that are no part of it, in words."""
 
     paths: list[str]
     labels: torch.Tensor | None = None
     classes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 class ImageFiles(Dataset):
     """Image files, decoded on demand: shorter side resized to `img_size`, then centre crop.
 
-    The first file's mode decides for all: greyscale → 1 channel, anything else → 3. `flip`,
-    `labels` and `classes` as in images.Images.
+    All headers are read first, see survey.py, and files that cannot be decoded are an error.
+    `flip`, `labels` and `classes` as in images.Images.
     """
 
     tensor = None
 
-    def __init__(self, name: str, files: Listing, img_size: int, flip: bool):
-        self.name, self.paths, self.img_size, self.flip = name, files.paths, img_size, flip
-        self.labels, self.classes = files.labels, files.classes
-        self.channels = 1 if _is_grey(decode(self.paths[0])) else 3
-        decode(self.paths[-1])  # an archive that was unpacked only in part ends in a torn file
+    def __init__(self, name: str, files: Listing, img_size: int, options: ImageOptions):
+        self.name, self.paths, self.img_size = name, files.paths, img_size
+        self.labels, self.classes, self.left_out = files.labels, files.classes, files.left_out
+        self.survey, self.background = survey(name, files.paths), options.rgb()
+        self.channels = options.count_channels(3 if self.survey.colour else 1)
+        self.flip = options.flips(True)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return resize_and_crop(decode(self.paths[index]), self.channels, self.img_size)
+        image = decode(self.paths[index])
+        return resize_and_crop(image, self.channels, self.img_size, self.background)
 
 
 class LsunImages(Dataset):
@@ -58,10 +100,12 @@ class LsunImages(Dataset):
     reads the keys from the database each time.
     """
 
-    tensor, flip, labels, classes, channels = None, True, None, (), 3
+    tensor, labels, classes = None, None, ()
 
-    def __init__(self, name: str, folder: Path, img_size: int):
+    def __init__(self, name: str, folder: Path, img_size: int, options: ImageOptions):
         self.name, self.folder, self.img_size = name, folder, img_size
+        self.channels, self.flip = options.count_channels(3), options.flips(True)
+        self.background = options.rgb()
         self._database = None
         try:
             with self._open().begin(buffers=False) as transaction:
@@ -97,45 +141,11 @@ class LsunImages(Dataset):
                 content = transaction.get(self.keys[index])
         except Exception as error:
             raise self._broken(error) from error
-        return resize_and_crop(decode(io.BytesIO(content)), 3, self.img_size)
+        image = decode(io.BytesIO(content))
+        return resize_and_crop(image, self.channels, self.img_size, self.background)
 
 
-def resize_and_crop(image, channels: int, img_size: int) -> torch.Tensor:
-    """A PIL image as uint8 (channels, img_size, img_size): shorter side resized, centre crop."""
-    from torchvision.transforms.v2 import functional
-
-    image = image.convert("L" if channels == 1 else "RGB")
-    image = functional.resize(image, [img_size])  # PIL's bilinear is antialiased
-    image = functional.center_crop(image, [img_size, img_size])
-    return functional.pil_to_tensor(image)
-
-
-def _is_grey(image) -> bool:
-    return image.mode in ("1", "L", "LA")
-
-
-def decode(path: str | io.BytesIO):
-    """One image file as a PIL image, upright, 16-bit greys scaled to 8 bits. UserError names a
-    damaged file."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):
-            # PIL's own conversion to 8 bits clips instead of scaling.
-            values = np.asarray(image, dtype=np.float64) / 257
-            image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
-        return image
-    except Exception as error:  # PIL's decoders raise many kinds of errors
-        reason = str(error).split("\n")[0] or type(error).__name__
-        path = path if isinstance(path, str) else "in the database"
-        raise UserError(
-            f"cannot read the image {path} ({reason}): repair it or remove it from the folder"
-        ) from error
-
-
-# --- Finding image files -------------------------------------------------------------------------
+# --- Finding image files --------------------------------------------------------------------------
 
 
 def image_folder(root: Path) -> Listing:
@@ -143,40 +153,85 @@ def image_folder(root: Path) -> Listing:
     least two and every image is in one of them."""
     if not root.is_dir():
         raise UserError(f"image_folder: {root} is not a directory")
-    paths = sorted(images_below(root), key=Path)
+    paths, left_out = images_below(root)
     if not paths:
+        hint = f"; there are {', '.join(left_out)}" if left_out else ""
         raise UserError(
-            f"image_folder: no image in {root} or below it (looked for {' '.join(_suffixes())})"
+            f"image_folder: no image in {root} or below it (looked for {' '.join(ENDINGS)}){hint}"
         )
+    paths.sort(key=Path)
     parts = [Path(path).relative_to(root).parts for path in paths]
     names = tuple(sorted({p[0] for p in parts}))
     if min(map(len, parts)) < 2 or len(names) < 2:
-        return Listing(paths)
+        return Listing(paths, left_out=left_out)
     number = {name: i for i, name in enumerate(names)}
-    return Listing(paths, torch.tensor([number[p[0]] for p in parts]), names)
-
-
-def _suffixes() -> tuple[str, ...]:
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    return IMG_EXTENSIONS
+    return Listing(paths, torch.tensor([number[p[0]] for p in parts]), names, left_out)
 
 
 def images_in(folder: Path) -> list[str]:
     """The paths of the images directly in `folder`, sorted. Hidden files are leftovers of other
     programs (._photo.jpg, half-written temporaries)."""
-    endings = _suffixes()
     with os.scandir(folder) as entries:
-        return sorted(e.path for e in entries if _is_image(e.name, endings))
+        return sorted(entry.path for entry in entries if _is_image(entry.name))
 
 
-def images_below(folder: Path) -> Iterable[str]:
-    """The paths of the images at any depth below `folder`."""
-    endings = _suffixes()
-    for where, folders, names in os.walk(folder):
-        folders.sort()
-        yield from (os.path.join(where, name) for name in names if _is_image(name, endings))
+def images_below(folder: Path) -> tuple[list[str], tuple[str, ...]]:
+    """The paths of the images at any depth below `folder`, also in linked folders, and what was
+    left out, in words."""
+    walk = _Walk()
+    return list(walk.images(str(folder), ())), walk.left_out()
 
 
-def _is_image(name: str, endings: tuple[str, ...]) -> bool:
-    return not name.startswith(".") and name.lower().endswith(endings)
+@dataclass
+class _Walk:
+    """A walk through folders that counts what it leaves out."""
+
+    folders: Counter[str] = field(default_factory=Counter)  # hidden ones and trash, by name
+    hidden: int = 0
+    others: Counter[str] = field(default_factory=Counter)  # other files, by their ending
+    loops: int = 0
+
+    def images(self, folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+        """The images in `folder` and below. above: the folders that it is in, by device and inode;
+        a link to one of them would never end."""
+        try:
+            about = os.stat(folder)
+            here = (about.st_dev, about.st_ino)
+            with os.scandir(folder) as entries:
+                entries = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"cannot read the folder {folder}: {error.strerror}") from error
+        if here in above:
+            self.loops += 1
+            return
+        for entry in entries:
+            if entry.is_dir():
+                if entry.name.startswith(".") or entry.name in TRASH:
+                    self.folders[entry.name] += 1
+                else:
+                    yield from self.images(entry.path, (*above, here))
+            elif _is_image(entry.name):
+                yield entry.path
+            elif entry.name.startswith("."):
+                self.hidden += 1
+            else:
+                self.others[Path(entry.name).suffix.lower() or "no ending"] += 1
+
+    def left_out(self) -> tuple[str, ...]:
+        """What was left out and why."""
+        endings = ", ".join(f"{count} {ending}" for ending, count in self.others.most_common(5))
+        reasons = (
+            ("hidden or trash folders", self.folders.total(), ", ".join(sorted(self.folders)[:5])),
+            ("hidden files", self.hidden, ""),
+            ("other files", self.others.total(), endings),
+            ("links back to a folder that they are in", self.loops, ""),
+        )
+        return tuple(
+            f"{what}: {count}" + (f" ({which})" if which else "")
+            for what, count, which in reasons
+            if count
+        )
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(ENDINGS)

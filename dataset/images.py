@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dataset import sets
-from dataset.folders import ImageFiles, Listing, LsunImages, image_folder
+from dataset.folders import ImageFiles, ImageOptions, Listing, LsunImages, image_folder
 from runtime.errors import UserError
 from runtime.files import alone_in
 
@@ -56,7 +56,7 @@ class Images(Dataset):
 # --- The named sets -------------------------------------------------------------------------------
 
 
-def _cifar10(root: Path, img_size: int, train: bool) -> Images:
+def _cifar10(root: Path, img_size: int, train: bool, options: ImageOptions) -> Images:
     from torchvision.datasets import CIFAR10
 
     # The files are pickles; torchvision opens them only after their MD5 sums agree.
@@ -66,10 +66,12 @@ def _cifar10(root: Path, img_size: int, train: bool) -> Images:
         f"cifar10: put cifar-10-python.tar.gz (or its folder cifar-10-batches-py) into {root}",
     )
     images = _resize(torch.from_numpy(source.data).movedim(3, 1), img_size)
-    return Images("cifar10", images, True, torch.tensor(source.targets), source.classes)
+    return Images(
+        "cifar10", images, options.flips(True), torch.tensor(source.targets), source.classes
+    )
 
 
-def _fashion_mnist(root: Path, img_size: int, train: bool) -> Images:
+def _fashion_mnist(root: Path, img_size: int, train: bool, options: ImageOptions) -> Images:
     from torchvision.datasets import FashionMNIST
 
     stem = f"{'train' if train else 't10k'}-images-idx3-ubyte"
@@ -91,12 +93,13 @@ def _fashion_mnist(root: Path, img_size: int, train: bool) -> Images:
     images = images[:, None]
     if img_size == 32:  # the usual 28 → 32: a black margin keeps every pixel as it is
         images = torch.nn.functional.pad(images, (2, 2, 2, 2))
-    # Never mirrored: every shoe of this set points to the left.
+    # Not mirrored by default: every shoe of this set points to the left.
     classes = () if labels is None else FashionMNIST.classes
-    return Images("fashion_mnist", _resize(images, img_size), False, labels, classes)
+    flip = options.flips(False)
+    return Images("fashion_mnist", _resize(images, img_size), flip, labels, classes)
 
 
-def _digits(root: Path, img_size: int, train: bool) -> Images:
+def _digits(root: Path, img_size: int, train: bool, options: ImageOptions) -> Images:
     from sklearn.datasets import load_digits
 
     if not train:
@@ -105,42 +108,45 @@ def _digits(root: Path, img_size: int, train: bool) -> Images:
     values = digits.images  # (1797, 8, 8), whole numbers from 0 to 16
     images = torch.from_numpy(np.round(values * 255 / 16).astype(np.uint8))[:, None]
     labels = torch.from_numpy(digits.target).long()
-    return Images("digits", _resize(images, img_size), False, labels, [*"0123456789"])
+    images = _resize(images, img_size)
+    return Images("digits", images, options.flips(False), labels, [*"0123456789"])
 
 
-def _image_folder(root: Path, img_size: int, train: bool) -> ImageFiles:
+def _image_folder(root: Path, img_size: int, train: bool, options: ImageOptions) -> ImageFiles:
     if not train:
         raise UserError(
             "image_folder has no test split: give the folder of the test images instead"
         )
-    return ImageFiles("image_folder", image_folder(root), img_size, True)
+    return ImageFiles("image_folder", image_folder(root), img_size, options)
 
 
 def _files(list_files: Callable[[Path, bool], Listing]) -> Callable:
     """The loader of a data set whose listing `list_files` makes."""
 
-    def load_files(root: Path, img_size: int, train: bool) -> ImageFiles:
-        return ImageFiles(list_files.__name__, list_files(root, train), img_size, True)
+    def load_files(root: Path, img_size: int, train: bool, options: ImageOptions) -> ImageFiles:
+        return ImageFiles(list_files.__name__, list_files(root, train), img_size, options)
 
     return load_files
 
 
-def _lsun_bedroom(root: Path, img_size: int, train: bool) -> ImageFiles | LsunImages:
+def _lsun_bedroom(
+    root: Path, img_size: int, train: bool, options: ImageOptions
+) -> ImageFiles | LsunImages:
     folder = sets.lsun_database(root, train)
     if folder is None:
-        return _files(sets.lsun_bedroom)(root, img_size, train)
+        return _files(sets.lsun_bedroom)(root, img_size, train, options)
     if importlib.util.find_spec("lmdb") is None:
         raise UserError(
             f"lsun_bedroom: reading {folder} needs the package lmdb (pip install lmdb); or export "
             "its images into a folder bedroom_train"
         )
-    return LsunImages("lsun_bedroom", folder, img_size)
+    return LsunImages("lsun_bedroom", folder, img_size, options)
 
 
 AnySet = Images | ImageFiles | LsunImages
 
-# To add a data set, add an entry: (root, img_size, train) → one of AnySet.
-_LOADERS: dict[str, Callable[[Path, int, bool], AnySet]] = {
+# To add a data set, add an entry: (root, img_size, train, options) → one of AnySet.
+_LOADERS: dict[str, Callable[[Path, int, bool, ImageOptions], AnySet]] = {
     "cifar10": _cifar10,
     "fashion_mnist": _fashion_mnist,
     "image_folder": _image_folder,
@@ -154,12 +160,21 @@ _LOADERS: dict[str, Callable[[Path, int, bool], AnySet]] = {
 NAMES = tuple(_LOADERS)
 
 
-def channels(name: str) -> int:
+DEFAULTS = ImageOptions()
+
+
+def channels(name: str, options: ImageOptions = DEFAULTS) -> int:
     """Image channels of a named set, without loading it; 3 where that depends on its files."""
-    return 1 if name in ("digits", "fashion_mnist") else 3
+    return options.count_channels(1 if name in ("digits", "fashion_mnist") else 3)
 
 
-def load(name: str, root: str | Path, img_size: int, train: bool = True) -> AnySet:
+def load(
+    name: str,
+    root: str | Path,
+    img_size: int,
+    train: bool = True,
+    options: ImageOptions = DEFAULTS,
+) -> AnySet:
     """The data set `name`, whose files are, or will be downloaded, below `root`.
 
     - cifar10: 50,000 / 10,000 colour images of 32×32.
@@ -179,7 +194,10 @@ def load(name: str, root: str | Path, img_size: int, train: bool = True) -> AnyS
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(NAMES)}")
     if img_size < 1:
         raise UserError(f"img_size is {img_size}: it must be at least 1")
-    return _LOADERS[name](Path(root).expanduser(), img_size, train)
+    dataset = _LOADERS[name](Path(root).expanduser(), img_size, train, options)
+    if options.count_channels(dataset.channels) != dataset.channels:
+        raise UserError(f"--channels={options.channels}: {name} has {dataset.channels}; use auto")
+    return dataset
 
 
 def _download(root: Path, fetch: Callable, remedy: str):
@@ -233,7 +251,31 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-# --- Fingerprint ---------------------------------------------------------------------------------
+# --- What a set is, in words and as a number ------------------------------------------------------
+
+
+def describe(dataset: AnySet, names: int = 20) -> str:
+    """One line: images, sizes, channels, alpha, classes in order, mirroring, and what was left out
+    and why. names: how many classes are named."""
+    parts = [f"{dataset.name}: {len(dataset):,} images"]
+    if isinstance(dataset, ImageFiles):
+        survey = dataset.survey
+        grey = survey.images - survey.colour
+        seen = f" ({survey.colour:,} in colour, {grey:,} grey)" if survey.colour and grey else ""
+        parts[0] += f" of {survey.sizes()} pixels"
+        parts.append(f"{dataset.channels} channel{'s' * (dataset.channels > 1)}{seen}")
+        background = "#" + "".join(f"{value:02x}" for value in dataset.background)
+        parts += [f"{survey.alpha:,} with alpha, on {background}"] if survey.alpha else []
+    else:
+        if dataset.tensor is not None:
+            parts[0] += f" of {dataset.tensor.shape[3]}×{dataset.tensor.shape[2]}"
+        parts.append(f"{dataset.channels} channel{'s' * (dataset.channels > 1)}")
+    if dataset.labels is not None:
+        shown = ", ".join(dataset.classes[:names]) + ", …" * (len(dataset.classes) > names)
+        parts.append(f"{len(dataset.classes)} classes ({shown})")
+    parts.append("mirrored in training" if dataset.flip else "not mirrored")
+    left_out = getattr(dataset, "left_out", ())
+    return ", ".join(parts) + (f"; left out: {', '.join(left_out)}" if left_out else "")
 
 
 def fingerprint(dataset: AnySet) -> str:
@@ -245,13 +287,27 @@ def fingerprint(dataset: AnySet) -> str:
     if isinstance(dataset, LsunImages):
         for key in dataset.keys:  # LSUN's keys are hashes of the images' content
             digest.update(key)
+        digest.update(b"grey" if dataset.channels == 1 else b"")
     elif isinstance(dataset, ImageFiles):
         top = os.path.commonpath([*map(os.path.dirname, dataset.paths)])
         for path in dataset.paths:
-            digest.update(f"{path[len(top) :]} {os.stat(path).st_size}\n".encode())
+            digest.update(os.fsencode(path[len(top) :]) + b" %d\n" % os.stat(path).st_size)
         for path in dataset.paths[:: max(1, len(dataset) // 64)]:
             digest.update(Path(path).read_bytes())
+        digest.update(_how_read(dataset).encode())
     else:
         for part in dataset.tensor.split(1000):
             digest.update(part.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _how_read(dataset: ImageFiles) -> str:
+    """What the pixels depend on beside the files; empty where there was never a choice."""
+    survey, choices = dataset.survey, []
+    if survey.alpha:
+        choices.append(f"background {dataset.background}")
+    if survey.rescaled:
+        choices.append("ranges")
+    if dataset.channels != (1 if survey.first_grey else 3):
+        choices.append(f"channels {dataset.channels}")
+    return "; ".join(choices)

@@ -86,10 +86,9 @@ def lsun_bedroom(root: Path, train: bool) -> Listing:
     places = [f"{top}bedroom_{split}" for top in ("", "lsun/")]
     places += ["bedroom", "lsun/bedroom", "data0/lsun/bedroom"] if train else []
     folder = _folder("lsun_bedroom", root, places)
-    paths = list(images_below(folder))
-    paths.sort()
+    paths, left_out = images_below(folder)
     _check_complete("lsun_bedroom", folder, len(paths), train)
-    return Listing(paths)
+    return Listing(sorted(paths), left_out=left_out)
 
 
 def lsun_database(root: Path, train: bool) -> Path | None:

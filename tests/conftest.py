@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,15 @@ TRAIN = f"""{TINY} --train --sandwich --batch_size=8 --total_steps=6 --save_step
     --sample_step=6 --sample_size=4 --log_step=1 --warmup=2 --ema_decay=0.9 --lr=0.001
 """
 TINY, TRAIN = TINY.split(), TRAIN.split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A user's cache directory for the tests alone, also of processes that they start."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
 # --- the published network ------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""dataset/: small named sets, folders, pixel ranges; order, resume and shares of batches."""
+"""dataset/: small named sets, pixel ranges; order, resume and shares of batches."""
 
 import gzip
 import hashlib
@@ -42,14 +42,13 @@ def numbers(batch):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Six colour images of different sizes in nested folders, and a hidden leftover."""
+    """Six colour images of different sizes in two folders."""
     random = np.random.default_rng(0)
     for i in range(6):
         folder = tmp_path / "photos" / f"class{i % 2}"
         folder.mkdir(parents=True, exist_ok=True)
         pixels = random.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.PNG")
-    (tmp_path / "photos" / "._0.png").write_bytes(b"no image")
     return tmp_path / "photos"
 
 
@@ -177,56 +176,6 @@ def test_cifar10_from_its_archive(monkeypatch, tmp_path):
     assert data.load("cifar10", tmp_path, 16).tensor.shape == (4, 3, 16, 16)
 
 
-# --- Folders --------------------------------------------------------------------------------------
-
-
-def test_image_folder_is_sorted_and_lazy(photos):
-    images = data.load("image_folder", photos, 8)
-    assert (len(images), images.channels, images.flip, images.tensor) == (6, 3, True, None)
-    assert [path[-5] for path in images.paths] == list("024135")
-    assert (images.labels.tolist(), images.classes) == ([0, 0, 0, 1, 1, 1], ("class0", "class1"))
-    assert (images[0].shape, images[0].dtype) == ((3, 8, 8), torch.uint8)
-    Image.new("RGB", (8, 8)).save(photos / "loose.png")
-    assert data.load("image_folder", photos, 8).labels is None
-
-
-def test_image_folder_crops_the_centre(tmp_path):
-    pixels = np.zeros((8, 20), dtype=np.uint8)
-    pixels[:, 6:14] = np.arange(8)[:, None] + 100
-    Image.fromarray(pixels).convert("RGB").save(tmp_path / "a.png")
-    image = data.load("image_folder", tmp_path, 8)[0]
-    assert torch.equal(image, torch.from_numpy(pixels[None, :, 6:14]).expand(3, -1, -1))
-
-
-@pytest.mark.parametrize("mode", ["L", "1", "I;16"])
-def test_image_folder_grey(tmp_path, mode):
-    dtype, top = (np.uint16, 65535) if mode == "I;16" else (np.uint8, 255)
-    pixels = np.full((4, 4), top, dtype=dtype)
-    pixels[:, :2] = 0
-    Image.fromarray(pixels).convert(mode).save(tmp_path / "a.png")
-    images = data.load("image_folder", tmp_path, 4)
-    assert images.channels == 1
-    assert images[0][0, 0].tolist() == [0, 0, 255, 255]
-
-
-def test_image_folder_errors(photos, tmp_path):
-    (tmp_path / "empty").mkdir()
-    for folder in ("missing", "empty"):
-        with pytest.raises(UserError, match=f"image_folder: .*{folder}"):
-            data.load("image_folder", tmp_path / folder, 8)
-    with pytest.raises(UserError, match="test split"):
-        data.load("image_folder", photos, 8, train=False)
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_broken_image_is_named_in_one_line(photos, num_workers):
-    broken = photos / "class0" / "2.PNG"
-    broken.write_bytes(broken.read_bytes()[:200])
-    images = data.load("image_folder", photos, 8)
-    with pytest.raises(UserError, match=r"^[^\n]*2\.PNG[^\n]*$"):
-        list(data.everything(images, 3, num_workers))
-
-
 # --- Pixels and batches ---------------------------------------------------------------------------
 
 
@@ -303,6 +252,15 @@ def test_flips_only_where_they_make_sense():
 def test_batch_must_divide_among_processes():
     with pytest.raises(UserError, match=r"--batch_size=10 .* 4 processes"):
         data.batches(numbered(9), 10, seed=0, part=(0, 4))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_image_that_broke_since_is_named_in_one_line(photos, num_workers):
+    images = data.load("image_folder", photos, 8)
+    broken = photos / "class0" / "2.PNG"
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"^[^\n]*2\.PNG[^\n]*$"):
+        list(data.everything(images, 3, num_workers))
 
 
 def test_everything_is_in_order(photos):

@@ -1,0 +1,171 @@
+"""A look at the headers of all image files of a set, once, and what it saw.
+
+This file knows what the headers come to and where that is kept: in the user's cache directory,
+under a name made of all paths, sizes and times. It may be deleted at any time, and where it cannot
+be written every run looks again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dataset.decoding import Header, read_header, reason
+from runtime import processes as distributed
+from runtime.errors import UserError
+from runtime.files import read_json, write_json
+
+RULES = 1  # to be counted up when a header is understood otherwise
+CHUNK = 256  # files that a thread looks at in one go: on network disks, opening is waiting
+NAMED = 5  # files that an error names
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the headers say. colour, alpha, rescaled: how many images have it, see decoding.Header;
+    first_grey: whether the first file is grey; smallest, largest: (width, height), by area."""
+
+    images: int
+    colour: int
+    alpha: int
+    rescaled: int
+    first_grey: bool
+    smallest: tuple[int, int]
+    largest: tuple[int, int]
+
+    def sizes(self) -> str:
+        ends = [f"{width}×{height}" for width, height in (self.smallest, self.largest)]
+        return " to ".join(dict.fromkeys(ends))
+
+
+def survey(name: str, paths: Sequence[str]) -> Survey:
+    """What the headers of these files say; all processes look at a share. Raises UserError that
+    names files which cannot be decoded, if there are any."""
+    cache = _cache_file(paths) if distributed.is_main() else None
+    known = distributed.gather(cache and _read(cache))[0]
+    if known:
+        return known
+    share = distributed.share(len(paths))
+    everyone = distributed.gather(_look(paths[share]))
+    unusable = [pair for _, pairs in everyone for pair in pairs]
+    if unusable:
+        some = ", ".join(f"{path} ({why})" for path, why in unusable[:NAMED])
+        more = ", …" if len(unusable) > NAMED else ""
+        raise UserError(
+            f"{name}: cannot read {len(unusable)} of {len(paths)} images: {some}{more}: repair "
+            "them or remove them from the folder"
+        )
+    result = _together([part for part, _ in everyone if part])
+    if cache:
+        with contextlib.suppress(OSError, UserError):
+            write_json(cache, asdict(result))
+    return result
+
+
+def _look(paths: Sequence[str]) -> tuple[Survey | None, list[tuple[str, str]]]:
+    """What these files' headers say, and (path, reason) of those that cannot be used."""
+    headers, unusable = [], []
+    pool = ThreadPoolExecutor(8)
+    try:
+        with _bar(len(paths)) as bar:
+            for path, header in zip(paths, _headers(pool, paths), strict=True):
+                bar.update()
+                if isinstance(header, Header):
+                    headers.append(header)
+                else:
+                    unusable.append((path, header))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if not headers:
+        return None, unusable
+    by_area = sorted({header[:2] for header in headers}, key=lambda size: size[0] * size[1])
+    return Survey(
+        images=len(headers),
+        colour=sum(not header.grey for header in headers),
+        alpha=sum(header.alpha for header in headers),
+        rescaled=sum(header.rescaled for header in headers),
+        first_grey=headers[0].grey,
+        smallest=by_area[0],
+        largest=by_area[-1],
+    ), unusable
+
+
+def _headers(pool: ThreadPoolExecutor, paths: Sequence[str]) -> Iterator[Header | str]:
+    """The header of each file, or the reason why it cannot be used."""
+
+    def header_or_reason(path: str) -> Header | str:
+        try:
+            return read_header(path)
+        except Exception as error:  # Pillow's decoders raise many kinds of errors
+            return reason(error)
+
+    def chunk(start: int) -> list[Header | str]:
+        return [*map(header_or_reason, paths[start : start + CHUNK])]
+
+    return itertools.chain.from_iterable(pool.map(chunk, range(0, len(paths), CHUNK)))
+
+
+def _bar(total: int) -> tqdm:
+    return tqdm(
+        total=total,
+        desc="read headers",
+        unit="image",
+        dynamic_ncols=True,
+        leave=False,
+        disable=total < 5000 or not distributed.is_main(),
+    )
+
+
+def _together(parts: Sequence[Survey]) -> Survey:
+    """The same of several parts of a set, in order."""
+
+    def area(size: tuple[int, int]) -> int:
+        return size[0] * size[1]
+
+    return replace(
+        parts[0],
+        **{f: sum(getattr(p, f) for p in parts) for f in ("images", "colour", "alpha", "rescaled")},
+        smallest=min((part.smallest for part in parts), key=area),
+        largest=max((part.largest for part in parts), key=area),
+    )
+
+
+# --- The cache ------------------------------------------------------------------------------------
+
+
+def _cache_file(paths: Sequence[str]) -> Path | None:
+    """Where the survey of these files, as they are now, is or will be; None where a file or the
+    user's cache directory cannot be found."""
+    import PIL
+
+    digest = hashlib.sha256(f"{RULES} {PIL.__version__}\n".encode())
+    try:
+        for path in paths:
+            about = os.stat(path)
+            digest.update(os.fsencode(os.path.abspath(path)))
+            digest.update(f" {about.st_size} {about.st_mtime_ns}\n".encode())
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except (OSError, RuntimeError):
+        return None
+    return Path(base) / "ddsm" / "images" / f"{digest.hexdigest()[:32]}.json"
+
+
+def _read(cache: Path) -> Survey | None:
+    """The survey in `cache`; None where there is none or it is damaged."""
+    try:
+        values = read_json(cache)
+        assert isinstance(values, dict)
+        sizes = {name: tuple(map(int, values[name])) for name in ("smallest", "largest")}
+        assert all(len(size) == 2 for size in sizes.values())
+        counts = {f.name: int(values[f.name]) for f in fields(Survey) if f.name not in sizes}
+        return Survey(**{**counts, **sizes, "first_grey": bool(counts["first_grey"])})
+    except (AssertionError, KeyError, TypeError, ValueError, UserError):
+        return None

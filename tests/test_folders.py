@@ -1,0 +1,303 @@
+"""dataset/folders.py, decoding.py, survey.py: which files are found, and what their pixels are."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import EpsImagePlugin, Image
+
+import dataset as data
+from dataset import survey
+from runtime.errors import UserError
+
+
+def load(folder: Path, size: int = 4, **options: str) -> data.AnySet:
+    return data.load("image_folder", folder, size, options=data.ImageOptions(**options))
+
+
+def save(path: Path, color: object = (9, 99, 199), mode: str = "RGB", **more: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (4, 4), color).save(path, **more)
+
+
+def tiff(bits: int, photometric: int, rows: list[bytes]) -> bytes:
+    """A grey TIFF of 4 pixels a row, which Pillow cannot write."""
+    entries = [(256, 4, 4), (257, 4, len(rows)), (258, 3, bits), (259, 3, 1),
+               (262, 3, photometric), (273, 4, 8 + 2 + 12 * 8 + 4), (277, 3, 1),
+               (279, 4, sum(map(len, rows)))]  # fmt: skip
+    directory = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
+    return b"II*\0" + struct.pack("<IH", 8, 8) + directory + b"\0\0\0\0" + b"".join(rows)
+
+
+# --- Pixels ---------------------------------------------------------------------------------------
+
+
+def test_shorter_side_is_resized_and_the_centre_kept(tmp_path: Path) -> None:
+    pixels = np.zeros((8, 20), dtype=np.uint8)
+    pixels[:, 6:14] = np.arange(8)[:, None] + 100
+    Image.fromarray(pixels).convert("RGB").save(tmp_path / "a.png")
+    image = load(tmp_path, 8)[0]
+    assert torch.equal(image, torch.from_numpy(pixels[None, :, 6:14]).expand(3, -1, -1))
+
+
+RED, HIDDEN, HALF = (200, 0, 0, 255), (0, 200, 0, 0), (0, 0, 200, 51)
+
+
+@pytest.mark.parametrize(
+    ("background", "behind"), [("white", (255, 255, 255)), ("#102030", (16, 32, 48))]
+)
+def test_transparent_pixels_show_the_background(
+    tmp_path: Path, background: str, behind: tuple[int, int, int]
+) -> None:
+    """51 / 255 is a fifth."""
+    Image.new("RGBA", (4, 4), HIDDEN).save(tmp_path / "hidden.png")
+    Image.new("RGBA", (4, 4), HALF).save(tmp_path / "half.webp", lossless=True, exact=True)
+    Image.new("RGBA", (4, 4), RED).save(tmp_path / "opaque.png")
+    Image.new("LA", (4, 4), (0, 51)).save(tmp_path / "shape.png")
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 0, 200, 0])
+    palette.save(tmp_path / "z.gif", transparency=1)
+    Image.new("RGB", (4, 4), (7, 8, 9)).save(tmp_path / "zz.png", transparency=(7, 8, 9))
+    images = load(tmp_path, background=background)
+    pixels = {Path(p).stem: images[i][:, 0, 0].tolist() for i, p in enumerate(images.paths)}
+    fifth = [round(0.8 * value) for value in behind]
+    assert pixels.pop("half") == pytest.approx([fifth[0], fifth[1], fifth[2] + 40], abs=1)
+    assert pixels.pop("shape") == pytest.approx(fifth, abs=1)
+    assert pixels == {
+        "hidden": [*behind], "opaque": [200, 0, 0], "z": [*behind], "zz": [*behind],
+    }  # fmt: skip
+    assert "6 with alpha, on #" in data.describe(images)
+    assert data.fingerprint(images) != data.fingerprint(load(tmp_path, background="red"))
+
+
+STEPS = [0, 0x555, 0xAAA, 0xFFF]  # thirds of 12 bits
+TWELVE = bytes.fromhex("000555aaafff")
+TWO_BYTES = struct.pack("<4H", 0, 21845, 43690, 65535)
+
+
+def write_tagged(path: Path, values: list, dtype: str, tags: dict | None) -> None:
+    pixels = np.array([values] * 4, dtype=dtype)
+    Image.fromarray(pixels).save(path, tiffinfo=tags or {})
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.with_suffix(".pgm").write_bytes(
+            b"P5 4 4 4095\n" + struct.pack(">4H", *STEPS) * 4
+        ),
+        lambda path: path.write_bytes(tiff(12, 1, [TWELVE] * 4)),
+        lambda path: path.write_bytes(tiff(16, 1, [TWO_BYTES] * 4)),
+        lambda path: path.write_bytes(tiff(16, 0, [TWO_BYTES[::-1]] * 4)),  # 0 is white
+        lambda path: write_tagged(path, [0, 21845, 43690, 65535], "uint16", None),
+        lambda path: write_tagged(path, [-3, 0, 3, 6], "int32", {340: -3, 341: 6}),
+        lambda path: write_tagged(path, [0.5, 1, 1.5, 2], "float32", {340: 0.5, 341: 2.0}),
+        lambda path: write_tagged(path, [0, 85, 170, 255], "uint8", None),
+    ],
+    ids=["pgm 12", "tiff 12", "tiff 16", "inverted", "16", "integers", "floats", "8"],
+)
+def test_grey_is_scaled_from_the_range_of_its_file(tmp_path: Path, write) -> None:
+    write(tmp_path / "a.tif")
+    images = load(tmp_path)
+    assert images.channels == 1
+    assert images[0][0, 0].tolist() == [0, 85, 170, 255]
+
+
+@pytest.mark.parametrize(
+    ("mode", "color", "grey", "expected"),
+    [
+        ("1", 1, True, [255]),
+        ("L", 77, True, [77]),
+        ("P", 3, False, [3, 3, 3]),
+        ("CMYK", (0, 255, 255, 0), False, [255, 0, 0]),
+        ("YCbCr", (77, 128, 128), False, [77, 77, 77]),
+    ],
+)
+def test_other_modes(
+    tmp_path: Path, mode: str, color: object, grey: bool, expected: list[int]
+) -> None:
+    image = Image.new(mode, (4, 4), color)
+    if mode == "P":
+        image.putpalette([value for grey in range(256) for value in [grey] * 3])
+    image.save(tmp_path / "a.tif")
+    images = load(tmp_path)
+    assert (images.channels == 1) == grey
+    assert images[0][:, 1, 1].tolist() == expected
+
+
+@pytest.mark.parametrize("mode", ["F", "I", "LAB", "nan"])
+def test_modes_without_a_rule_are_refused_by_name(tmp_path: Path, mode: str) -> None:
+    if mode == "nan":
+        write_tagged(tmp_path / "odd.tif", [np.nan] * 4, "float32", {340: 0.0, 341: 1.0})
+        with pytest.raises(UserError, match=r"odd\.tif.*finite"):
+            load(tmp_path)[0]
+        return
+    Image.new(mode, (4, 4)).save(tmp_path / "odd.tif")
+    with pytest.raises(UserError, match=rf"odd\.tif \(mode {mode}"):
+        load(tmp_path)
+
+
+def test_only_named_formats_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    monkeypatch.delattr(EpsImagePlugin, "Ghostscript")
+    with pytest.raises(UserError, match=r"a\.png \(it is none of JPEG"):
+        load(tmp_path)
+
+
+def test_files_that_would_take_all_memory_or_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "a.pgm").write_bytes(b"P5 1 20000000 255\n")
+    (tmp_path / "b.pgm").write_bytes(b"P5 100000 100000 255\n")
+    os.mkfifo(tmp_path / "c.png")
+    os.symlink("nowhere", tmp_path / "d.png")
+    with pytest.raises(UserError, match="cannot read 4 of 4 images: ") as error:
+        load(tmp_path)
+    for name in ("a.pgm (1×20000000", "b.pgm (", "c.png (not a regular", "d.png (No such file"):
+        assert f"/{name}" in str(error.value)
+
+
+def test_all_torn_files_are_found_before_anything_else(tmp_path: Path) -> None:
+    noise = Image.effect_noise((64, 64), 90)
+    for i, ending in enumerate(("png", "jpg", "webp", "gif", "bmp", "tif", "ppm")):
+        noise.save(tmp_path / f"{i}.{ending}")
+        noise.save(tmp_path / f"whole{i}.{ending}")
+        content = (tmp_path / f"{i}.{ending}").read_bytes()
+        (tmp_path / f"{i}.{ending}").write_bytes(content[:-200])
+    noise.save(tmp_path / "more_after_its_end.jpg")
+    with open(tmp_path / "more_after_its_end.jpg", "ab") as file:
+        file.write(bytes(1000))
+    with pytest.raises(UserError, match=r"7 of 15 images: .*/0\.png .*/4\.bmp .*, …"):
+        load(tmp_path)
+
+
+# --- The look at all headers ----------------------------------------------------------------------
+
+
+def test_colour_anywhere_makes_three_channels(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", 77, "L")
+    grey = load(tmp_path)
+    assert grey.channels == 1
+    before = data.fingerprint(grey)
+    save(tmp_path / "b.png")
+    mixed = load(tmp_path)
+    assert (mixed.channels, mixed[0].shape, load(tmp_path, channels="3").channels) == (
+        3,
+        (3, 4, 4),
+        3,
+    )
+    assert "3 channels (1 in colour, 1 grey)" in data.describe(mixed)
+    as_grey = load(tmp_path, channels="1")
+    assert (as_grey.channels, as_grey[1].shape) == (1, (1, 4, 4))
+    assert len({before, data.fingerprint(mixed), data.fingerprint(as_grey)}) == 3
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files whose headers were read."""
+    paths, read_header = [], survey.read_header
+
+    def counting(path: str) -> object:
+        paths.append(Path(path).name)
+        return read_header(path)
+
+    monkeypatch.setattr(survey, "read_header", counting)
+    return paths
+
+
+def test_headers_are_read_once(
+    tmp_path: Path, looks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "photos"
+    for name in ("a.png", "b.png"):
+        save(folder / name)
+    first = load(folder)
+    assert load(folder).survey == first.survey
+    assert sorted(looks) == ["a.png", "b.png"]
+    assert sorted(p.name for p in folder.iterdir()) == ["a.png", "b.png"]
+    (file,) = (tmp_path / "cache").rglob("*.json")
+    for damaged in ("", "[]", "{", json.dumps({**json.loads(file.read_text()), "largest": [1]})):
+        file.write_text(damaged)
+        looks.clear()
+        assert load(folder).survey == first.survey
+        assert len(looks) == 2
+    save(folder / "b.png", 7, "L")
+    assert load(folder).survey.colour == 1
+
+
+def test_cache_that_cannot_be_written(
+    tmp_path: Path, looks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    save(tmp_path / "a.png")
+    for _ in range(2):
+        assert load(tmp_path).channels == 3
+    assert len(looks) == 2
+
+
+# --- Which files ----------------------------------------------------------------------------------
+
+
+def test_what_is_found_and_what_is_left_out(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    for name in ("b/9.png", "a/x/2.jfif", "a/3.GIF", "b/10.png"):
+        save(root / name, format={"f": "JPEG", "F": "GIF"}.get(name[-1]))
+    save(tmp_path / "elsewhere" / "linked.png")
+    os.symlink(tmp_path / "elsewhere", root / "c")
+    os.symlink(root, root / "b" / "loop")
+    for name in (".ipynb_checkpoints/a.png", "__MACOSX/b/._9.png", "b/.Trash-1000/old.png"):
+        save(root / name)
+    for name in ("b/._9.png", "b/notes.txt", "photo.heic"):
+        (root / name).write_bytes(b"no image")
+    images = load(root)
+    names = [str(Path(path).relative_to(root)) for path in images.paths]
+    assert names == ["a/3.GIF", "a/x/2.jfif", "b/10.png", "b/9.png", "c/linked.png"]
+    assert (images.classes, images.labels.tolist()) == (("a", "b", "c"), [0, 0, 1, 1, 2])
+    for part in (
+        "5 images of 4×4 pixels, 3 channels, 3 classes (a, b, c), mirrored",
+        "hidden or trash folders: 3 (.Trash-1000, .ipynb_checkpoints, __MACOSX)",
+        "hidden files: 1", "other files: 2", "1 .heic", "1 .txt", "links back to a folder that",
+    ):  # fmt: skip
+        assert part in data.describe(images)
+    save(root / "loose.png")
+    assert load(root).labels is None
+
+
+def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "photo.heic").write_bytes(b"")
+    for folder in ("missing", "empty"):
+        with pytest.raises(UserError, match=rf"image_folder: .*{folder}"):
+            load(tmp_path / folder)
+    with pytest.raises(UserError, match=r"1 \.heic"):
+        load(tmp_path / "empty")
+    with pytest.raises(UserError, match="test split"):
+        data.load("image_folder", tmp_path, 8, train=False)
+
+
+# --- Options --------------------------------------------------------------------------------------
+
+
+def test_flip(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    assert [load(tmp_path, flip=flip).flip for flip in ("auto", "on", "off")] == [True, True, False]
+    digits = [
+        data.load("digits", ".", 8, options=data.ImageOptions(flip=flip)).flip
+        for flip in ("auto", "on", "off")
+    ]
+    assert digits == [False, True, False]
+
+
+@pytest.mark.parametrize("option", ["background", "channels", "flip"])
+def test_unknown_options_are_refused(option: str) -> None:
+    with pytest.raises(UserError, match=rf"--{option}=nonsense"):
+        data.ImageOptions(**{option: "nonsense"})
+    with pytest.raises(UserError, match="--channels=3: digits has 1"):
+        data.load("digits", ".", 8, options=data.ImageOptions(channels="3"))
