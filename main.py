@@ -456,10 +456,16 @@ def network_from_diffusers() -> nn.Module:
     config = net.settings.config
     if net.conditioning():
         raise UserError(f"{folder}: the model needs {net.conditioning()[0]}; images have none here")
-    if config["out_channels"] != config["in_channels"]:
+    reads, makes = config["in_channels"], config["out_channels"]
+    if makes != reads:
+        reason = (
+            "it also predicts a variance"
+            if makes == 2 * reads
+            else ("it does more than denoise, such as upscale or inpaint")
+        )
         raise UserError(
-            f"{folder}: the model makes {config['out_channels']} channels of "
-            f"{config['in_channels']}; one that also predicts a variance cannot be used"
+            f"{folder}: the model reads {reads} channels and makes {makes}: {reason}; only a "
+            "model whose output is like its noisy input can be used"
         )
     if not FLAGS["img_size"].present and isinstance(config["sample_size"], int):
         FLAGS.img_size = config["sample_size"] * (autoencoder().factor if FLAGS.latent_vae else 1)

@@ -201,7 +201,7 @@ def test_betas_are_diffusers_own(kind: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--init_diffusers=nowhere"], "nowhere is not a diffusers model"),
+        (["--init_diffusers=nowhere"], "nowhere is not a directory"),
         (["--init_diffusers=model/scheduler"], "is not a diffusers model"),
         (["--T=1000"], "--T: 20 there, 1000 here"),
         (["--beta_schedule=scaled_linear"], "--beta_schedule: linear there"),
@@ -223,7 +223,8 @@ def test_mistakes_are_one_line(
     ("scheduler", "changes", "message"),
     [
         ({}, dict(in_channels=3, out_channels=3), "has 1 channels and the model 3"),
-        ({}, dict(out_channels=2), "2 channels of 1"),
+        ({}, dict(out_channels=2), "1 channels and makes 2.*variance"),
+        ({}, dict(in_channels=2), "2 channels and makes 1.*more than denoise"),
         ({}, dict(class_embed_type="timestep"), "needs class_labels"),
         (dict(beta_schedule="sigmoid"), {}, "beta_schedule is sigmoid"),
         (dict(trained_betas=[0.1] * 20), {}, "trained_betas"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
+from model.diffusers.loading import read_model
 from model.diffusers.supernet import SlimmableDiffusersUNet
 from runtime.errors import UserError
 
@@ -17,13 +20,17 @@ UNET = dict(
     down_block_types=("DownBlock2D", "AttnDownBlock2D"),
     up_block_types=("AttnUpBlock2D", "UpBlock2D"),
 )  # fmt: skip
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS, BIN = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
+
+
+def make() -> UNet2DModel:
+    torch.manual_seed(0)
+    return UNet2DModel(**UNET).eval()
 
 
 def save(folder: Path, T: int | None = None) -> UNet2DModel:
     """A small model, as a pipeline with a scheduler of T timesteps, or alone."""
-    torch.manual_seed(0)
-    model = UNet2DModel(**UNET).eval()
+    model = make()
     whole = DDPMPipeline(model, DDPMScheduler(num_train_timesteps=T)) if T else model
     whole.save_pretrained(folder)
     return model
@@ -44,33 +51,155 @@ def test_reads_a_folder(tmp_path: Path, T: int | None) -> None:
         net.settings.check_image_size(7)
 
 
-def without_a_weight(weights: Path) -> None:
-    tensors = load_file(weights)
-    del tensors["conv_in.weight"]
-    save_file(tensors, weights, metadata={"format": "pt"})
+# --- weights in every form that diffusers writes --------------------------------------------------
+
+
+def pickled(folder: Path, **_: object) -> None:
+    """What diffusers wrote before safetensors."""
+    torch.save(load_file(folder / WEIGHTS), folder / BIN)
+    (folder / WEIGHTS).unlink()
+
+
+def renamed(folder: Path) -> None:
+    """The names that attention layers had in the first versions."""
+    new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = load_file(folder / WEIGHTS)
+    for name in [name for name in state if ".attentions." in name]:
+        for now, before in new.items():
+            if f".{now}." in name:
+                state[name.replace(f".{now}.", f".{before}.")] = state.pop(name)
+    assert "mid_block.attentions.0.proj_attn.weight" in state
+    save_file(state, folder / WEIGHTS)
+
+
+FORMS = {
+    "fp16": lambda model, folder: model.half().save_pretrained(folder, variant="fp16"),
+    "shards": lambda model, folder: model.save_pretrained(folder, max_shard_size="100KB"),
+    "fp16 shards": lambda model, folder: model.half().save_pretrained(
+        folder, variant="fp16", max_shard_size="100KB"
+    ),
+    "bin": lambda model, folder: model.save_pretrained(folder, safe_serialization=False),
+    "bin shards": lambda model, folder: model.save_pretrained(
+        folder, safe_serialization=False, max_shard_size="100KB"
+    ),
+    "fp16 bin": lambda model, folder: model.half().save_pretrained(
+        folder, variant="fp16", safe_serialization=False
+    ),
+    "old names": lambda model, folder: (model.save_pretrained(folder), renamed(folder)),
+    "old names, bin": lambda model, folder: (
+        model.save_pretrained(folder), renamed(folder), pickled(folder),
+    ),
+    "fp16 beside the whole": lambda model, folder: (
+        model.save_pretrained(folder),
+        copy.deepcopy(model).half().save_pretrained(folder, variant="fp16"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_are_read_as_they_come(tmp_path: Path, form: str) -> None:
+    model = make()
+    FORMS[form](copy.deepcopy(model), tmp_path)
+    if "shards" in form:
+        assert len(list(tmp_path.glob("*-of-*"))) > 1
+    read = read_model(tmp_path)
+    assert not read.training
+    expected = model.half().float() if form.startswith("fp16") and "beside" not in form else model
+    for name, value in expected.state_dict().items():
+        assert read.state_dict()[name].dtype == torch.float32
+        assert torch.equal(read.state_dict()[name], value), name
+
+
+def test_a_file_of_weights_can_be_named(tmp_path: Path) -> None:
+    model = make()
+    for variant in ("ema", "fp16"):
+        model.save_pretrained(tmp_path, variant=variant)
+        model.conv_in.bias.data += 1
+    with pytest.raises(UserError, match=r"model\.ema\.safetensors, .*model\.fp16\.safetensors"):
+        read_model(tmp_path)
+    fp16 = read_model(tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    ema = read_model(tmp_path / "diffusion_pytorch_model.ema.safetensors")
+    torch.testing.assert_close(fp16.conv_in.bias, ema.conv_in.bias + 1)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+class Malicious:
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("executed"),))
+
+
+def change(**changes: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
+    """Damage that replaces weights by what the functions make of them, None by nothing."""
+
+    def damage(folder: Path) -> None:
+        state = load_file(folder / WEIGHTS)
+        for name, function in changes.items():
+            state[name.replace("_weight", ".weight")] = function(state.get(name, torch.ones(1)))
+        whole = {name: value for name, value in state.items() if value is not None}
+        save_file(whole, folder / WEIGHTS)
+
+    return damage
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text)
 
 
 BREAK = {  # what is wrong -> how it comes, what the error names
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json"),
-    "no json": (lambda f: (f / "config.json").write_text("{"), r"config\.json"),
-    "other class": (
-        lambda f: (f / "config.json").write_text('{"_class_name": "VQModel"}'), "VQModel",
-    ),
-    "pickle": (lambda f: (f / WEIGHTS).rename(f / WEIGHTS.replace("safetensors", "bin")), "bin"),
+    "no json": (write("config.json", "{"), r"config\.json"),
+    "other class": (write("config.json", '{"_class_name": "VQModel"}'), "VQModel"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), WEIGHTS),
-    "truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:1000]), "read"),
+    "truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:999]), WEIGHTS),
+    "fewer weights": (change(conv_in_weight=lambda w: None), r"lacks .*conv_in\.weight"),
+    "more weights": (change(extra_weight=lambda w: w), r"unused: extra\.weight"),
     "other sizes": (
-        lambda f: UNet2DModel(**{**UNET, "block_out_channels": (32, 32)}).save_config(f), "read",
+        lambda f: UNet2DModel(**{**UNET, "block_out_channels": (32, 64)}).save_config(f),
+        r"conv_in\.\w+ is \(16,.*\(32,",
     ),
-    "fewer weights": (lambda f: without_a_weight(f / WEIGHTS), r"conv_in\.weight"),
+    "a smaller config": (
+        lambda f: UNet2DModel(**{**UNET, "add_attention": False}).save_config(f),
+        r"unused: .*attentions.* more",
+    ),
+    "whole numbers": (change(conv_in_weight=lambda w: torch.ones(16, 3, 3, 3).char()), "int8"),
+    "not finite": (
+        change(conv_in_weight=lambda w: torch.full((16, 3, 3, 3), torch.nan)), "finite",
+    ),
+    "code": (
+        lambda f: ((f / WEIGHTS).unlink(), torch.save(Malicious(), f / BIN)),
+        r"diffusion_pytorch_model\.bin",
+    ),
+    "an index of files elsewhere": (
+        lambda f: ((f / WEIGHTS).unlink(),
+                   write(f"{WEIGHTS}.index.json", '{"weight_map": {"a": "../b"}}')(f)),
+        r"index\.json",
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", BREAK)
-def test_a_folder_that_is_no_model_is_one_line(tmp_path: Path, what: str) -> None:
-    save(tmp_path)
+def test_a_folder_that_is_no_model_is_one_line(here: Path, what: str) -> None:
+    make().save_pretrained("model")
     damage, message = BREAK[what]
-    damage(tmp_path)
+    damage(Path("model"))
     with pytest.raises(UserError, match=message) as error:
-        SlimmableDiffusersUNet.from_pretrained(tmp_path)
+        read_model("model")
     assert "\n" not in str(error.value)
+    assert not Path("executed").exists()
+
+
+def test_what_is_no_unet_is_refused_by_its_kind(here: Path) -> None:
+    with pytest.raises(UserError, match=r"google/ddpm-cat-256 is not a directory.*hub.*download"):
+        read_model("google/ddpm-cat-256")
+    with pytest.raises(UserError, match=r"nowhere is not a directory$"):
+        read_model("nowhere")
+    transformer = Path("pipeline/transformer")
+    transformer.mkdir(parents=True)
+    (transformer / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
+    with pytest.raises(UserError, match="DiTTransformer2DModel in transformer/"):
+        read_model("pipeline")
+    make().save_pretrained("run/checkpoint-20/unet")
+    with pytest.raises(UserError, match="did you mean run/checkpoint-20"):
+        read_model("run")

@@ -1,25 +1,72 @@
-"""Reading a model folder that diffusers wrote: its config, its weights, its scheduler's config.
+"""Reading a UNet from a folder that diffusers wrote: where its files are, its config, its weights.
 
-This file knows the layout of such folders. It does not know how a model is narrowed.
+This file knows the layout of such folders and the formats of weights. Nothing in them is executed
+and nothing is downloaded. It does not know how a model is narrowed, nor what it was trained for.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import diffusers
+import safetensors.torch
+import torch
 from diffusers import ModelMixin
+from torch import Tensor
 
 from runtime.errors import UserError
 
 CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 WEIGHTS = "diffusion_pytorch_model"
-MEAN_TYPES = {
-    "epsilon": "epsilon",
-    "sample": "xstart",
-    "v_prediction": "v",
-}  # names of diffusers -> ours
+MEAN_TYPES = {"epsilon": "epsilon", "sample": "xstart", "v_prediction": "v"}  # theirs -> ours
+
+# WEIGHTS.safetensors, WEIGHTS.fp16.bin; and the files that say in which shard a weight is
+_FILE = re.compile(rf"{WEIGHTS}(?:\.(?P<variant>[\w-]+))?\.(?P<format>safetensors|bin)")
+_INDEX = re.compile(
+    rf"{WEIGHTS}\.(?P<format>safetensors|bin)\.index(?:\.(?P<variant>[\w-]+))?\.json"
+)
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+
+
+def find_model(directory: str | Path) -> tuple[Path, Path | None]:
+    """The folder of the UNet that `directory` stands for, and the file of its weights if named.
+
+    directory: a model's folder, a pipeline's with unet/ in it, or a file of weights. Raises
+    UserError where it is none of these.
+    """
+    path = Path(directory).expanduser()
+    if path.is_file():
+        return path.parent, path
+    if not path.is_dir():
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory))
+        hint = (
+            "; if this is a model's name on the Hugging Face hub, download it first (hf download "
+            f"{directory} --local-dir DIR) and name that directory: nothing is downloaded here"
+        )
+        raise UserError(f"{path} is not a directory{hint if hub else ''}")
+    return (path / "unet" if (path / "unet").is_dir() else path), None
+
+
+def read_model(directory: str | Path) -> ModelMixin:
+    """The UNet that `directory` stands for (see find_model), in float32 and eval mode.
+
+    Raises UserError where there is no such model, or its config and its weights do not agree.
+    """
+    folder, file = find_model(directory)
+    config = _read_config(folder)
+    file = file or _weights_file(folder)
+    state = _read_weights(file)
+    try:
+        model = getattr(diffusers, config["_class_name"]).from_config(config)
+    except Exception as error:  # diffusers raises many kinds for values that it does not know
+        raise UserError(
+            f"{folder / 'config.json'}: diffusers cannot build this model ({_one_line(error)})"
+        ) from error
+    _fill(model, model._fix_state_dict_keys_on_load(state), file)  # old names of attention layers
+    return model.eval()
 
 
 def trained_diffusion(directory: str | Path) -> dict[str, object]:
@@ -28,12 +75,10 @@ def trained_diffusion(directory: str | Path) -> dict[str, object]:
 
     Raises UserError where the scheduler has settings that this project does not support.
     """
-    root = Path(directory)
-    root = root.parent if root.name == "unet" else root
-    path = root / "scheduler" / "scheduler_config.json"
+    path = _scheduler(directory)
     if not path.exists():
         return {}
-    config = _read_json(path)
+    config = read_json(path)
     missing = [n for n in ("num_train_timesteps", "beta_start", "beta_end") if n not in config]
     if missing:
         raise UserError(f"{path} has no {missing[0]}: only models trained with β can be used")
@@ -59,43 +104,18 @@ def trained_diffusion(directory: str | Path) -> dict[str, object]:
 
 def trained_timesteps(directory: str | Path) -> int:
     """The T of the scheduler beside a model, 1000 where there is none."""
-    scheduler = _folders(directory)[1] / "scheduler" / "scheduler_config.json"
-    return _read_json(scheduler).get("num_train_timesteps", 1000) if scheduler.exists() else 1000
+    path = _scheduler(directory)
+    return read_json(path).get("num_train_timesteps", 1000) if path.exists() else 1000
 
 
-def read_model(directory: str | Path) -> ModelMixin:
-    """The UNet in a model folder, or in unet/ of a pipeline folder, in float32.
-
-    Raises UserError where the folder has no such model in safetensors.
-    """
-    folder = _folders(directory)[0]
-    name = _class_name(folder)
-    _check_weights(folder, name)
-    try:
-        model, info = getattr(diffusers, name).from_pretrained(
-            str(folder),
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
-    except Exception as error:  # diffusers and safetensors raise many kinds
-        text = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot read the diffusers model in {folder}: {text}") from error
-    if info["missing_keys"]:
-        raise UserError(f"{folder}: the weights have no entry {sorted(info['missing_keys'])[0]}")
-    return model.float()
+def _scheduler(directory: str | Path) -> Path:
+    folder = find_model(directory)[0]
+    root = folder.parent if folder.name == "unet" else folder
+    return root / "scheduler" / "scheduler_config.json"
 
 
-def _folders(directory: str | Path) -> tuple[Path, Path]:
-    """The model's folder, and that of the pipeline it is a part of, or the same."""
-    folder = Path(directory)
-    if (folder / "unet").is_dir():
-        return folder / "unet", folder
-    return folder, folder.parent if folder.name == "unet" else folder
-
-
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; UserError where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -105,29 +125,109 @@ def _read_json(path: Path) -> dict:
     return value
 
 
-def _class_name(folder: Path) -> str:
-    config = folder / "config.json"
-    if not config.is_file():
+def _read_config(folder: Path) -> dict:
+    """config.json of a model of CLASSES."""
+    path = folder / "config.json"
+    if not path.is_file():
         raise UserError(
-            f"{folder} is not a diffusers model: it has no config.json; name a folder that "
-            "save_pretrained wrote"
+            f"{folder} is not a diffusers model: it has no config.json as save_pretrained writes "
+            f"it{_near(folder)}"
         )
-    name = _read_json(config).get("_class_name")
+    config = read_json(path)
+    name = config.get("_class_name")
     if name not in CLASSES:
-        raise UserError(f"{config} is for a {name}; only {' and '.join(CLASSES)} can be used")
-    return name
-
-
-def _check_weights(folder: Path, name: str) -> None:
-    """Raise UserError unless the folder has safetensors, which cannot contain code."""
-    if any((folder / f"{WEIGHTS}.safetensors{end}").is_file() for end in ("", ".index.json")):
-        return
-    if any(folder.glob("*.bin")):
         raise UserError(
-            f"{folder} has its weights as a pickle (.bin), which could contain code, so it "
-            f"was not read; if you trust it, convert it: diffusers.{name}.from_pretrained(DIR, "
-            "use_safetensors=False).save_pretrained(DIR)"
+            f"{path} is for a {str(name)[:60]}; only a {' or a '.join(CLASSES)} can be used"
         )
-    raise UserError(
-        f"{folder} has no {WEIGHTS}.safetensors; name a folder that save_pretrained wrote"
-    )
+    return config
+
+
+def _near(folder: Path) -> str:
+    """Which models lie below a folder that is none."""
+    models = {p.parent: p for p in sorted(folder.glob("*/config.json"))}
+    models |= {p.parent.parent: p for p in sorted(folder.glob("*/unet/config.json"))}
+    kinds = {path: read_json(p).get("_class_name") for path, p in models.items()}
+    usable = [str(path) for path, kind in kinds.items() if kind in CLASSES]
+    if usable:
+        return f"; did you mean {' or '.join(usable[:3])}?"
+    others = [f"a {kind} in {path.name}/" for path, kind in kinds.items() if kind]
+    classes = " or a ".join(CLASSES)
+    return f" ({', '.join(others[:3])}; only a {classes} can be used)" if others else ""
+
+
+def _weights_file(folder: Path) -> Path:
+    """The file to read: without variant before one with, safetensors before .bin."""
+    variants: dict[str, dict[str, Path]] = {}
+    for path in sorted(folder.iterdir()):
+        match = _FILE.fullmatch(path.name) or _INDEX.fullmatch(path.name)
+        if match and not _SHARD.search(path.name):
+            variants.setdefault(match["variant"] or "", {})[match["format"]] = path
+    if not variants:
+        raise UserError(f"{folder} has no weights, {WEIGHTS}.safetensors or {WEIGHTS}.bin")
+    if "" not in variants and len(variants) > 1:
+        names = ", ".join(path.name for formats in variants.values() for path in formats.values())
+        raise UserError(f"{folder} has several weights ({names}): name the file instead of it")
+    formats = variants.get("") or next(iter(variants.values()))
+    return formats.get("safetensors") or formats["bin"]
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    """Tensors by name, of one file or of all shards that an index names."""
+    if file.suffix != ".json":
+        return _read_file(file)
+    shards = read_json(file).get("weight_map")
+    names = set(shards.values()) if isinstance(shards, dict) else {None}
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise UserError(f"{file} is not an index of weights: its weight_map does not name files")
+    states = {name: _read_file(file.with_name(name)) for name in sorted(names)}
+    missing = [key for key, name in shards.items() if key not in states[name]]
+    if missing:
+        raise UserError(f"{file.with_name(shards[missing[0]])} has no {missing[0]}")
+    return {key: states[name][key] for key, name in shards.items()}
+
+
+def _read_file(file: Path) -> dict[str, Tensor]:
+    try:
+        if file.suffix == ".safetensors":
+            return safetensors.torch.load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise many kinds
+        raise UserError(
+            f"cannot read the weights in {file}: it is incomplete, or contains more than tensors "
+            f"({_one_line(error)})"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{file} does not contain tensors by name")
+    return state
+
+
+def _fill(model: ModelMixin, state: Mapping[str, Tensor], file: Path) -> None:
+    """Copy `state` into `model`; UserError where one has what the other has not."""
+    parameters = model.state_dict()
+    missing, unused = parameters.keys() - state.keys(), state.keys() - parameters.keys()
+    if missing:
+        raise UserError(f"{file} lacks weights that its config.json asks for: {_some(missing)}")
+    if unused:
+        raise UserError(f"{file} has weights that its config.json leaves unused: {_some(unused)}")
+    for name, tensor in state.items():
+        shape = tuple(parameters[name].shape)
+        if tuple(tensor.shape) != shape:
+            raise UserError(
+                f"{file}: {name} is {tuple(tensor.shape)} there and {shape} by its config.json"
+            )
+        if parameters[name].is_floating_point() and not tensor.is_floating_point():
+            raise UserError(f"{file}: {name} is of {tensor.dtype}; quantised weights are not read")
+        if not bool(tensor.float().isfinite().all()):
+            raise UserError(f"{file}: {name} has entries that are not finite numbers")
+    model.load_state_dict(state)
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first three of `names`, and how many there are beside them."""
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

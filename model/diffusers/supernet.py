@@ -191,10 +191,10 @@ class SlimmableDiffusersUNet(nn.Module):
     def from_pretrained(
         cls, directory: str | Path, T: int | None = None, norm_groups: str = "fixed"
     ) -> SlimmableDiffusersUNet:
-        """Read a model folder, or a pipeline folder that has one as unet/. Never downloads.
+        """Read a model's folder, a pipeline's with unet/ in it, or a file of weights.
 
         T: trained timesteps; None takes those of the pipeline's scheduler, or 1000 where there is
-        none. Raises UserError where the folder has no such model in safetensors.
+        none. Raises UserError where there is no such model. Nothing is downloaded.
         """
         T = trained_timesteps(directory) if T is None else T
         return cls(read_model(directory), int(T), norm_groups)
