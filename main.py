@@ -444,10 +444,14 @@ def check_network(net: nn.Module) -> nn.Module:
 
 def network_from_diffusers() -> nn.Module:
     """The UNet in --init_diffusers as a supernet; flags take what its scheduler says of it."""
-    from model.diffusers import importance, loading, supernet  # diffusers takes seconds to import
+    from model.diffusers import importance, supernet, trained  # diffusers takes seconds to import
 
     folder = Path(FLAGS.init_diffusers)
-    agree_with(loading.trained_diffusion(folder), folder)
+    found = trained.trained_diffusion(folder)
+    if found:
+        agree_with(found.flags, found.path)
+    else:
+        check_told(folder, trained.NEEDED)
     if FLAGS.num_classes:
         raise UserError("--init_diffusers: such a model has no classes; leave --num_classes out")
     if FLAGS.precond != "none":
@@ -473,6 +477,18 @@ def network_from_diffusers() -> nn.Module:
         FLAGS.slimmable_unet = True
     importance.order_by_importance(net)
     return check_network(net)
+
+
+def check_told(folder: Path, names: Sequence[str]) -> None:
+    """Refuse a model without a scheduler unless the flags say what it was trained for."""
+    if FLAGS.beta_schedule == "squaredcos_cap_v2":
+        names = [name for name in names if name not in ("beta_1", "beta_T")]
+    missing = [f"--{name}" for name in names if not FLAGS[name].present]
+    if missing:
+        raise UserError(
+            f"{folder} has no scheduler_config.json, beside the model or in scheduler/, that says "
+            f"what the model was trained for: copy it there, or give {', '.join(missing)}"
+        )
 
 
 def network_from_settings(known: Mapping[str, object]) -> nn.Module:

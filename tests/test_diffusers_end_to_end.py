@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -237,6 +238,19 @@ def test_models_that_cannot_be_used(
     save_model(Path("model"), scheduler, **changes)
     Path("run").mkdir()
     refused(message, *TRAIN)
+
+
+def test_a_model_without_scheduler_needs_the_flags_that_it_would_set(
+    here: Path, refused: Callable
+) -> None:
+    save_model(Path("model"))
+    shutil.rmtree("model/scheduler")
+    profile = ["--profile", "--init_diffusers=model", "--device=cpu"]
+    told = ["--T=20", "--beta_schedule=squaredcos_cap_v2"]
+    missing = ", ".join(f"--{name}" for name in ("T", "beta_1", "beta_T", "beta_schedule"))
+    refused(rf"scheduler_config\.json.*give {missing}, --mean_type", *profile)
+    refused("give --mean_type$", *profile, *told)
+    succeeds(*profile, *told, "--mean_type=v")
 
 
 def test_export_is_a_mode(run_folder: Path, refused: Callable) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from model.diffusers.loading import read_model
 from model.diffusers.supernet import SlimmableDiffusersUNet
+from model.diffusers.trained import trained_diffusion
 from runtime.errors import UserError
 
 UNET = dict(
@@ -28,27 +29,85 @@ def make() -> UNet2DModel:
     return UNet2DModel(**UNET).eval()
 
 
-def save(folder: Path, T: int | None = None) -> UNet2DModel:
-    """A small model, as a pipeline with a scheduler of T timesteps, or alone."""
-    model = make()
-    whole = DDPMPipeline(model, DDPMScheduler(num_train_timesteps=T)) if T else model
-    whole.save_pretrained(folder)
-    return model
+# --- the scheduler --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("T", [50, None])
-def test_reads_a_folder(tmp_path: Path, T: int | None) -> None:
-    model = save(tmp_path, T)
-    net = SlimmableDiffusersUNet.from_pretrained(tmp_path)
+def save(folder: Path, T: int = 50) -> None:
+    """A pipeline folder."""
+    DDPMPipeline(make(), DDPMScheduler(num_train_timesteps=T)).save_pretrained(folder)
+
+
+def flat(folder: Path) -> None:
+    make().save_pretrained(folder)
+    DDPMScheduler(num_train_timesteps=50).save_pretrained(folder)
+
+
+def checkpoint(folder: Path) -> None:
+    """What diffusers' training scripts leave while they run."""
+    make().save_pretrained(folder / "checkpoint-20/unet")
+    DDPMScheduler(num_train_timesteps=50).save_pretrained(folder / "scheduler")
+
+
+def linked(folder: Path) -> None:
+    save(folder / "elsewhere/pipeline")
+    (folder / "link").symlink_to(folder / "elsewhere/pipeline/unet", target_is_directory=True)
+
+
+def with_linked_unet(folder: Path) -> None:
+    save(folder)
+    (folder / "unet").rename(folder.parent / "store")
+    (folder / "unet").symlink_to(folder.parent / "store", target_is_directory=True)
+
+
+PLACES = [  # how the folder is made, where we are in it, what --init_diffusers is
+    (save, ".", "."),
+    (save, "unet", "."),
+    (save, ".", "unet"),
+    (save, "scheduler", "../unet/"),
+    (save, ".", "unet/diffusion_pytorch_model.safetensors"),
+    (flat, ".", "."),
+    (checkpoint, ".", "checkpoint-20/unet"),
+    (checkpoint, "checkpoint-20", "."),
+    (checkpoint, "checkpoint-20/unet", "."),
+    (linked, ".", "link"),
+    (with_linked_unet, ".", "unet"),
+]
+
+
+@pytest.mark.parametrize(("prepare", "folder", "name"), PLACES)
+def test_the_scheduler_is_found_where_people_put_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepare: Callable, folder: str, name: str
+) -> None:
+    prepare(tmp_path / "pipeline")
+    monkeypatch.chdir(tmp_path / "pipeline" / folder)
+    assert trained_diffusion(name).flags["T"] == 50
+    net = SlimmableDiffusersUNet.from_pretrained(name)
+    assert net.settings.T == 50
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 40])
-    torch.testing.assert_close(net(x, t), model(x, t).sample, atol=1e-5, rtol=0)
-    assert (T or 1000) == net.settings.T
-    assert SlimmableDiffusersUNet.from_pretrained(tmp_path, T=7).settings.T == 7
-    if T:
-        assert SlimmableDiffusersUNet.from_pretrained(tmp_path / "unet").settings.T == T
+    torch.testing.assert_close(net(x, t), make()(x, t).sample, atol=1e-5, rtol=0)
+
+
+def test_without_a_scheduler_T_must_be_given(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path / "model")
+    assert trained_diffusion(tmp_path / "model") is None
+    with pytest.raises(UserError, match=r"scheduler_config\.json: give T"):
+        SlimmableDiffusersUNet.from_pretrained(tmp_path / "model")
+    net = SlimmableDiffusersUNet.from_pretrained(tmp_path / "model", T=7)
+    assert net.settings.T == 7
     net.settings.check_image_size(8)
     with pytest.raises(UserError, match="img_size=7"):
         net.settings.check_image_size(7)
+
+
+def test_two_schedulers_that_differ_are_refused(tmp_path: Path) -> None:
+    save(tmp_path)
+    DDPMScheduler(num_train_timesteps=50).save_pretrained(tmp_path)
+    assert trained_diffusion(tmp_path).flags["T"] == 50  # the same twice
+    DDPMScheduler(num_train_timesteps=60).save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"/scheduler_config\.json and .*/scheduler/scheduler_config"
+    ):
+        trained_diffusion(tmp_path)
 
 
 # --- weights in every form that diffusers writes --------------------------------------------------

@@ -21,7 +21,6 @@ from runtime.errors import UserError
 
 CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 WEIGHTS = "diffusion_pytorch_model"
-MEAN_TYPES = {"epsilon": "epsilon", "sample": "xstart", "v_prediction": "v"}  # theirs -> ours
 
 # WEIGHTS.safetensors, WEIGHTS.fp16.bin; and the files that say in which shard a weight is
 _FILE = re.compile(rf"{WEIGHTS}(?:\.(?P<variant>[\w-]+))?\.(?P<format>safetensors|bin)")
@@ -67,51 +66,6 @@ def read_model(directory: str | Path) -> ModelMixin:
         ) from error
     _fill(model, model._fix_state_dict_keys_on_load(state), file)  # old names of attention layers
     return model.eval()
-
-
-def trained_diffusion(directory: str | Path) -> dict[str, object]:
-    """The flags T, beta_1, beta_T, beta_schedule and mean_type, as the scheduler beside a model
-    has them; nothing where there is no scheduler.
-
-    Raises UserError where the scheduler has settings that this project does not support.
-    """
-    path = _scheduler(directory)
-    if not path.exists():
-        return {}
-    config = read_json(path)
-    missing = [n for n in ("num_train_timesteps", "beta_start", "beta_end") if n not in config]
-    if missing:
-        raise UserError(f"{path} has no {missing[0]}: only models trained with β can be used")
-    beta_schedule = config.get("beta_schedule", "linear")
-    prediction = config.get("prediction_type", "epsilon")
-    for name, value, supported in (
-        ("beta_schedule", beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2")),
-        ("prediction_type", prediction, tuple(MEAN_TYPES)),
-        ("trained_betas", config.get("trained_betas"), (None,)),
-        ("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr", False), (False,)),
-    ):
-        if value not in supported:
-            names = " or ".join(map(str, supported))
-            raise UserError(f"{path}: {name} is {str(value)[:40]}; only {names} can be used")
-    return {
-        "T": config["num_train_timesteps"],
-        "beta_1": config["beta_start"],
-        "beta_T": config["beta_end"],
-        "beta_schedule": beta_schedule,
-        "mean_type": MEAN_TYPES[prediction],
-    }
-
-
-def trained_timesteps(directory: str | Path) -> int:
-    """The T of the scheduler beside a model, 1000 where there is none."""
-    path = _scheduler(directory)
-    return read_json(path).get("num_train_timesteps", 1000) if path.exists() else 1000
-
-
-def _scheduler(directory: str | Path) -> Path:
-    folder = find_model(directory)[0]
-    root = folder.parent if folder.name == "unet" else folder
-    return root / "scheduler" / "scheduler_config.json"
 
 
 def read_json(path: Path) -> dict:

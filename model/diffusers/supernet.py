@@ -18,8 +18,9 @@ from diffusers import ModelMixin
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from model.diffusers.loading import CLASSES, read_model, trained_timesteps
+from model.diffusers.loading import CLASSES, read_model
 from model.diffusers.plan import RESNETS, Planner, narrow
+from model.diffusers.trained import trained_diffusion
 from runtime.errors import UserError
 
 TOKENS = 77  # of a text prompt, for counting FLOPs where none is given
@@ -193,10 +194,14 @@ class SlimmableDiffusersUNet(nn.Module):
     ) -> SlimmableDiffusersUNet:
         """Read a model's folder, a pipeline's with unet/ in it, or a file of weights.
 
-        T: trained timesteps; None takes those of the pipeline's scheduler, or 1000 where there is
-        none. Raises UserError where there is no such model. Nothing is downloaded.
+        T: trained timesteps; None takes those of the model's scheduler. Raises UserError where
+        there is no such model, or no scheduler that says T. Nothing is downloaded.
         """
-        T = trained_timesteps(directory) if T is None else T
+        if T is None:
+            trained = trained_diffusion(directory)
+            if trained is None:
+                raise UserError(f"{directory} has no scheduler_config.json: give T, its timesteps")
+            T = trained.flags["T"]
         return cls(read_model(directory), int(T), norm_groups)
 
     def conditioning(self) -> list[str]:
