@@ -158,7 +158,7 @@ def test_lsun_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 GFLOPS = {
     "celeba": 53.79, "celeba_hq": 53.79, "afhq": 53.79, "imagenet": 79.43, "imagenet_latent": 79.69,
-    "lsun_bedroom": 53.79, "slimmable_CIFAR10": 12.44,
+    "lsun_bedroom": 53.79, "slimmable_CIFAR10": 12.44, "image_folder_64": 46.74,
 }  # fmt: skip
 
 
@@ -180,6 +180,8 @@ def test_recipes_cost_what_they_say(name: str) -> None:
         net = SlimmableUNet(
             1000, int(flags["ch"][0]), [*map(int, flags["ch_mult"])], [*map(int, flags["attn"])],
             int(flags["num_res_blocks"][0]), 0.0, in_ch=channels,
+            skip_slicing=flags.get("skip_slicing", ["leading"])[0],
+            norm_groups=flags.get("norm_groups", ["fixed"])[0],
         )  # fmt: skip
     for width in (1.0, 0.75, 0.5, 0.25):
         net.check_width(width)
