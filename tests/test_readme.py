@@ -1,11 +1,15 @@
 """The pages tell the truth. `python tests/test_readme.py` prints the tables of docs/flags.md."""
 
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 sys.path.insert(0, str(ROOT))
 
 import main  # noqa: E402
@@ -39,11 +43,41 @@ def test_the_page_of_flags_has_these_very_tables() -> None:
     assert flag_table() in (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
 
 
-def test_the_pages_that_the_readme_names_exist() -> None:
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = page.read_text(encoding="utf-8")
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for link in links:
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not heading or heading in headings(target), link
+
+
+def test_the_readme_is_read_in_a_minute() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
+
+
+def test_the_demo_table_is_that_of_the_recorded_run() -> None:
+    record = json.loads((ROOT / "results" / "demo.json").read_text(encoding="utf-8"))
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    rows = {
+        row[1]: row[2].split() for row in re.finditer(r"^    (\w[\w. ]*?) {2,}(\d.*)$", text, re.M)
+    }
+    assert rows == {
+        name: [
+            f"{result['distance']:.4f}", f"{result['average_gflops']:.4f}",
+            f"{100 * result['saving']:.1f}", "%", f"{result['ms_per_image']:.2f}",
+        ]
+        for name, result in record["results"].items()
+    }  # fmt: skip
+    assert f"{record['seconds']['all']:.0f} s" in text
 
 
 if __name__ == "__main__":
