@@ -36,11 +36,11 @@ from model import (
     WidthSchedule,
     arithmetic,
     average,
-    candidates,
     check_compiler,
     checkpoint,
     entries_for_calls,
     keep_freed,
+    sampling_networks,
 )
 from model.networks import latency
 from report import SearchProgress, SearchResult, read_front, table
@@ -595,7 +595,7 @@ def candidate_networks(
     chosen = arithmetic.chosen(net, widths, FLAGS.amp, image_shape(net), device, path)
     if FLAGS.amp == "bf16" and device.type == "cpu":
         say(f"fastest arithmetic on this processor, by width: {arithmetic.describe(chosen)}")
-    networks = candidates(net, widths, chosen, FLAGS.compile)
+    networks = sampling_networks(net, widths, chosen, FLAGS.compile)
     if use_parallel():
         return {width: nn.DataParallel(network) for width, network in networks.items()}
     return networks
@@ -777,7 +777,7 @@ def training_scores(net: nn.Module):
     evaluator = build_evaluator({}, net)
 
     def scores(net: nn.Module, width: float, each_step: Callable[[], None]) -> dict:
-        evaluator.networks, evaluator.each_step = candidates(net, [width]), each_step
+        evaluator.networks, evaluator.each_step = sampling_networks(net, [width]), each_step
         found, _ = evaluator.score([width] * FLAGS.T)
         return {evaluator.encoder.key: found.distance, "images": found.images}
 

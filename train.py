@@ -31,10 +31,10 @@ from model import (
     EMA,
     Condition,
     StepAwareDenoiser,
-    candidates,
     checkpoint,
     compile_network,
     ready_to_train,
+    sampling_networks,
 )
 from runtime import processes as distributed
 from runtime.errors import UserError
@@ -374,7 +374,7 @@ class Trainer:
         return nn.DataParallel(net) if self.parallel else net
 
     def _compiles(self) -> bool:
-        """Whether the steps' network is compiled; see Candidate."""
+        """Whether the steps' network is compiled; see SamplingNetwork."""
         return self.compiled and self.arithmetic != "winograd"
 
     def _bar(self) -> tqdm:
@@ -466,7 +466,8 @@ class Trainer:
         if self.classes:
             condition, columns = self.classes.rows(count, self.device)
             condition = replace(condition, labels=condition.labels[mine.to(self.device)])
-        for width, network in candidates(self.ema.model, self.settings.shown_widths()).items():
+        networks = sampling_networks(self.ema.model, self.settings.shown_widths())
+        for width, network in networks.items():
             images = self._drawn(width, network, mine, condition) if len(mine) else None
             everyone = distributed.gather(images)
             if writer is None:

@@ -24,7 +24,7 @@ import diffusion
 import score
 from benchmark.machine import describe
 from evaluate import Evaluator
-from model import SlimmableUNet, UNetSettings, candidates, checkpoint
+from model import SlimmableUNet, UNetSettings, checkpoint, sampling_networks
 from report import table
 from runtime.files import save_grid, write_json
 from sampling.conditioning import Classes
@@ -70,7 +70,7 @@ def evaluator(folder: Path) -> Evaluator:
     moments = score.statistics_of(data.everything(digits, 500), encoder, len(digits), "digits")
     shares = tuple(net.class_embedding.frequencies.tolist())
     return Evaluator(
-        networks=candidates(net, WIDTHS),
+        networks=sampling_networks(net, WIDTHS),
         noise_schedule=diffusion.NoiseSchedule(known["beta_1"], known["beta_T"], known["T"]),
         sampler=diffusion.Sampler(sample_steps=25, var_type="fixedsmall"),
         encoder=encoder,

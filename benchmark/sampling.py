@@ -28,7 +28,7 @@ import score
 from benchmark import naive
 from benchmark.machine import describe
 from evaluate import Evaluator
-from model import StepAwareDenoiser, arithmetic, average, candidates, keep_freed
+from model import StepAwareDenoiser, arithmetic, average, keep_freed, sampling_networks
 from model.networks import latency
 from report import table
 from runtime.files import write_json
@@ -69,7 +69,7 @@ def speed(batch: int, repeats: int, steps: tuple[float, ...], device: torch.devi
     net = naive.cifar10_network().eval().to(device)
     on_gpu = device.type == "cuda"
     chosen = arithmetic.chosen(net, naive.WIDTHS, "bf16", naive.SHAPE, device)
-    ours = candidates(net, naive.WIDTHS, chosen, compiled=on_gpu)
+    ours = sampling_networks(net, naive.WIDTHS, chosen, compiled=on_gpu)
     schedule = naive.CIFAR10
     kept = schedule.timesteps(len(steps))
     full = dict.fromkeys(kept, 1.0)
@@ -145,7 +145,7 @@ def evaluator(trainer: Trainer, name: str, images: int, seed: int = 0) -> Evalua
     for batch in trainer.dataset.tensor.split(500):
         moments.update(encoder(batch))
     return Evaluator(
-        networks=candidates(trainer.ema.model, [1.0], name),
+        networks=sampling_networks(trainer.ema.model, [1.0], name),
         noise_schedule=trainer.noise_schedule,
         sampler=trainer.sampler,
         encoder=encoder,
@@ -188,7 +188,7 @@ def precision(steps: int, images: int) -> dict:
         noise(0)
         drawing = statistics.median(seconds(lambda: noise(1), trainer.device) for _ in range(9))
     step = 250 * latency(
-        candidates(trainer.ema.model, [1.0])[1.0], trainer.image_shape, 250, trainer.device
+        sampling_networks(trainer.ema.model, [1.0])[1.0], trainer.image_shape, 250, trainer.device
     )
     return result | {"noise_share_of_step": drawing / (step + drawing)}
 
@@ -198,7 +198,7 @@ def evaluate_and_weigh(images: int) -> None:
     keep_freed()
     shape, count = (1, 8, 8), shape_size((1, 8, 8))
     Evaluator(
-        networks=candidates(naive.digits_network(), [0.25]),
+        networks=sampling_networks(naive.digits_network(), [0.25]),
         noise_schedule=diffusion.NoiseSchedule(1e-3, 0.2, 100),
         sampler=diffusion.Sampler("ddim", 2),
         encoder=score.encoder("pixels", torch.device("cpu"), None),

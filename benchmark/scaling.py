@@ -32,7 +32,7 @@ import score
 from benchmark import naive
 from benchmark.machine import describe
 from evaluate import Evaluator
-from model import WidthSchedule, candidates
+from model import WidthSchedule, sampling_networks
 from model.networks import latency
 from report import table
 from runtime import processes as distributed
@@ -117,7 +117,7 @@ def turn(networks: Mapping, shapes: Sequence[tuple[int, int, int]], quick: bool)
 def work(path: Path, quick: bool) -> None:
     """What each process does; rank 0 writes the times to `path`."""
     with distributed.group(CPU):
-        networks = candidates(naive.digits_network(), naive.WIDTHS)
+        networks = sampling_networks(naive.digits_network(), naive.WIDTHS)
         shapes = SEARCHES[:1] if quick else SEARCHES
         turns = [turn(networks, shapes, quick) for _ in range(1 if quick else ROUNDS)]
         if distributed.is_main():

@@ -28,7 +28,7 @@ import diffusion
 import score
 from benchmark.machine import describe
 from evaluate import Evaluator, SharedStates
-from model import SlimmableUNet, WidthSchedule, average, candidates, checkpoint
+from model import SlimmableUNet, WidthSchedule, average, checkpoint, sampling_networks
 from report import table
 from runtime.files import read_json, write_json
 from sampling import noise as rng
@@ -107,7 +107,7 @@ class Bench:
             mean, covariance = moments.mean, moments.covariance
         self.T, self.step, self.dataset = known["T"], state["step"], known["dataset"]
         self.evaluator = Evaluator(
-            networks=candidates(net, self.widths),
+            networks=sampling_networks(net, self.widths),
             noise_schedule=diffusion.NoiseSchedule(known["beta_1"], known["beta_T"], self.T),
             sampler=sampler,
             encoder=features,

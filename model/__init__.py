@@ -5,11 +5,11 @@ from model.denoiser import Condition, StepAwareDenoiser
 from model.ema import EMA
 from model.networks import (
     ARITHMETIC,
-    Candidate,
-    candidates,
+    SamplingNetwork,
     keep_freed,
     latency,
     ready_to_train,
+    sampling_networks,
 )
 from model.schedule import WidthSchedule, average, entries_for_calls
 from model.unet import SlimmableUNet, UNetSettings
@@ -17,18 +17,18 @@ from model.unet import SlimmableUNet, UNetSettings
 __all__ = [
     "ARITHMETIC",
     "EMA",
-    "Candidate",
     "Condition",
+    "SamplingNetwork",
     "SlimmableUNet",
     "StepAwareDenoiser",
     "UNetSettings",
     "WidthSchedule",
     "average",
-    "candidates",
     "check_compiler",
     "compile_network",
     "entries_for_calls",
     "keep_freed",
     "latency",
     "ready_to_train",
+    "sampling_networks",
 ]

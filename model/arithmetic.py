@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model import ARITHMETIC, Candidate
+from model import ARITHMETIC, SamplingNetwork
 from model.networks import available, latency
 from runtime import processes as distributed
 from runtime.errors import UserError
@@ -66,7 +66,7 @@ def _fastest(net: nn.Module, width: float, shape: tuple[int, int, int]) -> str:
     """The one of CPU_CHOICES in which a pass of the subnet takes least time."""
     cpu = torch.device("cpu")
     names = [name for name in CPU_CHOICES if name != "winograd" or available()]
-    networks = {name: Candidate(net.subnet(width), name) for name in names}
+    networks = {name: SamplingNetwork(net.subnet(width), name) for name in names}
     # Where bfloat16 is emulated it is many times slower, and one image tells that already.
     one = {name: latency(network, shape, 1, cpu, 0.0) for name, network in networks.items()}
     times = {name: math.inf for name in names if one[name] < 3 * min(one.values())}

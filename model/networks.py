@@ -1,4 +1,4 @@
-"""Candidate networks: dense, in an arithmetic, compiled or not, ready to sample with."""
+"""Networks ready to sample with: dense, in an arithmetic, compiled or not; and ready to train."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Supernet(Protocol):
     def subnet(self, width: float) -> nn.Module: ...
 
 
-# What a candidate computes in. Winograd is float32 with fewer multiplications, on a CPU.
+# What a network computes in. Winograd is float32 with fewer multiplications, on a CPU.
 ARITHMETIC = {
     "float32": torch.float32,
     "winograd": torch.float32,
@@ -50,7 +50,7 @@ ARITHMETIC = {
 }
 
 
-class Candidate(nn.Module):
+class SamplingNetwork(nn.Module):
     """A dense network ready for sampling: channels last, float32 in and out.
 
     arithmetic: a key of ARITHMETIC; weights are cast once, here. compiled: by torch.compile, with
@@ -83,15 +83,15 @@ class Candidate(nn.Module):
         return out.to(torch.float32, memory_format=torch.contiguous_format, copy=self.compiled)
 
 
-def candidates(
+def sampling_networks(
     net: Supernet,
     widths: Iterable[float],
     arithmetic: str | Mapping[float, str] = "float32",
     compiled: bool = False,
-) -> dict[float, Candidate]:
-    """A dense candidate network for each width; `arithmetic` is for all or by width."""
+) -> dict[float, SamplingNetwork]:
+    """A dense network for each width; `arithmetic` is for all or by width."""
     named = {w: arithmetic if isinstance(arithmetic, str) else arithmetic[w] for w in widths}
-    return {w: Candidate(net.subnet(w), named[w], compiled) for w in named}
+    return {w: SamplingNetwork(net.subnet(w), named[w], compiled) for w in named}
 
 
 def ready_to_train(net: nn.Module, arithmetic: str, device: torch.device) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import golden_network, tiny_network
 
-from model import arithmetic, candidates, check_compiler
+from model import arithmetic, check_compiler, sampling_networks
 from runtime.errors import UserError
 from train import TrainSettings
 
@@ -15,12 +15,12 @@ SHAPE = (3, 8, 8)
 
 
 @pytest.mark.parametrize("width", [1.0, 0.5])
-def test_candidates_agree(width: float) -> None:
+def test_sampling_networks_agree(width: float) -> None:
     net = golden_network()
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 40])
     with torch.inference_mode():
         plain, half = (
-            candidates(net, [width], name)[width](x, t) for name in ("float32", "bfloat16")
+            sampling_networks(net, [width], name)[width](x, t) for name in ("float32", "bfloat16")
         )
     assert (half - plain).square().mean() < 1e-3 * plain.square().mean()
     assert all(out.dtype == torch.float32 and out.is_contiguous() for out in (plain, half))
@@ -74,7 +74,7 @@ def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_candidates_agree_and_fill_up_the_last_batch() -> None:
+def test_compiled_networks_agree_and_fill_up_the_last_batch() -> None:
     try:
         check_compiler(CPU)
     except UserError:
@@ -82,8 +82,8 @@ def test_compiled_candidates_agree_and_fill_up_the_last_batch() -> None:
     from torch._dynamo.utils import counters
 
     net = tiny_network(ch=8, ch_mult=(1,), attn=())
-    plain = candidates(net, [0.5])[0.5]
-    compiled = candidates(net, [0.5], compiled=True)[0.5]
+    plain = sampling_networks(net, [0.5])[0.5]
+    compiled = sampling_networks(net, [0.5], compiled=True)[0.5]
     x, t = torch.randn(3, *SHAPE), torch.tensor([1, 2, 3])
     with torch.inference_mode():
         torch.testing.assert_close(compiled(x, t), plain(x, t), rtol=1e-4, atol=1e-4)
@@ -97,7 +97,7 @@ def test_another_program_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> Non
     """Where something else slows most measurements, the quiet ones still tell."""
     truth = {"float32": 3.0, "bfloat16": 4.0, "winograd": 2.0}
     turns = dict.fromkeys(truth, 0)
-    monkeypatch.setattr(arithmetic, "Candidate", lambda net, name: name)
+    monkeypatch.setattr(arithmetic, "SamplingNetwork", lambda net, name: name)
     monkeypatch.setattr(arithmetic, "available", lambda: True)
 
     def busy(name: str, shape: tuple, batch: int, *rest: object) -> float:

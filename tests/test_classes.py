@@ -16,7 +16,7 @@ from torch import Tensor
 import dataset as data
 import diffusion
 import main
-from model import Condition, SlimmableUNet, StepAwareDenoiser, candidates, checkpoint
+from model import Condition, SlimmableUNet, StepAwareDenoiser, checkpoint, sampling_networks
 from runtime.errors import UserError
 from sampling import noise as rng
 from sampling.conditioning import Classes, parse
@@ -75,7 +75,7 @@ def test_a_narrow_width_uses_the_leading_columns_alone() -> None:
 @pytest.mark.parametrize("arithmetic", ["float32", "bfloat16"])
 def test_candidates_take_labels(arithmetic: str) -> None:
     net = fill_by_recipe(network())
-    candidate = candidates(net, [0.5], arithmetic)[0.5]
+    candidate = sampling_networks(net, [0.5], arithmetic)[0.5]
     x, t, labels = torch.randn(3, 1, 8, 8), torch.full((3,), 4), torch.tensor([2, 0, 1])
     expected = net(x, t, 0.5, labels).detach()
     tolerance = 0.1 * float(expected.abs().max()) if arithmetic == "bfloat16" else 1e-4

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 cpu = pytest.importorskip("model.cpu")
 
-from model import candidates, ready_to_train  # noqa: E402
+from model import ready_to_train, sampling_networks  # noqa: E402
 from model.cpu import fused, native, norm, winograd  # noqa: E402
 from model.cpu.dropout import FastDropout  # noqa: E402
 from runtime import processes  # noqa: E402
@@ -166,7 +166,7 @@ def test_a_dense_network_agrees_and_its_weights_are_transformed_once(
     settings: dict, width: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = tiny_network(**settings)
-    plain, fast = (candidates(net, [width], a)[width] for a in ("float32", "winograd"))
+    plain, fast = (sampling_networks(net, [width], a)[width] for a in ("float32", "winograd"))
     monkeypatch.setattr(winograd, "transformed", Mock(side_effect=AssertionError))
     with torch.inference_mode():
         assert error(fast(*BATCH), plain(*BATCH)) < 1e-4
@@ -178,7 +178,7 @@ def test_a_dense_network_agrees_and_its_weights_are_transformed_once(
 
 @compiled
 def test_graphs_do_not_end_at_the_loops() -> None:
-    assert not candidates(tiny_network(), [1.0], "winograd", compiled=True)[1.0].compiled
+    assert not sampling_networks(tiny_network(), [1.0], "winograd", compiled=True)[1.0].compiled
 
 
 @compiled
@@ -192,7 +192,9 @@ def test_networks_of_diffusers() -> None:
     blocks = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
     net = SlimmableDiffusersUNet(UNet2DModel(sample_size=8, **sizes, **blocks)).eval()
     with torch.inference_mode():
-        plain, fast = (candidates(net, [0.5], a)[0.5](*BATCH) for a in ("float32", "winograd"))
+        plain, fast = (
+            sampling_networks(net, [0.5], a)[0.5](*BATCH) for a in ("float32", "winograd")
+        )
         assert error(fast, plain) < 1e-4
         assert not torch.equal(fast, plain)
         before = net(*BATCH, 0.5)
@@ -205,7 +207,9 @@ def test_without_a_compiler_networks_stay(monkeypatch: pytest.MonkeyPatch) -> No
     assert not cpu.available()
     net = tiny_network(ch=32)
     with torch.inference_mode():
-        plain, same = (candidates(net, [1.0], a)[1.0](*BATCH) for a in ("float32", "winograd"))
+        plain, same = (
+            sampling_networks(net, [1.0], a)[1.0](*BATCH) for a in ("float32", "winograd")
+        )
     assert torch.equal(plain, same)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import diffusion
 from diffusion import NoiseSchedule, loss, sample_ddim, sample_ddpm, sample_edm
-from model import StepAwareDenoiser, candidates
+from model import StepAwareDenoiser, sampling_networks
 from runtime.errors import UserError
 
 MEAN, DEVIATION = 0.1, 0.2  # of the Gaussian data: far enough inside [−1, 1] not to be clipped
@@ -190,7 +190,7 @@ def test_golden_chain(var_type: str) -> None:
     with np.load(GOLDEN / "slimmable_g16_ch64.npz", allow_pickle=False) as file:
         golden = dict(file)
     widths = golden["strategy"].tolist()
-    networks = candidates(golden_network(), set(widths))
+    networks = sampling_networks(golden_network(), set(widths))
     x = torch.from_numpy(golden["x"])
     noise = fixed_noise(x.shape)
     out = sample_ddpm(

@@ -16,7 +16,7 @@ import diffusion
 import main
 import score
 from evaluate import Evaluator, SharedStates
-from model import WidthSchedule, candidates
+from model import WidthSchedule, sampling_networks
 from model.networks import latency
 from runtime.errors import UserError
 from runtime.files import Unfinished
@@ -30,7 +30,7 @@ STATE = 4 * 64  # bytes of one image's state
 
 @pytest.fixture(scope="module")
 def networks() -> dict[float, nn.Module]:
-    return candidates(tiny_network(T=T, in_ch=1), WIDTHS)
+    return sampling_networks(tiny_network(T=T, in_ch=1), WIDTHS)
 
 
 @pytest.fixture

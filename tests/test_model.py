@@ -8,7 +8,7 @@ import torch
 from conftest import GOLDEN, SMALL, golden_network, tiny_network
 from torch import nn
 
-from model import Candidate, SlimmableUNet, UNetSettings, candidates
+from model import SamplingNetwork, SlimmableUNet, UNetSettings, sampling_networks
 from model.slimmable import (
     Channels,
     SlimmableConv2d,
@@ -338,13 +338,13 @@ def test_a_call_leaves_nothing_behind(batch: tuple) -> None:
 
 
 @torch.no_grad()
-def test_candidates_equal_the_supernet(batch: tuple) -> None:
+def test_sampling_networks_equal_the_supernet(batch: tuple) -> None:
     net = tiny_network(ch=32)
-    for width, candidate in candidates(net, WIDTHS).items():
-        assert isinstance(candidate, Candidate)
+    for width, network in sampling_networks(net, WIDTHS).items():
+        assert isinstance(network, SamplingNetwork)
         expected = net(*batch, width)
-        torch.testing.assert_close(candidate(*batch), expected, rtol=1e-4, atol=1e-5)
-    half = candidates(net, [1.0], "bfloat16")[1.0](*batch)
+        torch.testing.assert_close(network(*batch), expected, rtol=1e-4, atol=1e-5)
+    half = sampling_networks(net, [1.0], "bfloat16")[1.0](*batch)
     expected = net(*batch)
     assert half.dtype == torch.float32
     assert half.is_contiguous()

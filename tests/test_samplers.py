@@ -20,7 +20,7 @@ import diffusion
 import score
 from diffusion import EDMSchedule, NoiseSchedule, Sampler
 from evaluate import Evaluator, SharedStates
-from model import StepAwareDenoiser, WidthSchedule, average, candidates, entries_for_calls
+from model import StepAwareDenoiser, WidthSchedule, average, entries_for_calls, sampling_networks
 from runtime.errors import UserError
 from sampling import noise as rng
 from sampling import schedulers
@@ -256,7 +256,7 @@ def test_an_entry_a_step_counts_for_both_passes(name: str) -> None:
 @pytest.mark.parametrize("churn", [0.0, 5.0])
 def test_edm_goes_on_from_a_step_bit_for_bit(schedule: diffusion.Schedule, churn: float) -> None:
     sampler = Sampler("edm", sample_steps=6, S_churn=churn)
-    net = candidates(tiny_network(in_ch=1), [0.5])[0.5]
+    net = sampling_networks(tiny_network(in_ch=1), [0.5])[0.5]
 
     @torch.no_grad()
     def denoise(x: Tensor, t: int) -> Tensor:
@@ -274,7 +274,7 @@ def test_edm_goes_on_from_a_step_bit_for_bit(schedule: diffusion.Schedule, churn
 def test_shared_states_of_edm_change_nothing(churn: float, per_step: bool) -> None:
     factor = np.random.default_rng(0).standard_normal((64, 64)) / 8
     evaluator = Evaluator(
-        networks=candidates(tiny_network(in_ch=1), [0.25, 0.5, 1.0]),
+        networks=sampling_networks(tiny_network(in_ch=1), [0.25, 0.5, 1.0]),
         noise_schedule=SHORT,
         sampler=Sampler("edm", sample_steps=5, S_churn=churn),
         encoder=score.encoder("pixels", "cpu"),
