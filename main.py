@@ -210,9 +210,8 @@ def define_flags() -> None:
     integer("seed", 0, "seed of everything random", lower_bound=0, upper_bound=2**63 - 1)
     text("device", "auto", "cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
     boolean("parallel", False, "DataParallel over the visible GPUs")
-    choice("amp", "none", ["none", "bf16", "fp16"], "arithmetic of the network; on a CPU, bf16 "
-           "takes the fastest of it, float32 and float32 with Winograd's convolutions, by "
-           "measurement")  # fmt: skip
+    choice("amp", "none", ["none", "auto", "bf16", "fp16"], "arithmetic of the network; auto: the "
+           "fastest on this machine, by measurement, kept in the run's folder")  # fmt: skip
     boolean("compile", False, "torch.compile, with CUDA graphs where a GPU samples")
     boolean("dry_run", False, "say what the command would cost, from a short measured burst")
 
@@ -582,23 +581,27 @@ def to_images():
 
 
 def candidate_networks(
-    net: nn.Module, widths: Sequence[float], folder: Path | None = None
+    net: nn.Module, widths: Sequence[float], path: Path | None = None
 ) -> dict[float, nn.Module]:
     """Dense networks ready to sample with, on every GPU where --parallel says so.
 
-    folder: of a search, which keeps the arithmetic that it was started with.
+    path: where the arithmetic that was picked is kept; see arithmetic.chosen.
     """
     device = choose_device()
     if FLAGS.compile:
         check_compiler(device)
-    path = folder / "arithmetic.json" if folder else None
     chosen = arithmetic.chosen(net, widths, FLAGS.amp, image_shape(net), device, path)
-    if FLAGS.amp == "bf16" and device.type == "cpu":
-        say(f"fastest arithmetic on this processor, by width: {arithmetic.describe(chosen)}")
+    if set(chosen.values()) != {arithmetic.AMP[FLAGS.amp]} or FLAGS.amp == "auto":
+        say(f"arithmetic by width: {arithmetic.describe(chosen)}")
     networks = sampling_networks(net, widths, chosen, FLAGS.compile)
     if use_parallel():
         return {width: nn.DataParallel(network) for width, network in networks.items()}
     return networks
+
+
+def kept_arithmetic(name: str = "arithmetic") -> Path | None:
+    """Where evaluations keep what --amp=auto picked, so that two equal ones agree."""
+    return Path(FLAGS.logdir) / f"{name}.json" if FLAGS.amp == "auto" else None
 
 
 def statistics(encoder: score.Encoder, shape: tuple[int, int, int]):
@@ -719,8 +722,8 @@ def train() -> None:
 
     def choose_arithmetic() -> str:
         chosen = arithmetic.chosen_for_training(net, FLAGS.amp, image_shape(net), device)
-        if FLAGS.amp == "bf16" and device.type == "cpu":
-            say(f"fastest arithmetic on this processor: {chosen}")
+        if FLAGS.amp == "auto":
+            say(f"arithmetic: {chosen}")
         return chosen
 
     trainer = Trainer(
@@ -797,7 +800,7 @@ def evaluate_width() -> None:
     net.check_width(width)
     schedule = WidthSchedule([width] * FLAGS.T)
     costs = flops_table(net, [1.0, width])
-    evaluator = build_evaluator(candidate_networks(net, [width]), net)
+    evaluator = build_evaluator(candidate_networks(net, [width], kept_arithmetic()), net)
     name = "eval" if width == 1 else f"eval_width_{width:g}"
     report_scores(name, evaluator, schedule, costs, {"width": width, "step": step})
 
@@ -812,7 +815,7 @@ def evaluate_schedule() -> None:
     schedule = load_schedule(all_widths())
     used = sorted(set(schedule.widths) - {0.0})
     costs = flops_table(net, [1.0, *used])
-    evaluator = build_evaluator(candidate_networks(net, used), net)
+    evaluator = build_evaluator(candidate_networks(net, used, kept_arithmetic()), net)
     about = {"step": step, "schedule": list(schedule.widths)}
     report_scores("eval_stepaware", evaluator, schedule, costs, about)
 
@@ -831,7 +834,10 @@ def evaluate_ensemble() -> None:
     shape, passes = image_shape(large), passes_a_call(large)
     # Two networks are candidates like any others; the keys are but names.
     names = {"large": large, "small": small}
-    networks = {name: candidate_networks(net, [1.0])[1.0] for name, net in names.items()}
+    networks = {
+        name: candidate_networks(net, [1.0], kept_arithmetic(f"arithmetic_{name}"))[1.0]
+        for name, net in names.items()
+    }
     schedule = ["small" if FLAGS.end < t < FLAGS.start else "large" for t in range(FLAGS.T)]
     costs = {name: passes * score.flops(net, 1.0, shape) for name, net in names.items()}
     about = {"step": step, "start": FLAGS.start, "end": FLAGS.end}
@@ -955,7 +961,7 @@ def search() -> None:
     net, step = load_network(FLAGS.logdir)
     if not slimmable():
         raise UserError("--search chooses among widths: add --slimmable_unet")
-    networks = candidate_networks(net, all_widths(), writable_folder(folder))
+    networks = candidate_networks(net, all_widths(), writable_folder(folder) / "arithmetic.json")
     flops = flops_table(net, all_widths())
     evaluator = build_evaluator(networks, net, rng.SEARCH)
     evaluator.progress = False

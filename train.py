@@ -83,7 +83,7 @@ class TrainSettings:
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"--ema_decay={self.ema_decay}: must be in [0, 1)")
         if self.amp == "fp16":
-            raise UserError("--amp=fp16 is for sampling; train with --amp=bf16 or --amp=none")
+            raise UserError("--amp=fp16 is for sampling; train with --amp=auto, bf16 or none")
         if self.distill and not self.sandwich:
             raise UserError("--distill teaches narrower widths, so it needs --sandwich")
         if self.sandwich and self.num_sandwich_sampling < 2:

@@ -602,7 +602,7 @@ def commit() -> str:
 def speed() -> tuple[str, ...]:
     """Flags for what is fast on this machine."""
     if not torch.cuda.is_available():
-        return ("--amp=bf16",)  # or what is faster on this processor, by measurement
+        return ("--amp=auto",)
     try:
         compiling.check_compiler(torch.device("cuda"))
     except UserError:

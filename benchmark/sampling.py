@@ -68,7 +68,7 @@ def speed(batch: int, repeats: int, steps: tuple[float, ...], device: torch.devi
     """Images/s of chains of len(steps) ancestral steps: naive and ours, full and scheduled."""
     net = naive.cifar10_network().eval().to(device)
     on_gpu = device.type == "cuda"
-    chosen = arithmetic.chosen(net, naive.WIDTHS, "bf16", naive.SHAPE, device)
+    chosen = arithmetic.chosen(net, naive.WIDTHS, "auto", naive.SHAPE, device)
     ours = sampling_networks(net, naive.WIDTHS, chosen, compiled=on_gpu)
     schedule = naive.CIFAR10
     kept = schedule.timesteps(len(steps))

@@ -29,7 +29,7 @@ def our_step(
 ) -> Callable[[torch.Tensor], None]:
     """Our training step in one arithmetic, as a function of a batch."""
     trainer = Trainer(
-        settings=TrainSettings(sandwich=True, amp="bf16", batch_size=batch),
+        settings=TrainSettings(sandwich=True, amp="auto", batch_size=batch),
         net=naive.cifar10_network(),
         dataset=None,
         noise_schedule=naive.CIFAR10,
@@ -48,7 +48,7 @@ def our_step(
 def measure(batch: int, repeats: int, device: torch.device) -> dict:
     """Median seconds of a step over the same widths; every arithmetic that is worth a try."""
     net = naive.cifar10_network()
-    chosen = arithmetic.chosen_for_training(net, "bf16", naive.SHAPE, device)
+    chosen = arithmetic.chosen_for_training(net, "auto", naive.SHAPE, device)
     old = naive.Training(copy.deepcopy(net), device)
     settings = TrainSettings(sandwich=True)
     widths = iter([settings.widths(step) for step in range(repeats + 1)])

@@ -1,13 +1,13 @@
-"""Which arithmetic is fastest here: measured, per width, where that is not plain.
+"""Which arithmetic each width's network computes in: as --amp says, or the fastest by measurement.
 
-With reduced precision allowed, a GPU always gains by it. A CPU gains where it has bfloat16 units
-and loses several times where it has not, so there bfloat16, float32 and float32 with Winograd's
-convolutions are timed against each other. A choice changes the last digits of every image; whoever
-wants to go on with a run keeps the run's choice (see `chosen`).
+With `auto` a GPU takes bfloat16. A CPU gains by that where it has bfloat16 units and loses several
+times where it has not, so there bfloat16, float32 and float32 with Winograd's convolutions are
+timed against each other. A choice changes the last digits of every image, so it is kept in a file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,9 +19,10 @@ from model import ARITHMETIC, SamplingNetwork
 from model.networks import available, latency
 from runtime import processes as distributed
 from runtime.errors import UserError
-from runtime.files import read_json, write_json
+from runtime.files import alone_in, read_json, write_json
 
-AMP = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# `auto` is measured on a CPU; here stands what it is on a GPU.
+AMP = {"none": "float32", "auto": "bfloat16", "bf16": "bfloat16", "fp16": "float16"}
 CPU_CHOICES = ("float32", "winograd", "bfloat16")
 BATCH = 8  # images of a measurement on a CPU: more take longer and tell nothing more
 ROUNDS = 5
@@ -37,29 +38,47 @@ def chosen(
 ) -> dict[float, str]:
     """The arithmetic of each width's subnet, the same in every process.
 
-    amp: what is allowed, a key of AMP. path: file of a run that has chosen, or will have.
+    amp: a key of AMP. path: where `auto` keeps what it picks on a CPU. A file that is there is
+    obeyed; by `bf16` too, which until `auto` came was its name.
     """
-    if amp != "bf16" or device.type != "cpu":
+    if amp not in ("auto", "bf16") or device.type != "cpu":
         return {width: AMP[amp] for width in widths}
-    known = _read(path) if path and path.exists() else {}
-    known = distributed.gather(known)[0]
-    missing = [width for width in widths if width not in known]
-    if missing:
-        found = {w: _fastest(net, w, shape) for w in missing} if distributed.is_main() else {}
-        known = known | distributed.gather(found)[0]
-        if path and distributed.is_main():
-            write_json(path, {str(w): known[w] for w in known})
-    return {width: known[width] for width in widths}
+    stored = distributed.gather(_read(path))[0]
+    if amp == "auto" and not stored.keys() >= set(widths):
+        measured = _measure(net, widths, shape, path) if distributed.is_main() else {}
+        stored = distributed.gather(measured)[0]
+    return {width: stored.get(width, AMP[amp]) for width in widths}
 
 
-def _read(path: Path) -> dict[float, str]:
+def _read(path: Path | None) -> dict[float, str]:
+    """The arithmetic of each width in the file; none where there is no file."""
+    if path is None or not path.exists():
+        return {}
     try:
-        known = {float(w): str(name) for w, name in read_json(path).items()}
-        if not set(known.values()) <= set(ARITHMETIC):
+        stored = {float(w): str(name) for w, name in read_json(path).items()}
+        if not set(stored.values()) <= set(ARITHMETIC):
             raise ValueError(f"one of {', '.join(ARITHMETIC)} expected")
     except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no table of arithmetics ({error}); delete it") from error
-    return known
+        raise UserError(f"{path} is not a table of arithmetics ({error}); delete it") from error
+    return stored
+
+
+def _measure(
+    net: nn.Module, widths: Sequence[float], shape: tuple[int, int, int], path: Path | None
+) -> dict[float, str]:
+    """The fastest arithmetic of the widths that the file lacks, added to it, and all others in it.
+
+    One process measures at a time; those that waited for it take what it has found.
+    """
+    # Not the folder itself: a search is alone in its own for as long as it runs.
+    lock = path and path.with_name(f".{path.name}.lock")
+    with alone_in(lock) if lock else contextlib.nullcontext():
+        stored = _read(path)
+        missing = [width for width in widths if width not in stored]
+        stored |= {width: _fastest(net, width, shape) for width in missing}
+        if path and missing:
+            write_json(path, {str(width): name for width, name in stored.items()})
+    return stored
 
 
 def _fastest(net: nn.Module, width: float, shape: tuple[int, int, int]) -> str:
@@ -86,6 +105,6 @@ def describe(chosen: Mapping[object, str]) -> str:
 def chosen_for_training(
     net: nn.Module, amp: str, shape: tuple[int, int, int], device: torch.device
 ) -> str:
-    """What training steps run in, the same in every process: on a CPU, the one of CPU_CHOICES in
-    which a forward pass at full width takes least time."""
+    """What training steps run in, the same in every process: `auto` on a CPU is the one of
+    CPU_CHOICES in which a forward pass at full width takes least time."""
     return chosen(net, [1.0], amp, shape, device)[1.0]
