@@ -1,14 +1,16 @@
 """The network against the published one's numbers, names and counts, and the slicing itself."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import GOLDEN, SMALL, golden_network, tiny_network
-from torch import nn
+from torch import Tensor, nn
 
-from model import SamplingNetwork, SlimmableUNet, UNetSettings, sampling_networks
+from model import SlimmableUNet, UNetSettings, sampling_networks
 from model.slimmable import (
     Channels,
     SlimmableConv2d,
@@ -35,7 +37,7 @@ def small() -> SlimmableUNet:
 
 
 @pytest.fixture(scope="module")
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
+def batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, 3, 8, 8, generator=generator), torch.tensor([3, 7])
 
@@ -100,33 +102,42 @@ def test_round_channels(channels: float, divisor: int, expected: int) -> None:
     assert round_channels(channels, divisor) == expected
 
 
-def test_width_one_equals_dense_layers() -> None:
-    x = torch.randn(2, 24, 6, 6)
-    conv = SlimmableConv2d(Channels((24,)), Channels((16,)), 3, stride=2)
-    dense = nn.Conv2d(24, 16, 3, stride=2, padding=1)
-    dense.load_state_dict(conv.state_dict())
-    assert torch.equal(conv(x, 1.0), dense(x))
-
-    linear, dense = SlimmableLinear(Channels((24,)), Channels((16,))), nn.Linear(24, 16)
-    dense.load_state_dict(linear.state_dict())
-    assert torch.equal(linear(x[..., 0, 0], 1.0), dense(x[..., 0, 0]))
-
-    norm, dense = SlimmableGroupNorm(4, Channels((24,))), nn.GroupNorm(4, 24)
-    nn.init.normal_(norm.weight)
-    dense.load_state_dict(norm.state_dict())
-    assert torch.equal(norm(x, 1.0), dense(x))
+@pytest.mark.parametrize(
+    ("layer", "dense", "x"),
+    [
+        (
+            SlimmableConv2d(Channels((24,)), Channels((16,)), 3, stride=2),
+            nn.Conv2d(24, 16, 3, stride=2, padding=1),
+            torch.randn(2, 24, 6, 6),
+        ),
+        (
+            SlimmableLinear(Channels((24,)), Channels((16,))),
+            nn.Linear(24, 16),
+            torch.randn(2, 24),
+        ),
+        (SlimmableGroupNorm(4, Channels((24,))), nn.GroupNorm(4, 24), torch.randn(2, 24, 6, 6)),
+    ],
+)
+def test_width_one_equals_dense_layers(layer: nn.Module, dense: nn.Module, x: Tensor) -> None:
+    nn.init.normal_(layer.weight)
+    dense.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x, 1.0), dense(x))
 
 
 def test_narrow_layer_equals_the_leading_block() -> None:
     conv = SlimmableConv2d(Channels((32,)), Channels((48,)), 3)
     x = torch.randn(2, 16, 6, 6)
-    expected = nn.functional.conv2d(x, conv.weight[:24, :16], conv.bias[:24], padding=1)
+    expected = F.conv2d(x, conv.weight[:24, :16], conv.bias[:24], padding=1)
     assert torch.equal(conv(x, 0.5), expected)
     # The number of groups stays, so a group holds fewer channels.
     norm = SlimmableGroupNorm(8, Channels((32,)))
     nn.init.normal_(norm.weight)
-    expected = nn.functional.group_norm(x, 8, norm.weight[:16], norm.bias[:16])
-    assert torch.equal(norm(x, 0.5), expected)
+    assert torch.equal(norm(x, 0.5), F.group_norm(x, 8, norm.weight[:16], norm.bias[:16]))
+    # 16 channels of h and 8 of the skip, from where the skip's columns begin.
+    conv = SlimmableConv2d(Channels((32, 16), apart=True), Channels((32,)), 3)
+    x = torch.randn(2, 24, 6, 6)
+    weight = torch.cat([conv.weight[:16, :16], conv.weight[:16, 32:40]], dim=1)
+    assert torch.equal(conv(x, 0.5), F.conv2d(x, weight, conv.bias[:16], padding=1))
 
 
 def test_time_table_is_the_closed_form() -> None:
@@ -137,34 +148,46 @@ def test_time_table_is_the_closed_form() -> None:
     assert float(table[p, 2 * i + 1]) == pytest.approx(np.cos(angle), abs=1e-6)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(
+    ("settings", "widths"),
+    [
+        (dict(ch=32), WIDTHS),
+        (dict(in_ch=1), WIDTHS),
+        # 24·w and 48·w are no multiples of 16 at most of these widths.
+        (dict(ch=24, num_groups=8), (*WIDTHS, 0.3, 0.9)),
+        (dict(ch=32, num_groups=8, norm_groups="proportional"), WIDTHS),
+        (
+            dict(ch=32, num_groups=8, norm_groups="proportional", skip_slicing="segments"),
+            WIDTHS,
+        ),
+    ],
+)
 @torch.no_grad()
-def test_one_channel_images(width: float) -> None:
-    net = tiny_network(in_ch=1)
-    x, t = torch.randn(3, 1, 8, 8), torch.tensor([0, 5, 9])
-    out = net(x, t, width)
-    assert out.shape == x.shape
-    assert out.std() > 0.01
-    torch.testing.assert_close(net.subnet(width)(x, t), out, rtol=1e-4, atol=1e-5)
+def test_dense_networks_equal_the_supernet(settings: dict, widths: Sequence[float]) -> None:
+    net, t = tiny_network(**settings), torch.tensor([0, 5, 9])
+    x = torch.randn(3, net.settings.in_ch, 8, 8)
+    for width, network in sampling_networks(net, widths).items():
+        net.check_width(width)
+        out = net(x, t, width)
+        assert out.shape == x.shape
+        assert out.std() > 0.01
+        torch.testing.assert_close(network(x, t), out, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(net.subnet(width)(x, t), out, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("width", [*WIDTHS, 0.3, 0.9])
-@torch.no_grad()
-def test_narrow_network_whose_roundings_part(width: float, batch: tuple) -> None:
-    # 24·w and 48·w are no multiples of 16 at most of these widths.
-    net = tiny_network(ch=24, num_groups=8)
-    net.check_width(width)
-    out = net(*batch, width)
-    torch.testing.assert_close(net.subnet(width)(*batch), out, rtol=1e-4, atol=1e-5)
-
-
-def test_width_that_groups_do_not_divide_is_one_clear_error() -> None:
-    net = tiny_network(ch=32, num_groups=16)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(ch=32, num_groups=16), r"width 0\.25 leaves in .* 8 channels, .* 16 groups"),
+        # 48 channels of [h, skip] in groups of 12
+        (dict(norm_groups="proportional"), r"0\.25 leaves in upblocks\S+ 16 channels, .* of 12"),
+    ],
+)
+def test_width_that_groups_do_not_divide_is_one_clear_error(settings: dict, message: str) -> None:
+    net = tiny_network(**settings)
     net.check_width(0.5)
     for call in (net.check_width, net.subnet):
-        with pytest.raises(
-            UserError, match=r"width 0\.25 leaves .* 8 channels, .* 16 groups"
-        ) as error:
+        with pytest.raises(UserError, match=message) as error:
             call(0.25)
         assert "\n" not in str(error.value)
     for width in (0, -0.5, 1.5, float("nan")):
@@ -172,7 +195,7 @@ def test_width_that_groups_do_not_divide_is_one_clear_error() -> None:
             net.check_width(width)
 
 
-def _kept_columns(blocks: tuple[int, ...], width: float) -> torch.Tensor:
+def _kept_columns(blocks: tuple[int, ...], width: float) -> Tensor:
     """Which of the concatenated columns "segments" keeps, then all others."""
     starts = np.cumsum([0, *blocks[:-1]])
     kept = [
@@ -203,14 +226,6 @@ def test_segments_are_sliced_apart(width: float, batch: tuple) -> None:
     torch.testing.assert_close(leading(*batch, width), narrow)
 
 
-def test_segments_of_one_layer() -> None:
-    conv = SlimmableConv2d(Channels((32, 16), apart=True), Channels((32,)), 3)
-    x = torch.randn(2, 24, 6, 6)  # 16 of h, 8 of the skip
-    weight = torch.cat([conv.weight[:16, :16], conv.weight[:16, 32:40]], dim=1)
-    expected = nn.functional.conv2d(x, weight, conv.bias[:16], padding=1)
-    assert torch.equal(conv(x, 0.5), expected)
-
-
 @pytest.mark.parametrize("width", [0.75, 0.5, 0.25])
 @pytest.mark.parametrize(
     ("blocks", "apart"), [((32,), False), ((64, 64), False), ((64, 64), True), ((128, 64), True)]
@@ -239,29 +254,17 @@ def test_a_group_that_straddles_keeps_its_size() -> None:
     layer = SlimmableGroupNorm(8, Channels((64, 32), apart=True), True)
     x = torch.randn(2, 48, 4, 4)  # 32 of h, 16 of the skip
     assert layer.groups(0.5) == 4
-    torch.testing.assert_close(layer(x, 0.5), nn.functional.group_norm(x, 4))
+    torch.testing.assert_close(layer(x, 0.5), F.group_norm(x, 4))
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("slicing", ["leading", "segments"])
 @torch.no_grad()
-def test_proportional_groups(width: float, slicing: str, batch: tuple) -> None:
-    net = tiny_network(ch=32, num_groups=8, norm_groups="proportional", skip_slicing=slicing)
-    fixed = tiny_network(ch=32, num_groups=8, skip_slicing=slicing)
-    net.check_width(width)
-    out = net(*batch, width)
-    torch.testing.assert_close(net.subnet(width)(*batch), out, rtol=1e-4, atol=1e-5)
-    if width == 1:
-        assert torch.equal(out, fixed(*batch))
-    else:
-        assert not torch.allclose(out, fixed(*batch, width), atol=0.01)
-    assert net.settings == UNetSettings(**net.settings_dict() | {"ch_mult": (1, 2), "attn": (1,)})
-
-
-def test_width_that_proportional_groups_do_not_divide() -> None:
-    net = tiny_network(norm_groups="proportional")  # 48 channels of [h, skip] in groups of 12
-    with pytest.raises(UserError, match=r"0\.25 leaves in upblocks\S+: 16 channels, .* of 12"):
-        net.check_width(0.25)
+def test_proportional_groups_change_narrow_widths_alone(batch: tuple) -> None:
+    fixed, other = (
+        tiny_network(ch=32, num_groups=8, norm_groups=rule) for rule in ("fixed", "proportional")
+    )
+    assert torch.equal(other(*batch), fixed(*batch))
+    for width in WIDTHS[1:]:
+        assert not torch.allclose(other(*batch, width), fixed(*batch, width), atol=0.01)
 
 
 @pytest.mark.parametrize("width", [1.0, 0.5])
@@ -310,7 +313,7 @@ def test_threads_run_different_widths_at_once(batch: tuple) -> None:
     net = tiny_network()
     alone = {width: net(*batch, width) for width in WIDTHS}
 
-    def repeat(width: float) -> list[torch.Tensor]:
+    def repeat(width: float) -> list[Tensor]:
         with torch.no_grad():
             return [net(*batch, width) for _ in range(10)]
 
@@ -337,20 +340,6 @@ def test_a_call_leaves_nothing_behind(batch: tuple) -> None:
     assert all(torch.equal(v, entries[k]) for k, v in net.state_dict().items())
 
 
-@torch.no_grad()
-def test_sampling_networks_equal_the_supernet(batch: tuple) -> None:
-    net = tiny_network(ch=32)
-    for width, network in sampling_networks(net, WIDTHS).items():
-        assert isinstance(network, SamplingNetwork)
-        expected = net(*batch, width)
-        torch.testing.assert_close(network(*batch), expected, rtol=1e-4, atol=1e-5)
-    half = sampling_networks(net, [1.0], "bfloat16")[1.0](*batch)
-    expected = net(*batch)
-    assert half.dtype == torch.float32
-    assert half.is_contiguous()
-    assert (half - expected).std() < 0.05 * expected.std()
-
-
 def test_dropout_acts_in_training_alone(batch: tuple) -> None:
     net = tiny_network(dropout=0.5)
     assert torch.equal(net(*batch, 0.5), net(*batch, 0.5))
@@ -359,32 +348,25 @@ def test_dropout_acts_in_training_alone(batch: tuple) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "flag"),
     [
-        ({"T": 0}, "--T=0"),
-        ({"ch": 0}, "--ch=0"),
-        ({"ch_mult": ()}, "--ch_mult"),
-        ({"ch_mult": (1, 0)}, "--ch_mult"),
-        ({"attn": (4,)}, "--attn=4"),
-        ({"attn": (-1,)}, "--attn=-1"),
-        ({"num_res_blocks": 0}, "--num_res_blocks=0"),
-        ({"dropout": 1.0}, "--dropout"),
-        ({"dropout": -0.1}, "--dropout"),
-        ({"num_groups": 0}, "--num_groups=0"),
-        ({"ch": 24, "num_groups": 16}, "24 channels.*--num_groups=16"),
-        ({"in_ch": 0}, "--in_ch=0"),
-        ({"skip_slicing": "both"}, "--skip_slicing=both"),
-        ({"norm_groups": "all"}, "--norm_groups=all"),
+        ({"T": 0}, "T=0"), ({"ch": 0}, "ch=0"), ({"ch_mult": ()}, "ch_mult"),
+        ({"ch_mult": (1, 0)}, "ch_mult"), ({"attn": (4,)}, "attn=4"), ({"attn": (-1,)}, "attn=-1"),
+        ({"num_res_blocks": 0}, "num_res_blocks=0"), ({"dropout": 1.0}, "dropout"),
+        ({"dropout": -0.1}, "dropout"), ({"num_groups": 0}, "num_groups=0"),
+        ({"ch": 24, "num_groups": 16}, "num_groups=16"), ({"in_ch": 0}, "in_ch=0"),
+        ({"num_classes": -1}, "num_classes=-1"), ({"skip_slicing": "both"}, "skip_slicing=both"),
+        ({"norm_groups": "all"}, "norm_groups=all"),
     ],
-)
-def test_settings_errors(change: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message) as error:
+)  # fmt: skip
+def test_settings_errors(change: dict, flag: str) -> None:
+    with pytest.raises(UserError, match=f"--{flag}") as error:
         UNetSettings(**change)
     assert "\n" not in str(error.value)
 
 
 def test_settings_rebuild_the_network() -> None:
-    net = tiny_network(skip_slicing="segments")
+    net = tiny_network(ch=32, skip_slicing="segments", norm_groups="proportional")
     again = SlimmableUNet(**net.settings_dict())
     assert again.settings == net.settings
     assert [v.shape for v in again.state_dict().values()] == [
