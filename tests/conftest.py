@@ -25,6 +25,7 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 GOLDEN = TESTS / "golden"
 UPSTREAM = TESTS / "upstream"
+KERNELS = (ROOT / "model" / "cpu" / "__init__.py").exists()  # optional
 SMALL = dict(T=50, ch=64, ch_mult=[1, 2], attn=[1], num_res_blocks=1, dropout=0.1, num_groups=16)
 
 # A network that trains in milliseconds a step.

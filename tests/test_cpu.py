@@ -8,15 +8,16 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, tiny_network
+from conftest import KERNELS, ROOT, tiny_network
 from torch import Tensor, nn
 
-cpu = pytest.importorskip("model.cpu")
+if not KERNELS:
+    pytest.skip("there is no model/cpu", allow_module_level=True)
 
-from model import ready_to_train, sampling_networks  # noqa: E402
-from model.cpu import fused, native, norm, winograd  # noqa: E402
-from model.cpu.dropout import FastDropout  # noqa: E402
-from runtime import processes  # noqa: E402
+from model import cpu, ready_to_train, sampling_networks
+from model.cpu import fused, native, norm, winograd
+from model.cpu.dropout import FastDropout
+from runtime import processes
 
 compiled = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
 CPU = torch.device("cpu")

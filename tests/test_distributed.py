@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, TRAIN, Result, run_main
+from conftest import KERNELS, ROOT, TINY, TRAIN, Result, run_main
 from PIL import Image
 from test_latents import write_autoencoder
 
@@ -98,7 +98,8 @@ def test_alone_there_is_nothing_to_do() -> None:
 
 
 def test_training_has_the_same_loss_curve(here: Path) -> None:
-    tmp_path, train = here, [*TRAIN, "--dropout=0.3", "--sample_size=5"]
+    dropout = 0.3 if KERNELS else 0  # torch's own drops other channels in each process
+    tmp_path, train = here, [*TRAIN, f"--dropout={dropout}", "--sample_size=5"]
     assert run_main(*train, "--logdir=one").status == 0
     result = two(tmp_path, *train, "--logdir=two")
     one, both = (records(tmp_path / name / "train.jsonl") for name in ("one", "two"))
