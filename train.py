@@ -183,6 +183,8 @@ class Trainer:
         checkpoint.check_scheduler(state.get("sched"), self.sched, self.path)
         checkpoint.fill(self.net, state["net_model"], self.path)
         checkpoint.fill(self.ema.model, state["ema_model"], self.path)
+        checkpoint.check_optimizer(state.get("optim"), self.optim, self.path)
+        checkpoint.check_scheduler(state.get("sched"), self.sched, self.path)
         try:
             checkpoint.load_optimizer(self.optim, state["optim"])
             self.sched.load_state_dict(state["sched"])
