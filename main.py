@@ -604,19 +604,15 @@ def kept_arithmetic(name: str = "arithmetic") -> Path | None:
     return Path(FLAGS.logdir) / f"{name}.json" if FLAGS.amp == "auto" else None
 
 
-def statistics(encoder: score.Encoder, shape: tuple[int, int, int]):
+def statistics(encoder: score.Encoder, shape: tuple[int, int, int]) -> score.Gaussian:
     """Mean and covariance of the data set's features, computed and saved where missing."""
-    path = Path(FLAGS.fid_cache)
-    usual = (FLAGS.dataset, FLAGS.img_size, encoder.name) == ("cifar10", 32, "inception")
-    load = functools.cache(lambda: data.load(FLAGS.dataset, FLAGS.data_root, FLAGS.img_size))
-    if FLAGS.fid_cache == CIFAR10_STATISTICS and not usual:
-        # Any folder has that name, so what is in it is part of the file's.
-        content = f"-{data.fingerprint(load())}" if FLAGS.dataset == "image_folder" else ""
-        name = f"{FLAGS.dataset}{FLAGS.img_size}{content}.train.{encoder.name}.npz"
-        path = Path("./stats") / name
 
+    @functools.cache
     def images() -> score.Images:
-        dataset = load()
+        try:
+            dataset = data.load(FLAGS.dataset, FLAGS.data_root, FLAGS.img_size)
+        except UserError as error:
+            raise score.UnavailableError(str(error)) from error
         if dataset.channels != shape[0]:
             raise UserError(
                 f"--dataset={FLAGS.dataset} has {dataset.channels} channels and the network "
@@ -625,13 +621,18 @@ def statistics(encoder: score.Encoder, shape: tuple[int, int, int]):
         batches = functools.partial(data.everything, dataset, FLAGS.batch_size, FLAGS.num_workers)
         return score.Images(len(dataset), data.fingerprint(dataset), batches)
 
+    name, size = FLAGS.dataset, FLAGS.img_size
+    path, usual = Path(FLAGS.fid_cache), (name, size, encoder.name) == ("cifar10", 32, "inception")
+    if FLAGS.fid_cache == CIFAR10_STATISTICS and not usual:
+        path = score.default_path("./stats", name, size, encoder.name, images().content)
     return score.load_or_compute(
         path,
         encoder,
         encoder.dim or math.prod(shape),
-        {"dataset": FLAGS.dataset, "img_size": FLAGS.img_size},
+        {"dataset": name, "img_size": size, "split": "train"},
         images,
-        f"statistics of {FLAGS.dataset} ({encoder.name})",
+        f"statistics of {name} ({encoder.name})",
+        say,
     )
 
 

@@ -308,11 +308,12 @@ class Experiment:
                 continue
             batches = data.everything(images, 250)
             found[train] = score.statistics_of(batches, encoder, len(images), dataset)
+            if train:
+                content = data.fingerprint(images)
         ours = found[True]
-        about = {"encoder": encoder.name, "dataset": dataset, "img_size": size}
-        score.save_statistics(
-            self.statistics, ours.mean, ours.covariance, **about, count=ours.count
-        )
+        about = {"encoder": encoder.name, "dataset": dataset, "img_size": size, "split": "train"}
+        about |= {"count": ours.count, "content": content}
+        score.save_statistics(self.statistics, ours.mean, ours.covariance, **about)
         floor = None
         if theirs := found.get(False):
             floor = score.frechet_distance(

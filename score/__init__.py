@@ -6,6 +6,8 @@ from score.flops import flops
 from score.inception import InceptionScore
 from score.statistics import (
     Images,
+    UnavailableError,
+    default_path,
     load_or_compute,
     load_statistics,
     save_statistics,
@@ -19,6 +21,8 @@ __all__ = [
     "Images",
     "InceptionScore",
     "Moments",
+    "UnavailableError",
+    "default_path",
     "encoder",
     "flops",
     "frechet_distance",

@@ -20,6 +20,8 @@ from runtime.progress import progress
 from score.features import Encoder
 from score.fid import Array, Gaussian, Moments
 
+REMEDY = "delete it or name another file with --fid_cache, and it is computed again"
+
 
 @dataclass(frozen=True)
 class Images:
@@ -34,6 +36,22 @@ class Images:
     batches: Callable[[int, int], Iterable[torch.Tensor]]
 
 
+class UnavailableError(UserError):
+    """The images are not here; statistics of them that are here can be used all the same."""
+
+
+def default_path(
+    folder: str | Path, dataset: str, img_size: int, encoder_name: str, content: str
+) -> Path:
+    """The file in `folder` that statistics of these images have by default.
+
+    Earlier versions left `content` out of the name; such a file is used where it is there alone.
+    """
+    names = (f"{dataset}{img_size}{part}.train.{encoder_name}.npz" for part in (f"-{content}", ""))
+    path, older = (Path(folder) / name for name in names)
+    return older if older.exists() and not path.exists() else path
+
+
 def load_or_compute(
     path: str | Path,
     encoder: Encoder,
@@ -41,18 +59,37 @@ def load_or_compute(
     about: dict[str, str | int],
     images: Callable[[], Images],
     description: str,
+    say: Callable[[str], None] = print,
 ) -> Gaussian:
     """Mean (dim,) and covariance (dim, dim) of a data set's features, from the file `path`.
 
     On the encoder's device, and with a root that one process takes for all. Where there is no such
-    file, all processes compute it together and go on after a kill.
+    file, all processes compute it together and go on after a kill. A file that says which images it
+    is of must be of these. One that doesn't is believed, as is any where `images` raises
+    UnavailableError, and `say` is told so, in the main process.
 
-    about: what the file is for, besides the encoder (dataset, img_size). description: for the bar.
+    about: what the file is for, besides encoder and images (dataset, img_size, split).
+    description: for the bar.
     """
-    path = Path(path)
+    path, data = Path(path), None
     if not processes.gather(path.exists())[0]:
-        _compute(path, encoder, about, images(), description)
-    gaussian = Gaussian(*load_statistics(path, dim, encoder.name, **about), encoder.device)
+        data = images()
+        _compute(path, encoder, about, data, description)
+    mu, sigma, stored = _read(path, dim, encoder.name)
+    doubt = ""
+    if data is None and stored.keys() & {"content", "count"}:
+        try:
+            data = images()
+        except UnavailableError as error:
+            doubt = f"its images are not here to be compared ({error})"
+    if "content" not in stored:
+        doubt = "it does not say of which images it is"
+    if data is not None:
+        about = {**about, "count": data.count, "content": data.content}
+    agree(path, stored, {"encoder": encoder.name, **about}, REMEDY)
+    if doubt and processes.is_main():
+        say(f"statistics in {path} are believed: {doubt}")
+    gaussian = Gaussian(mu, sigma, encoder.device)
     gaussian.share_root()
     return gaussian
 
@@ -80,7 +117,7 @@ def _compute(
     if processes.is_main():
         save_statistics(
             path, moments.mean, moments.covariance, encoder=encoder.name, count=moments.count,
-            **about,
+            content=images.content, **about,
         )  # fmt: skip
     processes.gather(None)  # the others wait for the file
     unfinished.remove()
@@ -148,37 +185,47 @@ def load_statistics(
     What the file says of itself must agree with `encoder_name` and `about`; pytorch-fid's files
     say nothing and are believed. UserError names the file, what is in it and what to do.
     """
-    remedy = "delete it or name another file with --fid_cache, and it is computed again"
-    entries = _read_npz(Path(path), remedy)
+    mu, sigma, stored = _read(path, dim, encoder_name)
+    agree(path, stored, {"encoder": encoder_name, **about}, REMEDY)
+    return mu, sigma
+
+
+def _read(
+    path: str | Path, dim: int, encoder_name: str
+) -> tuple[np.ndarray, np.ndarray, dict[str, object]]:
+    """mu (dim,), sigma (dim, dim) in float64, and what the file says of itself."""
+    entries = _read_npz(Path(path))
     for key in ("mu", "sigma"):
         if key not in entries:
             names = ", ".join(sorted(entries)) or "none"
-            raise UserError(f"{path} has no entry {key!r} (its entries: {names}): {remedy}")
+            raise UserError(f"{path} has no entry {key!r} (its entries: {names}): {REMEDY}")
+    mu, sigma = entries.pop("mu"), entries.pop("sigma")
     stored = {name: value.item() for name, value in entries.items() if value.size == 1}
-    agree(path, stored, {"encoder": encoder_name, **about}, remedy)
-    for key, shape in (("mu", (dim,)), ("sigma", (dim, dim))):
-        if entries[key].shape != shape:
+    # Of another encoder is the better message where the shapes differ, too.
+    agree(path, stored, {"encoder": encoder_name}, REMEDY)
+    for key, array, shape in (("mu", mu, (dim,)), ("sigma", sigma, (dim, dim))):
+        if array.shape != shape:
             raise UserError(
-                f"{path}: {key} has shape {entries[key].shape}, but features of the encoder "
-                f"{encoder_name} need {shape}: {remedy}"
+                f"{path}: {key} has shape {array.shape}, but features of the encoder "
+                f"{encoder_name} need {shape}: {REMEDY}"
             )
-        if entries[key].dtype.kind not in "fiu" or not np.isfinite(entries[key]).all():
-            raise UserError(f"{path}: {key} holds values that are not finite numbers: {remedy}")
-    return entries["mu"].astype(np.float64), entries["sigma"].astype(np.float64)
+        if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+            raise UserError(f"{path}: {key} holds values that are not finite numbers: {REMEDY}")
+    return mu.astype(np.float64), sigma.astype(np.float64), stored
 
 
-def _read_npz(path: Path, remedy: str) -> dict[str, np.ndarray]:
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an .npz; never unpickles."""
     try:
         with open(path, "rb") as file:  # np.load leaves a file that it cannot read open
             loaded = np.load(file, allow_pickle=False)
             if not isinstance(loaded, np.lib.npyio.NpzFile):
-                raise UserError(f"{path} is a single array, not an .npz with mu, sigma: {remedy}")
+                raise UserError(f"{path} is a single array, not an .npz with mu, sigma: {REMEDY}")
             with loaded:
                 return {key: loaded[key] for key in loaded.files}
     except FileNotFoundError as error:
         raise UserError(f"the statistics file {path} does not exist") from error
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
-            f"{path} is not a readable .npz of plain arrays mu, sigma: {remedy}"
+            f"{path} is not a readable .npz of plain arrays mu, sigma: {REMEDY}"
         ) from error

@@ -548,7 +548,14 @@ def test_statistics_of_two_folders(run_folder: Path) -> None:
         assert result.status == 0, result.err
         found.append(json.loads(Path("run/eval.json").read_text())["distance"])
     assert found[0] == found[2] != found[1]
-    assert len(list(Path("stats").iterdir())) == 2
+    assert len(list(Path("stats").glob("image_folder8-*.train.pixels.npz"))) == 2
+    evaluate.append("--fid_cache=mine.npz")
+    assert run_main(*evaluate, "--data_root=images0").status == 0
+    error = run_main(*evaluate, "--data_root=images255").error
+    assert re.search(r"mine\.npz .*content: .*--fid_cache", error)
+    moved = run_main(*evaluate, "--data_root=moved")  # believed where the images are not there
+    assert "mine.npz are believed" in moved.out
+    assert moved.status == 0
 
 
 def test_stopped_statistics_go_on(

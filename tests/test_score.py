@@ -1,5 +1,6 @@
 """score/: closed forms for the numbers, pytorch-fid for the features, and refused files."""
 
+import re
 import sys
 
 import numpy as np
@@ -224,6 +225,54 @@ def test_statistics_of_one_image_are_refused(tmp_path, count):
     with pytest.raises(UserError, match="--dataset"):
         score.load_or_compute(tmp_path / "stats.npz", pixels, 3, {}, lambda: images, "digits")
     assert not list(tmp_path.iterdir())
+
+
+def images_of(tensor, content="one"):
+    return score.Images(len(tensor), content, lambda start, stop: tensor[start:stop].split(7))
+
+
+def test_statistics_of_other_images_are_refused(tmp_path):
+    path, pixels, said = tmp_path / "stats.npz", score.encoder("pixels", "cpu"), []
+    tensor = torch.randint(0, 256, (20, 1, 2, 2), dtype=torch.uint8)
+
+    def use(images, **about):
+        about = {"dataset": "digits", "split": "train"} | about
+        return score.load_or_compute(path, pixels, 4, about, images, "digits", said.append)
+
+    def missing():
+        raise score.UnavailableError("no digits in ./data")
+
+    reference = use(lambda: images_of(tensor))
+    np.testing.assert_allclose(reference.mu, tensor.flatten(1).double().mean(0) / 255, rtol=1e-6)
+    assert torch.equal(use(lambda: images_of(tensor)).sigma, reference.sigma)
+    assert said == []
+    for images, about, message in (
+        (images_of(tensor, "two"), {}, "content: one there, two here"),
+        (images_of(tensor[1:]), {}, "count: 20 there, 19 here"),
+        (images_of(tensor), {"split": "test"}, "split: train there, test here"),
+    ):
+        with pytest.raises(UserError, match=rf"stats\.npz .*{message}"):
+            use(lambda images=images: images, **about)
+    assert torch.equal(use(missing).mu, reference.mu)
+    assert re.search(r"stats\.npz are believed.*no digits", said.pop())
+    np.savez(path, mu=np.zeros(4), sigma=np.eye(4))  # as pytorch-fid does
+    assert not use(missing).mu.any()
+    assert re.search(r"stats\.npz are believed", said.pop())
+    score.save_statistics(path, np.zeros(4), np.eye(4), dataset="digits", count=19)  # older ones
+    with pytest.raises(UserError, match="count: 19 there, 20 here"):
+        use(lambda: images_of(tensor))
+
+
+def test_default_names_of_statistics(tmp_path):
+    older = tmp_path / "digits8.train.pixels.npz"
+    paths = [score.default_path(tmp_path, "digits", 8, "pixels", c) for c in ("one", "two")]
+    assert len({*paths, older}) == 3
+    older.touch()
+    paths[0].touch()
+    assert [score.default_path(tmp_path, "digits", 8, "pixels", c) for c in ("one", "two")] == [
+        paths[0],
+        older,
+    ]
 
 
 # --- Encoders -------------------------------------------------------------------------------------
