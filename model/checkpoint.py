@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from runtime.errors import UserError
-from runtime.files import replacing
+from runtime.files import check_file, replacing
 
 FORMAT = 1
 ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}  # of each parameter
@@ -40,6 +40,7 @@ def load(path: str | Path) -> dict:
     """Read a checkpoint onto the CPU. UserError where the file does not exist or is not one."""
     path = Path(path)
     try:
+        check_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         beside = sorted(p.stem for p in path.parent.glob("[!.]*.pt"))
@@ -47,6 +48,10 @@ def load(path: str | Path) -> dict:
         raise UserError(
             f"no checkpoint at {path}{others}; see --logdir and --ckpt_name, or run --train first"
         ) from error
+    except UserError:
+        raise
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except pickle.UnpicklingError as error:
         with path.open("rb") as file:
             start = file.read(1)

@@ -7,6 +7,7 @@ import glob
 import json
 import math
 import os
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -55,6 +56,28 @@ def _clear(path: Path) -> None:
             continue  # alive, or not our name
 
 
+def check_file(path: str | Path) -> None:
+    """UserError, with the true reason, where `path` is something else than a plain file.
+
+    Opening a FIFO, or reading some devices, would wait for ever. FileNotFoundError where there is
+    nothing.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
+    if not stat.S_ISREG(mode):
+        kinds = {
+            stat.S_ISDIR: "directory",
+            stat.S_ISFIFO: "FIFO",
+            stat.S_ISSOCK: "socket",
+        }
+        kind = next((name for is_kind, name in kinds.items() if is_kind(mode)), "device")
+        raise UserError(f"cannot read {path}: it is a {kind}, not a file")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path`, whole or not at all."""
     with replacing(path) as temporary:
@@ -69,6 +92,7 @@ def write_json(path: str | Path, value: object) -> None:
 def read_json(path: str | Path) -> object:
     """The JSON value in `path`; UserError where it does not exist or is not JSON."""
     try:
+        check_file(path)
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -93,11 +117,13 @@ def read_jsonl(path: str | Path) -> list:
     a UserError.
     """
     try:
+        check_file(path)
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}") from error
     records = []
     for number, line in enumerate(lines[:-1], 1):
         try:
@@ -130,6 +156,7 @@ class Unfinished:
         import torch
 
         try:
+            check_file(self.path)
             state = torch.load(self.path, map_location=device, weights_only=True)
             return state["state"] if state["identity"] == self.identity else None
         except Exception:  # missing or damaged: the work starts from the beginning

@@ -3,10 +3,9 @@
 This file knows images as batches that it is given: no data sets, no flags.
 """
 
+import contextlib
 import json
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +15,12 @@ import torch
 from runtime import files, processes
 from runtime.errors import UserError
 from runtime.identity import agree
+from runtime.npz import read_arrays, read_scalars
 from runtime.progress import progress
 from score.features import Encoder
 from score.fid import Array, Gaussian, Moments
 
+FACTS = ("encoder", "dataset", "img_size", "split", "count", "content")  # what our files say
 REMEDY = "delete it or name another file with --fid_cache, and it is computed again"
 
 
@@ -194,38 +195,19 @@ def _read(
     path: str | Path, dim: int, encoder_name: str
 ) -> tuple[np.ndarray, np.ndarray, dict[str, object]]:
     """mu (dim,), sigma (dim, dim) in float64, and what the file says of itself."""
-    entries = _read_npz(Path(path))
-    for key in ("mu", "sigma"):
-        if key not in entries:
-            names = ", ".join(sorted(entries)) or "none"
-            raise UserError(f"{path} has no entry {key!r} (its entries: {names}): {REMEDY}")
-    mu, sigma = entries.pop("mu"), entries.pop("sigma")
-    stored = {name: value.item() for name, value in entries.items() if value.size == 1}
+    with _advice():
+        stored = read_scalars(path, FACTS)
     # Of another encoder is the better message where the shapes differ, too.
     agree(path, stored, {"encoder": encoder_name}, REMEDY)
-    for key, array, shape in (("mu", mu, (dim,)), ("sigma", sigma, (dim, dim))):
-        if array.shape != shape:
-            raise UserError(
-                f"{path}: {key} has shape {array.shape}, but features of the encoder "
-                f"{encoder_name} need {shape}: {REMEDY}"
-            )
-        if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
-            raise UserError(f"{path}: {key} holds values that are not finite numbers: {REMEDY}")
-    return mu.astype(np.float64), sigma.astype(np.float64), stored
+    with _advice():
+        arrays = read_arrays(path, {"mu": (dim,), "sigma": (dim, dim)})
+    return arrays["mu"], arrays["sigma"], stored
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an .npz; never unpickles."""
+@contextlib.contextmanager
+def _advice() -> Iterator[None]:
+    """Add to errors what the user can do."""
     try:
-        with open(path, "rb") as file:  # np.load leaves a file that it cannot read open
-            loaded = np.load(file, allow_pickle=False)
-            if not isinstance(loaded, np.lib.npyio.NpzFile):
-                raise UserError(f"{path} is a single array, not an .npz with mu, sigma: {REMEDY}")
-            with loaded:
-                return {key: loaded[key] for key in loaded.files}
-    except FileNotFoundError as error:
-        raise UserError(f"the statistics file {path} does not exist") from error
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(
-            f"{path} is not a readable .npz of plain arrays mu, sigma: {REMEDY}"
-        ) from error
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; {REMEDY}") from error

@@ -129,7 +129,7 @@ def test_what_is_no_checkpoint_is_refused(path: Path, content: object) -> None:
         path.mkdir()
     else:
         torch.save(content, path)
-    refused(path, r"truncated|not a checkpoint|no net_model")
+    refused(path, r"truncated|not a checkpoint|no net_model|directory")
 
 
 class Malicious:

@@ -517,7 +517,7 @@ def test_data_set_of_other_channels(refused: Refused, run_folder: Path, here: Pa
             {"mu": np.zeros(64), "sigma": np.eye(64), "dataset": "cifar10"},
             "dataset: cifar10 there, digits here",
         ),
-        ({"mu": np.array([Trap], dtype=object), "sigma": np.eye(64)}, "not a readable .npz"),
+        ({"mu": np.full(64, Trap, dtype=object), "sigma": np.eye(64)}, "mu holds object"),
     ],
 )
 def test_wrong_statistics(

@@ -1,15 +1,30 @@
-"""runtime/: progress bars in logs, and stored results that are not what is wanted."""
+"""runtime/: progress bars in logs, files that cannot be what they should, stored results."""
 
 import io
+import os
 import re
+import socket
 import sys
+import tracemalloc
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from model import checkpoint
+from runtime import files
 from runtime import progress as bars
 from runtime.errors import UserError
 from runtime.identity import agree
+from runtime.npz import read_arrays, read_scalars
 from runtime.progress import progress
+
+
+def scalars(path: Path | str) -> dict:
+    return read_scalars(path, ["name", "n", "x"])
+
 
 # --- progress -------------------------------------------------------------------------------------
 
@@ -65,6 +80,87 @@ def test_only_the_main_process_has_bars(monkeypatch: pytest.MonkeyPatch, kind: t
     with progress(3, "scores", "img") as bar:
         bar.update(3)
     assert sys.stderr.getvalue() == ""
+
+
+# --- files of other kinds -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("read", [files.read_json, files.read_jsonl, checkpoint.load, scalars])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("FIFO", "FIFO"), ("folder", "directory"), ("device", "device"), ("socket", "socket"),
+        ("long", "too long"), ("null", "null"), ("loop", "symbolic links"),
+    ],
+)  # fmt: skip
+def test_special_files_are_refused_at_once(
+    here: Path, read: Callable, kind: str, reason: str
+) -> None:
+    path = Path({"device": "/dev/zero", "long": "a" * 300, "null": "a\0b"}.get(kind, "file"))
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "loop":
+        path.symlink_to(path)
+    elif kind == "socket":
+        place = socket.socket(socket.AF_UNIX)
+        place.bind(str(path))
+        place.close()
+    with pytest.raises(UserError, match=rf"{path.name[:1]}.*{reason}"):
+        read(path)
+
+
+# --- .npz -----------------------------------------------------------------------------------------
+
+
+def write_npz(path: Path, **entries: object) -> None:
+    """Arrays, or (header, number of zero bytes that follow)."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, entry in entries.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                if isinstance(entry, np.ndarray):
+                    np.save(file, entry)
+                    continue
+                shape, descr, size = entry
+                header = {"shape": shape, "fortran_order": False, "descr": descr}
+                np.lib.format.write_array_header_1_0(file, header)
+                for _ in range(size // 2**20):
+                    file.write(bytes(2**20))
+
+
+def test_npz_arrays(here: Path) -> None:
+    mu = np.asfortranarray(np.arange(6.0).reshape(2, 3))
+    write_npz(Path("a.npz"), mu=mu.astype(np.float16), name=np.array("digits"), n=np.array([3]))
+    assert np.array_equal(read_arrays("a.npz", {"mu": (2, 3)})["mu"], mu)
+    found = scalars("a.npz")
+    assert found == {"name": "digits", "n": 3}
+    assert type(found["n"]) is int
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (((10**12,), "<f8", 0), "1000000000000"),
+        (((10**6, 10**6), "<f8", 0), "1000000, 1000000"),
+        (((3,), "<f8", 2**24), r"16,777,\d+ bytes instead of 24"),
+        (((3,), "|O", 0), "object"),
+        (((3,), "<U8", 0), "numbers"),
+        (((3,), "<f8", 0), "readable"),  # nothing follows
+        (((-3,), "<f8", 0), "-3"),
+        (np.array([1, 2, np.nan]), "finite"),
+        (np.zeros(4), r"\(4,\), not \(3,\)"),
+    ],
+)
+def test_npz_arrays_are_judged_by_their_headers(here: Path, entry: object, message: str) -> None:
+    # What nobody asks for is not read: `other` would take a terabyte.
+    write_npz(Path("a.npz"), mu=entry, name=entry, other=((2**37,), "<f8", 2**24))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=rf"a\.npz.*{message}"):
+        read_arrays("a.npz", {"mu": (3,)})
+    assert scalars("a.npz") == {}
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
 
 
 # --- identity -------------------------------------------------------------------------------------
