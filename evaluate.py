@@ -308,8 +308,9 @@ class Evaluator:
     ) -> tuple[Scores, Tensor]:
         known = unfinished.read(self.device) if unfinished else None
         tally = _Tally(score.Moments(), score.InceptionScore(self.num_images))
-        if known:
-            tally = _Tally.from_state(known)
+        if known:  # else, or where it does not fit together, from the beginning
+            with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+                tally = _Tally.from_state(known)
         before = tally.seconds
         start, wanted = self._plan(chain, branches)
         clock = _Clock(self.device)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from runtime.errors import UserError
-from runtime.files import check_file, replacing
+from runtime.files import check_file, write_tensors
 
 FORMAT = 1
 ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}  # of each parameter
@@ -27,13 +27,7 @@ DEFAULTS = {"skip_slicing": "leading", "norm_groups": "fixed"}
 
 def save(path: str | Path, state: Mapping[str, object]) -> None:
     """Write a checkpoint, whole or not at all."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        try:
-            torch.save({"format": FORMAT, **state}, file)
-        except RuntimeError as error:  # torch's writer hides that, say, the disk is full
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+    write_tensors(path, {"format": FORMAT, **state})
 
 
 def load(path: str | Path) -> dict:

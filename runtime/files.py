@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import math
 import os
+import platform
+import re
 import stat
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,10 +31,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     The temporary name keeps the suffix, because writers such as numpy and PIL look at it.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{_HOST}-{os.getpid()}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _clear(path)
+        _clear(path.parent)
+        with contextlib.suppress(FileNotFoundError):
+            check_file(path)  # a device would be replaced by a file
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -44,16 +48,32 @@ def replacing(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def _clear(path: Path) -> None:
-    """Remove what writers of `path` that were killed on this machine left beside it."""
-    for file in path.parent.glob(f".{glob.escape(path.stem)}.*.tmp{glob.escape(path.suffix)}"):
-        writer = file.name.removesuffix(path.suffix).removesuffix(".tmp").rpartition(".")[2]
+_HOST = re.sub(r"[^A-Za-z0-9_]", "_", platform.node())[:40] or "here"
+_PARTIAL = re.compile(r"\.(?:.+\.)?(?:(\w+)-)?(\d+)\.tmp(?:\.\w+)?")
+_cleared: set[Path] = set()  # folders that this process has cleared
+
+
+def _clear(folder: Path) -> None:
+    """Remove what writers that were killed on this machine left in `folder`.
+
+    Once for each folder, as large ones take long to list. On a disk that machines share, the
+    writers of another one may be alive; names that don't say a machine are of earlier versions.
+    """
+    folder = folder.resolve()
+    if folder in _cleared:
+        return
+    _cleared.add(folder)
+    for entry in list(os.scandir(folder)):
+        match = _PARTIAL.fullmatch(entry.name)
+        if not match or match[1] not in (_HOST, None) or not entry.is_file(follow_symlinks=False):
+            continue
         try:
-            os.kill(int(writer), 0)  # sends nothing
+            os.kill(int(match[2]), 0)  # sends nothing
         except ProcessLookupError:
-            file.unlink(missing_ok=True)
-        except (OSError, OverflowError, ValueError):
-            continue  # alive, or not our name
+            if match[1] or time.time() - entry.stat().st_mtime > 86400:
+                Path(entry).unlink(missing_ok=True)
+        except (OSError, OverflowError):
+            continue  # alive, or no number of a process
 
 
 def check_file(path: str | Path) -> None:
@@ -67,7 +87,8 @@ def check_file(path: str | Path) -> None:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot use {path}: {reason}") from error
     if not stat.S_ISREG(mode):
         kinds = {
             stat.S_ISDIR: "directory",
@@ -75,7 +96,7 @@ def check_file(path: str | Path) -> None:
             stat.S_ISSOCK: "socket",
         }
         kind = next((name for is_kind, name in kinds.items() if is_kind(mode)), "device")
-        raise UserError(f"cannot read {path}: it is a {kind}, not a file")
+        raise UserError(f"cannot use {path}: it is a {kind}, not a file")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -138,6 +159,19 @@ def write_jsonl(path: str | Path, records: Iterable[object]) -> None:
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
+def write_tensors(path: str | Path, value: object) -> None:
+    """Write `value` as torch.save does, whole or not at all."""
+    import torch
+
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:  # torch's writer hides that, say, the disk is full
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
 @dataclass
 class Unfinished:
     """A file with the partial results of long work, which goes on from there after a kill.
@@ -150,6 +184,7 @@ class Unfinished:
     identity: str
     every: float = 60.0
     _written: float = field(default_factory=time.monotonic, init=False)
+    _warned: bool = field(default=False, init=False)
 
     def read(self, device: str | torch.device = "cpu") -> dict | None:
         """The state that `write` was given, its tensors on `device`; None where there is none."""
@@ -158,7 +193,8 @@ class Unfinished:
         try:
             check_file(self.path)
             state = torch.load(self.path, map_location=device, weights_only=True)
-            return state["state"] if state["identity"] == self.identity else None
+            fits = state["identity"] == self.identity and isinstance(state["state"], dict)
+            return state["state"] if fits else None
         except Exception:  # missing or damaged: the work starts from the beginning
             return None
 
@@ -167,16 +203,23 @@ class Unfinished:
         return time.monotonic() - self._written >= self.every
 
     def write(self, state: Mapping[str, object]) -> None:
-        """Write `state`: tensors, numbers, and tuples, lists and dictionaries of them."""
-        import torch
+        """Write `state`: tensors, numbers, and tuples, lists and dictionaries of them.
 
-        with replacing(self.path) as temporary:
-            torch.save({"identity": self.identity, "state": dict(state)}, temporary)
+        Where that fails, as on a full disk, it is said on stderr once, and the work goes on.
+        """
+        try:
+            write_tensors(self.path, {"identity": self.identity, "state": dict(state)})
+        except (UserError, RuntimeError) as error:
+            if not self._warned:
+                text = f"warning: partial results are not kept, so a kill loses them: {error}"
+                print(text, file=sys.stderr, flush=True)
+            self._warned = True
         self._written = time.monotonic()
 
     def remove(self) -> None:
         """Remove the file: the work is done."""
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
 
 
 _locks: set[int] = set()  # file descriptors of folders that this process has locked

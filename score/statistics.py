@@ -4,6 +4,7 @@ This file knows images as batches that it is given: no data sets, no flags.
 """
 
 import contextlib
+import glob
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def load_or_compute(
     path, data = Path(path), None
     if not processes.gather(path.exists())[0]:
         data = images()
-        _compute(path, encoder, about, data, description)
+        _compute(path, encoder, dim, about, data, description)
     mu, sigma, stored = _read(path, dim, encoder.name)
     doubt = ""
     if data is None and stored.keys() & {"content", "count"}:
@@ -96,7 +97,12 @@ def load_or_compute(
 
 
 def _compute(
-    path: Path, encoder: Encoder, about: dict[str, str | int], images: Images, description: str
+    path: Path,
+    encoder: Encoder,
+    dim: int,
+    about: dict[str, str | int],
+    images: Images,
+    description: str,
 ) -> None:
     """Write the statistics of `images` to `path`."""
     if images.count < 2:
@@ -114,7 +120,7 @@ def _compute(
     unfinished = files.Unfinished(
         path.with_name(f".{path.name}.unfinished-{rank}.pt"), json.dumps(identity)
     )
-    moments = _moments_of(images, share, encoder, description, unfinished)
+    moments = _moments_of(images, share, encoder, dim, description, unfinished)
     if processes.is_main():
         save_statistics(
             path, moments.mean, moments.covariance, encoder=encoder.name, count=moments.count,
@@ -122,19 +128,32 @@ def _compute(
         )  # fmt: skip
     processes.gather(None)  # the others wait for the file
     unfinished.remove()
+    if processes.is_main():  # those of a run with more processes, too
+        for left in path.parent.glob(f".{glob.escape(path.name)}.unfinished-*.pt"):
+            with contextlib.suppress(OSError):
+                left.unlink(missing_ok=True)
 
 
 def _moments_of(
-    images: Images, share: slice, encoder: Encoder, description: str, unfinished: files.Unfinished
+    images: Images,
+    share: slice,
+    encoder: Encoder,
+    dim: int,
+    description: str,
+    unfinished: files.Unfinished,
 ) -> Moments:
-    """Of the features of all images, of which this process encodes its share."""
-    state = unfinished.read(encoder.device)
-    moments = Moments.from_state(state) if state else Moments()
+    """Of the features (dim) of all images, of which this process encodes its share."""
+    moments, size = Moments(), share.stop - share.start
+    if state := unfinished.read(encoder.device):
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+            stored = Moments.from_state(state)
+            if stored.count <= size and len(stored.mean) == dim and stored.mean.isfinite().all():
+                moments = stored
     start = share.start + moments.count
     moments = statistics_of(
         images.batches(start, share.stop),
         encoder,
-        share.stop - share.start,
+        size,
         description,
         moments,
         unfinished,

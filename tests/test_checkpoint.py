@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import re
 import resource
 import subprocess
 import sys
@@ -98,8 +99,11 @@ def test_what_a_killed_writer_left_is_removed(path: Path) -> None:
     others = [left.with_name(".ckpt.1.tmp.pt"), left.with_name(".ckpt.mine.tmp.pt")]
     for other in others:
         other.touch()
+    left = left.rename(left.with_name(left.name.replace("ckpt", "ckpt_3")))  # of whatever file
+    elsewhere = left.with_name(re.sub(r"\w+-\d+\.tmp", "other_machine-99999999.tmp", left.name))
+    elsewhere.touch()
     save(path, state(network()))
-    assert sorted(path.parent.iterdir()) == sorted([path, *others])
+    assert sorted(path.parent.iterdir()) == sorted([path, elsewhere, *others])
 
 
 def test_missing_file_names_what_is_there(path: Path) -> None:

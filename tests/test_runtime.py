@@ -3,15 +3,18 @@
 import io
 import os
 import re
+import resource
 import socket
 import sys
 import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from resource import RLIMIT_FSIZE
 
 import numpy as np
 import pytest
+import torch
 
 from model import checkpoint
 from runtime import files
@@ -109,6 +112,38 @@ def test_special_files_are_refused_at_once(
         place.close()
     with pytest.raises(UserError, match=rf"{path.name[:1]}.*{reason}"):
         read(path)
+
+
+def test_a_device_is_not_replaced_by_a_file(here: Path) -> None:
+    Path("link").symlink_to("/dev/null")
+    with pytest.raises(UserError, match="device"):
+        files.write_text("link", "text")
+    assert Path("link").is_symlink()
+
+
+def test_partial_results_that_cannot_be_kept_are_a_warning(
+    here: Path, capsys: pytest.CaptureFixture
+) -> None:
+    Path("file").touch()
+    for folder, kept in (("file", False), ("folder", True)):  # one of them cannot be
+        unfinished = files.Unfinished(Path(folder) / ".work.pt", "one", every=0)
+        for step in range(2):
+            unfinished.write({"step": step, "x": torch.zeros(3)})
+        assert unfinished.read() is None if not kept else unfinished.read()["step"] == 1
+        unfinished.remove()
+        assert capsys.readouterr().err.count("warning: partial results") == int(not kept)
+    assert not list(Path("folder").iterdir())
+
+
+def test_partial_results_on_a_full_disk(here: Path, capsys: pytest.CaptureFixture) -> None:
+    unfinished, limits = files.Unfinished(Path("w.pt"), ""), resource.getrlimit(RLIMIT_FSIZE)
+    resource.setrlimit(RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        unfinished.write({"x": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(RLIMIT_FSIZE, limits)
+    assert "w.pt: File too large" in capsys.readouterr().err
+    assert not list(here.iterdir())
 
 
 # --- .npz -----------------------------------------------------------------------------------------
