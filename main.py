@@ -130,13 +130,18 @@ def define_flags() -> None:
     real("guidance_scale", 1.0,
          "class-conditional: the answer is without + scale·(with − without) the "
          "class; 1 is plainly conditional, at one network pass a step instead of two")  # fmt: skip
-    text("classes", "", "class-conditional: classes of the images, as in 3,5; default: drawn like "
-         "the training set's")  # fmt: skip
+    text("classes", "", "class-conditional: classes of the images, by number or name, as in 3,5 "
+         "or cat,dog; default: drawn like the training set's")  # fmt: skip
     # Data
     text("dataset", "cifar10", "one of " + ", ".join(data.NAMES) + "; see docs/datasets.md")
     text("data_root", "./data", "folder of the data set; downloaded to where that is possible")
     integer("img_size", 32, "pixels a side")
     integer("num_workers", 4, "processes that decode images, for data sets of image files")
+    text("background", "white", "what transparent pixels show: a colour name, or #rrggbb")
+    choice("channels", "auto", ["auto", "1", "3"],
+           "of data sets of image files; auto: 3 where any image has colour")  # fmt: skip
+    choice("flip", "auto", ["auto", "on", "off"],
+           "mirror images in training; auto: where the data set allows it")  # fmt: skip
     text("latent_vae", "", "diffuse in the latents of the AutoencoderKL or VQModel in this folder, "
          "which diffusers wrote")  # fmt: skip
     text("latent_cache", "", "file of the data set's latents, made where it is missing; default "
@@ -228,11 +233,11 @@ MODEL_FLAGS = (
 # What is taken from the checkpoint where the flag is not given, and may differ.
 DEFAULT_FLAGS = (
     "slimmable_unet", "slimmable_g16", "min_width", "candidate_width", "dataset", "dropout",
-    "latent_vae",
+    "latent_vae", "background", "channels",
 )  # fmt: skip
 TRAINING_FLAGS = (
     *MODEL_FLAGS, *DEFAULT_FLAGS, "lr", "grad_clip", "warmup", "batch_size", "ema_decay", "seed",
-    "sandwich", "num_sandwich_sampling", "distill", "amp", "label_dropout",
+    "sandwich", "num_sandwich_sampling", "distill", "amp", "label_dropout", "flip",
 )  # fmt: skip
 
 
@@ -415,8 +420,12 @@ def chosen_classes(net: nn.Module) -> Classes | None:
     if not 0 <= FLAGS.guidance_scale < math.inf:
         raise UserError(f"--guidance_scale={FLAGS.guidance_scale}: must not be negative")
     shares = net.class_embedding.frequencies.tolist()
-    fixed = classes.parse(FLAGS.classes)
-    return Classes(tuple(shares), FLAGS.guidance_scale, fixed, FLAGS.seed)
+    names = getattr(net, "class_names", ())
+    fixed = classes.parse(FLAGS.classes, names)
+    result = Classes(tuple(shares), FLAGS.guidance_scale, fixed, FLAGS.seed)
+    if fixed and names:
+        say_once(f"--classes: {', '.join(f'{names[number]} ({number})' for number in fixed)}")
+    return result
 
 
 def passes_a_call(net: nn.Module) -> int:
@@ -529,7 +538,16 @@ def load_network(logdir: str, ch: int | None = None) -> tuple[nn.Module, int]:
         head = checkpoint.entries(state["ema_model"], path).get("head.weight")
         net = build_network(3 if head is None or head.ndim != 4 else head.shape[1], ch)
     checkpoint.fill(net, state["ema_model"], path)
+    net.class_names = class_names(known, path)
     return net.to(choose_device()).eval(), int(state.get("step", 0))
+
+
+def class_names(known: Mapping[str, object], path: Path) -> tuple[str, ...]:
+    """The classes' names in a checkpoint's settings, in the order of their numbers."""
+    names = known.get("class_names") or ()
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: its settings have class_names={names!r}, which are no names")
+    return tuple(names)
 
 
 def some_network() -> tuple[nn.Module, str]:
@@ -541,7 +559,7 @@ def some_network() -> tuple[nn.Module, str]:
     if FLAGS.init_diffusers:
         return network_from_diffusers().to(choose_device()).eval(), FLAGS.init_diffusers
     vae = autoencoder()
-    channels = vae.channels if vae else data.channels(FLAGS.dataset)
+    channels = vae.channels if vae else data.channels(FLAGS.dataset, from_flags(data.ImageOptions))
     net = build_network(channels).to(choose_device()).eval()
     return net, f"there is no {path}; this is the network that the flags describe, untrained"
 
@@ -610,13 +628,13 @@ def statistics(encoder: score.Encoder, shape: tuple[int, int, int]) -> score.Gau
     @functools.cache
     def images() -> score.Images:
         try:
-            dataset = data.load(FLAGS.dataset, FLAGS.data_root, FLAGS.img_size)
+            dataset = load_images()
         except UserError as error:
             raise score.UnavailableError(str(error)) from error
         if dataset.channels != shape[0]:
             raise UserError(
                 f"--dataset={FLAGS.dataset} has {dataset.channels} channels and the network "
-                f"{shape[0]}; name the data set that it was trained on"
+                f"{shape[0]}; name the data set that it was trained on, or --channels={shape[0]}"
             )
         batches = functools.partial(data.everything, dataset, FLAGS.batch_size, FLAGS.num_workers)
         return score.Images(len(dataset), data.fingerprint(dataset), batches)
@@ -708,13 +726,16 @@ def train() -> None:
     net = build_network(dataset.channels) if own else net
     if FLAGS.num_classes:
         net.class_embedding.frequencies.copy_(classes.shares(dataset.labels, FLAGS.num_classes))
+        net.class_names = dataset.classes
     if net.settings.in_ch != dataset.channels:
         raise UserError(
             f"--dataset={FLAGS.dataset} has {dataset.channels} channels and the model "
-            f"{net.settings.in_ch}"
+            f"{net.settings.in_ch}; see --channels"
         )
     names = [n for n in TRAINING_FLAGS if own or n not in (*NETWORK_FLAGS, "dropout")]
     identity = {name: plain(FLAGS[name].value) for name in names} | net.settings_dict()
+    if FLAGS.num_classes:
+        identity["class_names"] = list(dataset.classes)
     if FLAGS.latent_vae:
         identity["autoencoder"] = autoencoder().fingerprint
     device = choose_device()
@@ -760,12 +781,35 @@ def train() -> None:
     trainer.run()
 
 
+def load_images() -> data.AnySet:
+    """The data set that the flags name."""
+    options = from_flags(data.ImageOptions)
+    return data.load(FLAGS.dataset, FLAGS.data_root, FLAGS.img_size, options=options)
+
+
+def in_stored_class_order(dataset: data.AnySet) -> data.AnySet:
+    """The data set with its classes numbered as in the checkpoint that training goes on from.
+
+    One without class_names is from when folders were numbered in the order of their names as text.
+    """
+    path = Path(FLAGS.logdir) / f"{FLAGS.ckpt_name}.pt"
+    known = checkpoint.settings(checkpoint.load(path)) if path.exists() else {}
+    if not known.get("num_classes") or known["num_classes"] != len(dataset.classes):
+        return dataset
+    text_order = sorted(dataset.classes) if FLAGS.dataset == "image_folder" else dataset.classes
+    return data.in_class_order(dataset, class_names(known, path) or text_order)
+
+
 def training_set() -> data.AnySet:
     """The data set, in latents where --latent_vae says so; with as many classes as the network."""
-    dataset = data.load(FLAGS.dataset, FLAGS.data_root, FLAGS.img_size)
+    dataset = load_images()
     classes.check(FLAGS.num_classes, FLAGS.dataset, dataset.labels, dataset.classes)
+    dataset = in_stored_class_order(dataset) if FLAGS.num_classes else dataset
+    say(data.describe(dataset))
     if not FLAGS.latent_vae:
         return dataset
+    if FLAGS.flip == "on":
+        raise UserError("--flip=on: a mirrored latent is not the latent of the mirrored image")
     from dataset import latents
 
     vae, usual = autoencoder(), Path("latents") / f"{FLAGS.dataset}{FLAGS.img_size}.npy"

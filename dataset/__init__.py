@@ -9,6 +9,7 @@ from dataset.images import (
     channels,
     describe,
     fingerprint,
+    in_class_order,
     load,
     to_network,
     to_uint8,
@@ -16,5 +17,5 @@ from dataset.images import (
 
 __all__ = [
     "NAMES", "AnySet", "ImageOptions", "Images", "batch_labels", "batches", "channels",
-    "describe", "everything", "fingerprint", "load", "to_network", "to_uint8",
+    "describe", "everything", "fingerprint", "in_class_order", "load", "to_network", "to_uint8",
 ]  # fmt: skip

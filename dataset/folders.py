@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -150,7 +151,7 @@ class LsunImages(Dataset):
 
 def image_folder(root: Path) -> Listing:
     """Every image below `root`. The folders of the first level are the classes, if there are at
-    least two and every image is in one of them."""
+    least two and every image is in one of them; they are numbered in natural order."""
     if not root.is_dir():
         raise UserError(f"image_folder: {root} is not a directory")
     paths, left_out = images_below(root)
@@ -161,11 +162,17 @@ def image_folder(root: Path) -> Listing:
         )
     paths.sort(key=Path)
     parts = [Path(path).relative_to(root).parts for path in paths]
-    names = tuple(sorted({p[0] for p in parts}))
+    names = tuple(sorted({p[0] for p in parts}, key=natural))
     if min(map(len, parts)) < 2 or len(names) < 2:
         return Listing(paths, left_out=left_out)
     number = {name: i for i, name in enumerate(names)}
     return Listing(paths, torch.tensor([number[p[0]] for p in parts]), names, left_out)
+
+
+def natural(name: str) -> tuple:
+    """A key by which 9 comes before 10."""
+    texts, numbers = re.split(r"\d+", name), re.findall(r"\d+", name)
+    return [*zip(texts, [*map(int, numbers), -1], strict=True)], name
 
 
 def images_in(folder: Path) -> list[str]:

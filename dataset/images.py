@@ -4,6 +4,7 @@ This file knows where images come from. It does not know in which order a run se
 they are for: no network, no diffusion, no score, no flags.
 """
 
+import copy
 import gzip
 import hashlib
 import importlib.util
@@ -198,6 +199,23 @@ def load(
     if options.count_channels(dataset.channels) != dataset.channels:
         raise UserError(f"--channels={options.channels}: {name} has {dataset.channels}; use auto")
     return dataset
+
+
+def in_class_order(dataset: AnySet, names: Sequence[str]) -> AnySet:
+    """`dataset` with its classes numbered as in `names`. UserError where it has other classes."""
+    if sorted(names) != sorted(dataset.classes):
+        differing = sorted(set(names) ^ set(dataset.classes))
+        raise UserError(
+            f"--dataset={dataset.name} has {len(dataset.classes)} classes, not the {len(names)} of "
+            f"the checkpoint; {', '.join(differing[:3])} are in one of them only"
+        )
+    if tuple(names) == dataset.classes:
+        return dataset
+    number = {name: i for i, name in enumerate(names)}
+    result = copy.copy(dataset)
+    result.labels = torch.tensor([number[name] for name in dataset.classes])[dataset.labels]
+    result.classes = tuple(names)
+    return result
 
 
 def _download(root: Path, fetch: Callable, remedy: str):

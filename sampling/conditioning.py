@@ -76,12 +76,18 @@ class Classes:
         return Condition(labels, self.count, self.guidance), columns
 
 
-def parse(text: str) -> tuple[int, ...]:
-    """The numbers in "3,5"; UserError for anything but whole numbers."""
+def parse(text: str, names: Sequence[str] = ()) -> tuple[int, ...]:
+    """The numbers of the classes in "3,cat", where `names` are the classes' names in order. What is
+    a name and a number is taken for the name. UserError for what is neither."""
+    numbers = {name: number for number, name in enumerate(names)}
     try:
-        return tuple(int(part) for part in text.split(",")) if text else ()
+        parts = [part.strip() for part in text.split(",")] if text else []
+        return tuple(numbers[part] if part in numbers else int(part) for part in parts)
     except ValueError as error:
-        raise UserError(f"--classes={text}: numbers of classes, as in 3,5") from error
+        some = f" or names ({', '.join(names[:10])}{', …' if len(names) > 10 else ''})"
+        raise UserError(
+            f"--classes={text}: numbers{some if names else ''} of classes, as in 3,5"
+        ) from error
 
 
 def shares(labels: Tensor, count: int) -> Tensor:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import TRAIN, run_main
 from PIL import EpsImagePlugin, Image
 
 import dataset as data
 from dataset import survey
+from model import checkpoint
 from runtime.errors import UserError
 
 
@@ -270,6 +273,16 @@ def test_what_is_found_and_what_is_left_out(tmp_path: Path) -> None:
     assert load(root).labels is None
 
 
+def test_order_of_files_and_classes(tmp_path: Path) -> None:
+    """Files in the order of their names as text, as ever; classes as people count."""
+    for name in ("10", "9", "1", "a2b", "a10b"):
+        save(tmp_path / name / "x.png")
+    images = load(tmp_path)
+    assert [Path(path).parent.name for path in images.paths] == ["1", "10", "9", "a10b", "a2b"]
+    assert images.classes == ("1", "9", "10", "a2b", "a10b")
+    assert images.labels.tolist() == [0, 2, 1, 4, 3]
+
+
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "photo.heic").write_bytes(b"")
@@ -301,3 +314,65 @@ def test_unknown_options_are_refused(option: str) -> None:
         data.ImageOptions(**{option: "nonsense"})
     with pytest.raises(UserError, match="--channels=3: digits has 1"):
         data.load("digits", ".", 8, options=data.ImageOptions(channels="3"))
+
+
+# --- Through the program --------------------------------------------------------------------------
+
+FOLDER = [*TRAIN, "--dataset=image_folder", "--data_root=photos", "--logdir=run", "--sample_step=0"]
+EVAL = ["--eval", "--data_root=photos", "--logdir=run", "--device=cpu", "--num_images=20"]
+EVAL += ["--batch_size=20", "--fid_encoder=pixels", "--fid_cache=stats.npz"]
+
+
+def test_classes_of_a_run(refused: Callable[..., str], here: Path) -> None:
+    for count, name in enumerate(("1", "2", "10"), 1):
+        for i in range(count):
+            save(here / "photos" / name / f"{i}.png", (80 * count, 0, 0))
+    training = [*FOLDER, "--num_classes=3", "--total_steps=1"]
+    result = run_main(*training)
+    assert result.status == 0, result.err
+    assert "6 images of 4×4 pixels, 3 channels, 3 classes (1, 2, 10), mirrored" in result.out
+    path = here / "run" / "ckpt.pt"
+
+    def names_and_frequencies() -> tuple[list[str], list[float]]:
+        state = checkpoint.load(path)
+        frequencies = 6 * state["net_model"]["class_embedding.frequencies"]
+        return state["settings"]["class_names"], frequencies.round().tolist()
+
+    assert names_and_frequencies() == (["1", "2", "10"], [1, 2, 3])
+    result = run_main(*EVAL, "--classes=10,0,2")
+    assert "--classes: 10 (2), 1 (0), 2 (1)" in result.out
+    assert json.loads((here / "run" / "eval.json").read_text())["classes"] == [2, 0, 1]
+    refused(r"--classes: .* 3; .* 0 to 2", *EVAL, "--classes=3")
+    refused(r"--classes=cat.*1, 2, 10", *EVAL, "--classes=cat")
+
+    state = checkpoint.load(path)
+    del state["settings"]["class_names"]  # from before names were kept: the order was the text's
+    checkpoint.save(path, state)
+    refused(r"--classes=cat", *EVAL, "--classes=cat")
+    result = run_main(*training, "--total_steps=2")
+    assert "3 classes (1, 10, 2)" in result.out
+    assert names_and_frequencies()[0] == ["1", "10", "2"]
+    (here / "photos" / "2").rename(here / "photos" / "3")
+    refused("3 classes.* 2, 3 ", *training, "--total_steps=3")
+
+
+def test_how_images_are_read_is_kept(refused: Callable[..., str], here: Path) -> None:
+    """The checkpoint says the background, so evaluation has the statistics of what was learnt."""
+    for i in range(3):
+        save(here / "photos" / f"{i}.png", (80 * i, 0, 0, 0), "RGBA")
+    training = [*FOLDER, "--total_steps=1", "--background=black", "--channels=1", "--flip=off"]
+    result = run_main(*training)
+    assert result.status == 0, result.err
+    assert "1 channel (3 in colour" not in result.out
+    assert "3 with alpha, on #000000, not mirrored" in result.out
+    settings = checkpoint.load(here / "run" / "ckpt.pt")["settings"]
+    assert [settings[name] for name in ("background", "channels", "flip")] == ["black", "1", "off"]
+    assert run_main(*EVAL).status == 0
+    with np.load("stats.npz", allow_pickle=False) as statistics:
+        assert statistics["mu"].shape == (64,)
+        assert np.ptp(statistics["mu"]) == 0
+        assert statistics["mu"][0] <= 0
+    refused("flip: off there, on here", *training, "--flip=on", "--total_steps=2")
+    refused("--background=nothing", *training, "--background=nothing")
+    (here / "photos" / "torn.png").write_bytes((here / "photos" / "0.png").read_bytes()[:40])
+    refused(r"1 of 4 images: photos/torn\.png", *FOLDER, "--logdir=new")
