@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import os
 import stat
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ def read_header(path: str) -> Header:
 
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("not a regular file")
-    with Image.open(path, formats=FORMATS) as image:
+    with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
         _check(image)
         header = Header(
             *image.size,
@@ -67,7 +67,10 @@ def read_header(path: str) -> Header:
             alpha=has_alpha(image),
             rescaled=_value_range(image) not in (None, (0, 65535)),
         )
-        if not _ends_as_it_should(path, image.format):
+        position = file.tell()
+        complete = _ends_as_it_should(file, image.format)
+        file.seek(position)
+        if not complete:
             image.load()
     return header
 
@@ -167,14 +170,14 @@ def _to_eight_bits(image: Image.Image, black: float, white: float) -> Image.Imag
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 
-def _ends_as_it_should(path: str, kind: str | None) -> bool:
+def _ends_as_it_should(file: BinaryIO, kind: str | None) -> bool:
     """Whether the last bytes are those that end a file of this format. False also where the format
     has no such bytes, or others follow them."""
-    with open(path, "rb") as file:
-        start = file.read(8)
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 32))
-        end = file.read()
+    file.seek(0)
+    start = file.read(8)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 32))
+    end = file.read()
     if kind in ("JPEG", "MPO"):
         return b"\xff\xd9" in end
     if kind == "PNG":

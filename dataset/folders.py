@@ -160,13 +160,17 @@ def image_folder(root: Path) -> Listing:
         raise UserError(
             f"image_folder: no image in {root} or below it (looked for {' '.join(ENDINGS)}){hint}"
         )
-    paths.sort(key=Path)
-    parts = [Path(path).relative_to(root).parts for path in paths]
-    names = tuple(sorted({p[0] for p in parts}, key=natural))
-    if min(map(len, parts)) < 2 or len(names) < 2:
+    paths.sort(key=lambda path: path.split(os.sep))
+    parts = [path[len(str(root)) :].strip(os.sep).split(os.sep) for path in paths]
+    folders = {part[0] for part in parts}
+    if min(map(len, parts)) < 2 or len(folders) < 2:
         return Listing(paths, left_out=left_out)
+    names = tuple(sorted(folders, key=natural))
+    for name in names:
+        if name != name.encode(errors="replace").decode():
+            raise UserError(f"image_folder: {name!r} in {root} is not UTF-8: rename this class")
     number = {name: i for i, name in enumerate(names)}
-    return Listing(paths, torch.tensor([number[p[0]] for p in parts]), names, left_out)
+    return Listing(paths, torch.tensor([number[part[0]] for part in parts]), names, left_out)
 
 
 def natural(name: str) -> tuple:
@@ -212,7 +216,7 @@ class _Walk:
             self.loops += 1
             return
         for entry in entries:
-            if entry.is_dir():
+            if _is_folder(entry):
                 if entry.name.startswith(".") or entry.name in TRASH:
                     self.folders[entry.name] += 1
                 else:
@@ -238,6 +242,13 @@ class _Walk:
             for what, count, which in reasons
             if count
         )
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _is_image(name: str) -> bool:

@@ -189,7 +189,8 @@ def load(
     Images of another size are resized, bilinear and antialiased. Items are uint8
     (C, img_size, img_size). The set has `name`, `channels`, `flip`, `labels` and `classes` as
     Images has, and `tensor` (N, C, H, W), which is None where images are decoded on demand.
-    Raises UserError where files are missing, damaged or cannot be downloaded.
+    Raises UserError where files are missing, damaged or cannot be downloaded. The processes of a
+    group call it together.
     """
     if name not in _LOADERS:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(NAMES)}")
@@ -293,7 +294,8 @@ def describe(dataset: AnySet, names: int = 20) -> str:
         parts.append(f"{len(dataset.classes)} classes ({shown})")
     parts.append("mirrored in training" if dataset.flip else "not mirrored")
     left_out = getattr(dataset, "left_out", ())
-    return ", ".join(parts) + (f"; left out: {', '.join(left_out)}" if left_out else "")
+    text = ", ".join(parts) + (f"; left out: {', '.join(left_out)}" if left_out else "")
+    return text.encode(errors="replace").decode()  # names of files may be no UTF-8
 
 
 def fingerprint(dataset: AnySet) -> str:

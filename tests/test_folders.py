@@ -257,8 +257,9 @@ def test_what_is_found_and_what_is_left_out(tmp_path: Path) -> None:
     os.symlink(root, root / "b" / "loop")
     for name in (".ipynb_checkpoints/a.png", "__MACOSX/b/._9.png", "b/.Trash-1000/old.png"):
         save(root / name)
-    for name in ("b/._9.png", "b/notes.txt", "photo.heic"):
+    for name in ("b/._9.png", "b/notes.txt", "photo.heic", os.fsdecode(b"a.\xff")):
         (root / name).write_bytes(b"no image")
+    os.symlink("itself", root / "itself")
     images = load(root)
     names = [str(Path(path).relative_to(root)) for path in images.paths]
     assert names == ["a/3.GIF", "a/x/2.jfif", "b/10.png", "b/9.png", "c/linked.png"]
@@ -266,7 +267,7 @@ def test_what_is_found_and_what_is_left_out(tmp_path: Path) -> None:
     for part in (
         "5 images of 4×4 pixels, 3 channels, 3 classes (a, b, c), mirrored",
         "hidden or trash folders: 3 (.Trash-1000, .ipynb_checkpoints, __MACOSX)",
-        "hidden files: 1", "other files: 2", "1 .heic", "1 .txt", "links back to a folder that",
+        "hidden files: 1", "other files: 4 ", "1 .heic", "1 .txt", "1 .?", "links back to a folder",
     ):  # fmt: skip
         assert part in data.describe(images)
     save(root / "loose.png")
@@ -293,6 +294,10 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         load(tmp_path / "empty")
     with pytest.raises(UserError, match="test split"):
         data.load("image_folder", tmp_path, 8, train=False)
+    for name in ("a", os.fsdecode(b"\xff")):
+        save(tmp_path / "classes" / name / "a.png")
+    with pytest.raises(UserError, match=r"'\\udcff' .* UTF-8"):
+        load(tmp_path / "classes")
 
 
 # --- Options --------------------------------------------------------------------------------------
