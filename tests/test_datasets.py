@@ -64,33 +64,27 @@ def test_real_layouts(unpacked: tuple[str, Path]) -> None:
 
 def test_nothing_there(unpacked: tuple[str, Path], tmp_path: Path) -> None:
     name, _ = unpacked
-    with pytest.raises(UserError, match=rf"{name}: .*nowhere.*--data_root"):
-        data.load(name, tmp_path / "nowhere", 8)
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    (empty / "all.zip").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"--data_root.*empty/all\.zip"):
-        data.load(name, empty, 8)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "all.zip").write_bytes(b"PK")
+    for root, match in (("nowhere", "nowhere.*--data_root"), ("empty", r"--data_root.*all\.zip")):
+        with pytest.raises(UserError, match=rf"{name}: .*{match}"):
+            data.load(name, tmp_path / root, 8)
 
 
 def test_unpacked_in_part(unpacked: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too few images, or a last one that is torn."""
     name, root = unpacked
+    last = root / LAYOUTS[name][-1]
+    Image.effect_noise((64, 64), 90).convert("RGB").save(last, format=FORMATS[last.suffix])
+    last.write_bytes(last.read_bytes()[:-900])
+    with pytest.raises(UserError, match=last.name):
+        data.load(name, root, 8)
     monkeypatch.setattr(sets, "COUNTS", dict.fromkeys(sets.COUNTS, 100))
     with pytest.raises(UserError, match=rf"^{name}: [^\n]* has 6 of [^\n]* 100 [^\n]*$") as error:
         data.load(name, root, 8)
     folder = re.search(r": (\S+) has 6", str(error.value))[1]
     (Path(folder).parent / "images.zip").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"images\.zip"):
-        data.load(name, root, 8)
-
-
-def test_torn_image(unpacked: tuple[str, Path]) -> None:
-    """Unpacking that was interrupted leaves the last file torn."""
-    name, root = unpacked
-    last = root / LAYOUTS[name][-1]
-    Image.effect_noise((64, 64), 90).convert("RGB").save(last, format=FORMATS[last.suffix])
-    last.write_bytes(last.read_bytes()[:-900])
-    with pytest.raises(UserError, match=last.name):
         data.load(name, root, 8)
 
 

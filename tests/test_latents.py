@@ -51,6 +51,7 @@ def autoencoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("autoencoders")
     write_autoencoder(folder / "vae")
     write_autoencoder(folder / "other", seed=1)
+    write_autoencoder(folder / "shifted", shift_factor=0.3)
     write_autoencoder(folder / "vq", kind="VQModel")
     write_autoencoder(folder / "colour", in_channels=3, out_channels=3)
     return folder
@@ -71,31 +72,25 @@ def digits(count: int = 30) -> data.Images:
 # --- The autoencoder ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["AutoencoderKL", "VQModel"])
-def test_encoding_is_what_diffusers_does(autoencoders: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "channels", "shift"), [("vae", 4, 0.0), ("shifted", 4, 0.3), ("vq", 3, 0.0)]
+)
+def test_encoding_is_what_diffusers_does(
+    autoencoders: Path, name: str, channels: int, shift: float
+) -> None:
     import diffusers
 
-    folder = autoencoders / ("vae" if kind == "AutoencoderKL" else "vq")
-    ours, theirs = Autoencoder(folder, "cpu"), getattr(diffusers, kind).from_pretrained(folder)
-    images, scale = digits(5).tensor, theirs.config.scaling_factor
-    assert (ours.factor, ours.image_channels) == (2, 1)
-    assert ours.shape(16) == ((4 if kind == "AutoencoderKL" else 3), 8, 8)
+    ours = Autoencoder(autoencoders / name, "cpu")
+    kind = getattr(diffusers, type(ours.network).__name__)
+    theirs, images = kind.from_pretrained(ours.folder).eval(), digits(5).tensor
+    assert (ours.factor, ours.image_channels, ours.shape(16)) == (2, 1, (channels, 8, 8))
     with torch.no_grad():
-        output = theirs.eval().encode(data.to_network(images))
-        z = output.latent_dist.mean if kind == "AutoencoderKL" else output.latents
+        output = theirs.encode(data.to_network(images))
+        z = output.latents if name == "vq" else output.latent_dist.mean
         decoded = data.to_uint8(theirs.decode(z).sample)
-    torch.testing.assert_close(ours.encode(images), scale * z)
-    assert (ours.to_images(scale * z).int() - decoded.int()).abs().max() <= 1
-
-
-def test_shift_is_undone(here: Path) -> None:
-    write_autoencoder(here / "plain")
-    write_autoencoder(here / "shifted", shift_factor=0.3)
-    plain, shifted = Autoencoder("plain", "cpu"), Autoencoder("shifted", "cpu")
-    images = digits(3).tensor
-    torch.testing.assert_close(shifted.encode(images), plain.encode(images) - 0.15)
-    a, b = (v.to_images(v.encode(images)).int() for v in (plain, shifted))
-    assert (a - b).abs().max() <= 1
+    z_scaled = (z - shift) * theirs.config.scaling_factor
+    torch.testing.assert_close(ours.encode(images), z_scaled)
+    assert (ours.to_images(z_scaled).int() - decoded.int()).abs().max() <= 1
 
 
 def test_images_are_decoded_some_at_a_time(vae: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,14 +194,12 @@ def test_a_stopped_encoding_goes_on(vae: Path, here: Path, monkeypatch: pytest.M
     assert torch.equal(encode(digits(), vae, path).tensor, expected)
     assert calls == [8, 8, 8, 8, 6]  # sixteen images were there already
     assert not (here / ".part.partial.npy").exists()
-
-
-def test_what_another_run_left_is_not_gone_on_with(vae: Path, here: Path) -> None:
-    expected = encode(digits(), vae, here / "a.npy").tensor
-    shutil.copy(here / "a.npy", here / ".b.partial.npy")
-    identity = json.loads((here / "a.npy.json").read_text())
-    (here / "b.npy.json").write_text(json.dumps({**identity, "autoencoder": "another"}))
-    assert torch.equal(encode(digits(), vae, here / "b.npy").tensor, expected)
+    # What another autoencoder left is not gone on with.
+    shutil.copy(here / "whole.npy", here / ".other.partial.npy")
+    identity = json.loads((here / "whole.npy.json").read_text())
+    (here / "other.npy.json").write_text(json.dumps({**identity, "autoencoder": "another"}))
+    assert torch.equal(encode(digits(), vae, here / "other.npy").tensor, expected)
+    assert sum(calls[5:]) == 30
 
 
 def test_two_makers_wait_for_each_other(
@@ -315,13 +308,10 @@ def test_scores_are_of_decoded_images(work: Path, name: str) -> None:
     assert (work / "latents" / "digits16.npy").exists()
     settings = checkpoint.load(work / "run" / "ckpt.pt")["settings"]
     assert (settings["in_ch"], settings["latent_vae"]) == (4, "vae")
-
-
-def test_the_decoder_is_told_apart(work: Path) -> None:
-    flops = Autoencoder(work / "vae", "cpu").decoder_flops(16) / 1e9
-    for name in ("profile", "dry_run"):
-        assert "the decoder" in (work / f"{name}.txt").read_text()
-    assert f"{flops:.4f} GFLOPs" in (work / "profile.txt").read_text()
+    for plan in ("profile", "dry_run"):
+        assert "the decoder" in (work / f"{plan}.txt").read_text()
+    gflops = vae.decoder_flops(16) / 1e9
+    assert f"{gflops:.4f} GFLOPs" in (work / "profile.txt").read_text()
     with Image.open(work / "run" / "sample" / "6_width_1.png") as grid:
         assert grid.height % 18 == 2
 
@@ -374,37 +364,26 @@ def test_autoencoders_that_do_not_fit(refused: Refused, autoencoders: Path, here
     assert re.search("--img_size=6 .*--ch_mult", line)
 
 
-def break_folder(vae: Path, how: str) -> None:
-    weights = vae / "diffusion_pytorch_model.safetensors"
-    if how == "torn":
-        weights.write_bytes(weights.read_bytes()[:-500])
-    elif how == "no weights":
-        weights.rename(vae / "diffusion_pytorch_model.bin")
-    elif how == "no config":
-        (vae / "config.json").unlink()
-    elif how == "pipeline":
-        vae.rename("inner")
-        vae.mkdir()
-        Path("inner").rename(vae / "vae")
-    elif how == "other class":
-        (vae / "config.json").write_text('{"_class_name": "UNet2DModel"}')
-    elif how == "no JSON":
-        (vae / "config.json").write_text("{")
+WEIGHTS = Path("vae/diffusion_pytorch_model.safetensors")
+CONFIG = Path("vae/config.json")
 
 
 @pytest.mark.parametrize(
-    ("how", "match"),
+    ("spoil", "match"),
     [
-        ("torn", "--latent_vae: .* vae "),
-        ("no weights", r"\.safetensors"),
-        ("no config", r"vae has no config\.json"),
-        ("pipeline", "did you mean vae/vae"),
-        ("other class", "UNet2DModel.* AutoencoderKL, VQModel"),
-        ("no JSON", r"vae/config\.json"),
+        (lambda: WEIGHTS.write_bytes(WEIGHTS.read_bytes()[:-500]), "--latent_vae: .* vae "),
+        (lambda: WEIGHTS.rename("vae/diffusion_pytorch_model.bin"), r"\.safetensors"),
+        (lambda: CONFIG.unlink(), r"vae has no config\.json"),
+        (lambda: shutil.copytree("vae", "vae/vae") and CONFIG.unlink(), "did you mean vae/vae"),
+        (lambda: CONFIG.write_text('{"_class_name": "A"}'), " A, not one of AutoencoderKL, VQMo"),
+        (lambda: CONFIG.write_text("{"), r"vae/config\.json"),
     ],
+    ids=["torn", "no weights", "no config", "pipeline", "other class", "no JSON"],
 )
-def test_folders_without_an_autoencoder(refused: Refused, vae: Path, how: str, match: str) -> None:
-    break_folder(vae, how)
+def test_folders_without_an_autoencoder(
+    refused: Refused, vae: Path, spoil: Callable[[], object], match: str
+) -> None:
+    spoil()
     refused(match, *LATENT)
 
 
