@@ -230,6 +230,8 @@ MODEL_FLAGS = (
     *NETWORK_FLAGS, "beta_1", "beta_T", "beta_schedule", "mean_type", "img_size", "precond",
     "P_mean", "P_std", "sigma_data",
 )  # fmt: skip
+# How the pipeline of a model of diffusers samples; its checkpoints have these, and they may differ.
+SAMPLING_FLAGS = ("var_type", "clip_denoised")
 # What is taken from the checkpoint where the flag is not given, and may differ.
 DEFAULT_FLAGS = (
     "slimmable_unet", "slimmable_g16", "min_width", "candidate_width", "dataset", "dropout",
@@ -293,7 +295,7 @@ def agree_with(known: Mapping[str, object], path: Path) -> None:
     """Take what a checkpoint says of its network; refuse flags that were given and differ."""
     known = {
         name: stored(name, known[name], path)
-        for name in (*MODEL_FLAGS, *DEFAULT_FLAGS)
+        for name in (*MODEL_FLAGS, *DEFAULT_FLAGS, *SAMPLING_FLAGS)
         if name in known
     }
     differing = [
@@ -303,7 +305,7 @@ def agree_with(known: Mapping[str, object], path: Path) -> None:
     ]
     if differing:
         raise UserError(f"{path} is for other settings ({'; '.join(differing)})")
-    for name in (*MODEL_FLAGS, *DEFAULT_FLAGS):
+    for name in (*MODEL_FLAGS, *DEFAULT_FLAGS, *SAMPLING_FLAGS):
         if name in known and not FLAGS[name].present:
             FLAGS[name].value = known[name]
 
@@ -452,12 +454,14 @@ def check_network(net: nn.Module) -> nn.Module:
 
 def network_from_diffusers() -> nn.Module:
     """The UNet in --init_diffusers as a supernet; flags take what its scheduler says of it."""
-    from model.diffusers import importance, supernet, trained  # diffusers takes seconds to import
+    # diffusers takes seconds to import.
+    from model.diffusers import importance, loading, supernet, trained
 
     folder = Path(FLAGS.init_diffusers)
     found = trained.trained_diffusion(folder)
     if found:
         agree_with(found.flags, found.path)
+        sample_as_its_pipeline(found)
     else:
         check_told(folder, trained.NEEDED)
     if FLAGS.num_classes:
@@ -479,12 +483,26 @@ def network_from_diffusers() -> nn.Module:
             f"{folder}: the model reads {reads} channels and makes {makes}: {reason}; only a "
             "model whose output is like its noisy input can be used"
         )
-    if not FLAGS["img_size"].present and isinstance(config["sample_size"], int):
-        FLAGS.img_size = config["sample_size"] * (autoencoder().factor if FLAGS.latent_vae else 1)
+    if not FLAGS["img_size"].present:
+        size = loading.image_size(config)
+        if size is None:
+            raise UserError(f"{folder}: its config.json has no sample_size: give --img_size")
+        FLAGS.img_size = size * (autoencoder().factor if FLAGS.latent_vae else 1)
+    say(f"{folder}: sample_size {config['sample_size']}, --img_size={FLAGS.img_size}")
     if not FLAGS["slimmable_unet"].present:
         FLAGS.slimmable_unet = True
     importance.order_by_importance(net)
     return check_network(net)
+
+
+def sample_as_its_pipeline(found) -> None:
+    """Flags that were not given take what the model's scheduler samples with."""
+    given = {name for name in OWN_FLAGS if FLAGS[name].present}
+    found.check(given)
+    for name, value in found.sampling.items():
+        if name not in given:
+            FLAGS[name].value = value
+    say(found.table({name: FLAGS[name].value for name in OWN_FLAGS}, given))
 
 
 def check_told(folder: Path, names: Sequence[str]) -> None:
@@ -733,6 +751,7 @@ def train() -> None:
             f"{net.settings.in_ch}; see --channels"
         )
     names = [n for n in TRAINING_FLAGS if own or n not in (*NETWORK_FLAGS, "dropout")]
+    names += [] if own else SAMPLING_FLAGS
     identity = {name: plain(FLAGS[name].value) for name in names} | net.settings_dict()
     if FLAGS.num_classes:
         identity["class_names"] = list(dataset.classes)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -91,7 +93,9 @@ def test_from_a_folder_to_a_folder(beside: Path, monkeypatch: pytest.MonkeyPatch
     )
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    images = pipeline(2, generator, num_inference_steps=5, output_type="np").images
+    images = pipeline(
+        2, generator, num_inference_steps=5, output_type="np", use_clipped_model_output=True
+    ).images
     theirs = torch.from_numpy(images)[..., 0]
     # Ours on the same noise, which the pipeline draws first.
     x_T = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -104,7 +108,8 @@ def test_from_a_folder_to_a_folder(beside: Path, monkeypatch: pytest.MonkeyPatch
     def denoise(x: torch.Tensor, t: int) -> torch.Tensor:
         return net(x, torch.full((len(x),), t), float(mixed[t]))
 
-    x_0 = Sampler("ddim", sample_steps=5)(denoise, x_T, NoiseSchedule(0.001, 0.3, 20), None)
+    sampler = Sampler("ddim", sample_steps=5, clip_denoised=True)
+    x_0 = sampler(denoise, x_T, NoiseSchedule(0.001, 0.3, 20), None)
     torch.testing.assert_close(theirs, (x_0[:, 0] + 1) / 2, rtol=1e-3, atol=1e-3)
 
 
@@ -181,12 +186,99 @@ def test_other_noise_schedules_travel(here: Path) -> None:
     settings = torch.load("run/ckpt.pt", weights_only=True)["settings"]
     assert (settings["beta_schedule"], settings["mean_type"]) == ("squaredcos_cap_v2", "v")
     Path("run/search.txt").write_text("[1, 0.5, 0.5, 0.5]")
-    steps = ["--sampler=dpm_solver", "--sample_steps=4"]
+    steps = ["--sampler=dpm_solver", "--sample_steps=4", "--clip_denoised=false"]
     succeeds(*FLAGS, *steps, "--eval_stepaware")
     succeeds(*FLAGS, *steps, "--export_diffusers=out")
     scheduler = diffusers.DDPMScheduler.from_pretrained("out/scheduler")
     assert scheduler.config.beta_schedule == "squaredcos_cap_v2"
     assert scheduler.config.prediction_type == "v_prediction"
+
+
+PIPELINES = {  # the scheduler's settings, the flags that they become
+    "clips": ({}, dict(var_type="fixedsmall", clip_denoised=True)),
+    "does not": (dict(clip_sample=False), dict(var_type="fixedsmall", clip_denoised=False)),
+    "large": (dict(variance_type="fixed_large"), dict(var_type="fixedlarge", clip_denoised=True)),
+    "log": (dict(variance_type="fixed_small_log"), dict(var_type="fixedsmall", clip_denoised=True)),
+}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_converted_model_makes_the_images_of_its_own_pipeline(here: Path, name: str) -> None:
+    options, expected = PIPELINES[name]
+    save_model(Path("model"), options)
+    out = succeeds(*TRAIN, "--total_steps=1", "--lr=1e-12", "--sample_step=0")
+    settings = torch.load("run/ckpt.pt", weights_only=True)["settings"]
+    flags = {flag: settings[flag] for flag in expected}
+    assert flags == expected
+    for flag, value in flags.items():
+        assert f"--{flag}={value}" in out
+    net = SlimmableDiffusersUNet.from_pretrained("model").requires_grad_(False)
+    order_by_importance(net)
+    noise_schedule = NoiseSchedule(0.001, 0.3, 20)
+
+    def ours(sampler: str, **more: object) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        noise = lambda t: torch.randn(2, 1, 8, 8, generator=generator)  # noqa: E731
+        chain = Sampler(sampler, **{**flags, **more})
+        return chain(
+            lambda x, t: net(x, torch.full((2,), t)), noise(0), noise_schedule, noise
+        )[:, 0] / 2 + 0.5  # fmt: skip
+
+    def theirs(pipeline: type, **more: object) -> torch.Tensor:
+        pipeline = pipeline.from_pretrained("model")
+        pipeline.set_progress_bar_config(disable=True)
+        images = pipeline(2, torch.Generator().manual_seed(0), output_type="np", **more).images
+        return torch.from_numpy(images)[..., 0]
+
+    close = functools.partial(torch.testing.assert_close, rtol=1e-3, atol=1e-3)
+    close(images := ours("ddpm"), theirs(diffusers.DDPMPipeline, num_inference_steps=20))
+    others = (
+        dict(clip_denoised=not flags["clip_denoised"]),
+        dict(var_type="fixedlarge" if flags["var_type"] == "fixedsmall" else "fixedsmall"),
+    )
+    assert all((ours("ddpm", **other) - images).abs().mean() > 0.005 for other in others)
+    steps = dict(num_inference_steps=5)
+    close(ours("DDIMScheduler", sample_steps=5), theirs(diffusers.DDIMPipeline, **steps))
+    steps["use_clipped_model_output"] = True
+    close(ours("ddim", sample_steps=5), theirs(diffusers.DDIMPipeline, **steps))
+
+
+UNDECIDED = [  # a setting that no flag of ours has, a flag that says what to do instead
+    (dict(thresholding=True), "--clip_denoised=true"),
+    (dict(clip_sample_range=2.0), "--clip_denoised=false"),
+    (dict(timestep_spacing="trailing"), "--timestep_spacing=uniform"),
+    (dict(steps_offset=1), "--timestep_spacing=quadratic"),
+]
+
+
+@pytest.mark.parametrize(("options", "flag"), UNDECIDED)
+def test_what_no_flag_takes_over_must_be_decided(
+    here: Path, refused: Callable, options: dict, flag: str
+) -> None:
+    save_model(Path("model"), options)
+    profile = ["--profile", "--init_diffusers=model", "--device=cpu"]
+    option, name = *options, flag.split("=")[0]
+    refused(rf"{option} is .*give {name} .*--scheduler_options='{{\"{option}\"", *profile)
+    assert f"{name} decides" in succeeds(*profile, flag)
+
+
+def test_what_a_flag_says_of_sampling_wins(here: Path) -> None:
+    save_model(Path("model"))
+    out = succeeds("--profile", "--init_diffusers=model", "--device=cpu", "--var_type=fixedlarge")
+    assert re.search(r"variance_type +fixed_small +--var_type=fixedlarge \(given\)", out)
+
+
+def test_image_sizes_are_those_of_the_model_or_given(here: Path, refused: Callable) -> None:
+    profile = ["--profile", "--init_diffusers=model", "--device=cpu"]
+    save_model(Path("model"))
+    config = json.loads(Path("model/unet/config.json").read_text())
+    for size in ([8, 8], None, [8, 16]):
+        Path("model/unet/config.json").write_text(json.dumps({**config, "sample_size": size}))
+        if size == [8, 8]:
+            assert "--img_size=8" in succeeds(*profile)
+        else:
+            refused("sample_size", *profile)
+            assert "--img_size=16" in succeeds(*profile, "--img_size=16")
 
 
 @pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2"])

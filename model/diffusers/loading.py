@@ -68,6 +68,15 @@ def read_model(directory: str | Path) -> ModelMixin:
     return model.eval()
 
 
+def image_size(config: Mapping[str, object]) -> int | None:
+    """Pixels a side of the images that a model's config is for; None where it does not say."""
+    size = config.get("sample_size")
+    sides = size if isinstance(size, (list, tuple)) else [size, size]
+    if len(sides) != 2 or sides[0] != sides[1]:
+        raise UserError(f"sample_size is {size} in the model's config: only square images are used")
+    return sides[0]
+
+
 def read_json(path: Path) -> dict:
     """The JSON object in a file; UserError where there is none."""
     try:

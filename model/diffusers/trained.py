@@ -1,65 +1,216 @@
-"""What a diffusers model was trained for, as the config of its scheduler says.
+"""What a diffusers model was trained for and is sampled with, as its scheduler's config says.
 
 This file knows where people put scheduler_config.json and what its entries mean in flags of this
-project. It reads no weights and does not know the flags' present values.
+project. It reads no weights and does not know the flags' values.
 """
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import diffusers
 
 from model.diffusers.loading import find_model, read_json
 from runtime.errors import UserError
 
 NAME = "scheduler_config.json"
 MEAN_TYPES = {"epsilon": "epsilon", "sample": "xstart", "v_prediction": "v"}  # theirs -> ours
+# fixed_small_log is the same variance by way of its logarithm.
+VAR_TYPES = {
+    "fixed_small": "fixedsmall",
+    "fixed_small_log": "fixedsmall",
+    "fixed_large": "fixedlarge",
+}
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 # What must be given where there is no scheduler; the two β have no meaning in squaredcos_cap_v2.
 NEEDED = ("T", "beta_1", "beta_T", "beta_schedule", "mean_type")
+_NOT_CLIPPED = ("clip_sample", "clip_sample_range", "thresholding")
+_THRESHOLD = ("dynamic_thresholding_ratio", "sample_max_value")  # details of thresholding
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An entry of the config. flags: what it sets here. decided_by: where no flag can do the same,
+    the flags of which one must be given to say what happens instead. note: for the reader."""
+
+    name: str
+    value: object
+    flags: tuple[tuple[str, object], ...] = ()
+    decided_by: tuple[str, ...] = ()
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a scheduler's config says. path: of the config. flags: flag -> value."""
+    """What a scheduler's config says.
+
+    path: of the config. scheduler: its class. flags: what the network was trained for, flag ->
+    value; a flag that says otherwise is a mistake. sampling: how its pipeline samples, flag ->
+    value; a flag may say otherwise.
+    """
 
     path: Path
-    flags: dict[str, object]
+    scheduler: str
+    flags: Mapping[str, object]
+    sampling: Mapping[str, object]
+    settings: tuple[Setting, ...]
+
+    def check(self, given: Collection[str]) -> None:
+        """Raise UserError where a setting is of no effect here and none of the `given` flags says
+        that this is known."""
+        for setting in self.settings:
+            if setting.decided_by and not set(setting.decided_by) & set(given):
+                flag = setting.decided_by[0]
+                options = json.dumps({setting.name: setting.value})
+                raise UserError(
+                    f"{self.path}: {setting.name} is {setting.value}, which the samplers of this "
+                    f"project do not have: give --{flag} to say what to do instead, or use it with "
+                    f"--sampler={self.scheduler} --scheduler_options='{options}'"
+                )
+
+    def table(self, values: Mapping[str, object], given: Collection[str]) -> str:
+        """What becomes of each setting, a line each. values: flag -> value in use."""
+        rows = [("scheduler", self.scheduler, f"--sampler={values['sampler']}")]
+        for setting in self.settings:
+            here = [
+                f"--{flag}={values[flag]}{' (given)' if flag in given else ''}"
+                for flag, _ in setting.flags
+            ]
+            here += [f"--{flag} decides" for flag in setting.decided_by if flag in given][:1]
+            here += [setting.note] if setting.note else []
+            rows.append((setting.name, str(setting.value), "; ".join(here)))
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        lines = [f"  {n.ljust(widths[0])}  {v.ljust(widths[1])}  {here}" for n, v, here in rows]
+        return "\n".join([f"{self.path}:", *lines])
 
 
 def trained_diffusion(directory: str | Path) -> Trained | None:
-    """T, beta_1, beta_T, beta_schedule and mean_type of the model that `directory` stands for.
+    """What the scheduler of the model that `directory` stands for says; None where there is none.
 
-    None where there is no scheduler. Raises UserError where it has settings that this project
-    does not support.
+    Raises UserError where the model was trained in a way that this project does not know.
     """
     path = find_scheduler(directory)
     if path is None:
         return None
-    config = read_json(path)
-    missing = [n for n in ("num_train_timesteps", "beta_start", "beta_end") if n not in config]
-    if missing:
-        raise UserError(f"{path} has no {missing[0]}: only models trained with β can be used")
-    beta_schedule = config.get("beta_schedule", "linear")
-    prediction = config.get("prediction_type", "epsilon")
-    for name, value, supported in (
-        ("beta_schedule", beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2")),
-        ("prediction_type", prediction, tuple(MEAN_TYPES)),
-        ("trained_betas", config.get("trained_betas"), (None,)),
-        ("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr", False), (False,)),
-    ):
-        if value not in supported:
+    config = _Config(path)
+    training, sampling = _training(config), [*_clipping(config), *_variance(config)]
+    sampling += _spacing(config)
+    return Trained(
+        path,
+        config.name,
+        {flag: value for setting in training for flag, value in setting.flags},
+        {flag: value for setting in sampling for flag, value in setting.flags},
+        (*training, *sampling, *_others(config, {s.name for s in training + sampling})),
+    )
+
+
+class _Config:
+    """A scheduler's config, with the defaults of its class for what is left out."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.entries = path, read_json(path)
+        self.name = self.entries.get("_class_name", "DDPMScheduler")
+        scheduler = getattr(diffusers, str(self.name), None)
+        if not str(self.name).endswith("Scheduler") or scheduler is None:
+            raise UserError(f"{path} is for a {str(self.name)[:60]}, which diffusers does not have")
+        parameters = inspect.signature(scheduler.__init__).parameters
+        self.defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+        if "beta_start" not in self.defaults:
+            raise UserError(
+                f"{path}: a {self.name} has no β: only models trained with β can be used"
+            )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.defaults
+
+    def __getitem__(self, name: str) -> object:
+        """The value that the scheduler has; None where it has no such setting."""
+        return self.entries.get(name, self.defaults.get(name)) if name in self else None
+
+    def one_of(self, name: str, supported: Collection[object]) -> object:
+        """The value, if it is one of these."""
+        if self[name] not in supported:
             names = " or ".join(map(str, supported))
-            raise UserError(f"{path}: {name} is {str(value)[:40]}; only {names} can be used")
-    flags = {
-        "T": config["num_train_timesteps"],
-        "beta_1": config["beta_start"],
-        "beta_T": config["beta_end"],
-        "beta_schedule": beta_schedule,
-        "mean_type": MEAN_TYPES[prediction],
-    }
-    return Trained(path, flags)
+            raise UserError(f"{self.path}: {name} is {str(self[name])[:40]}; only {names} can be "
+                            "used")  # fmt: skip
+        return self[name]
+
+
+def _training(config: _Config) -> list[Setting]:
+    """What the network was trained for."""
+    config.one_of("trained_betas", (None,))
+    config.one_of("rescale_betas_zero_snr", (None, False))
+    schedule = config.one_of("beta_schedule", BETA_SCHEDULES)
+    prediction = config.one_of("prediction_type", (*MEAN_TYPES, None))
+    steps, ends = config["num_train_timesteps"], (config["beta_start"], config["beta_end"])
+    return [
+        Setting("num_train_timesteps", steps, (("T", steps),)),
+        Setting("beta_start", ends[0], (("beta_1", ends[0]),)),
+        Setting("beta_end", ends[1], (("beta_T", ends[1]),)),
+        Setting("beta_schedule", schedule, (("beta_schedule", schedule),)),
+        Setting(
+            "prediction_type", prediction, (("mean_type", MEAN_TYPES[prediction or "epsilon"]),)
+        ),
+    ]
+
+
+def _clipping(config: _Config) -> list[Setting]:
+    """What is done to x̂_0 within a step."""
+    if config["thresholding"]:
+        return [
+            Setting("thresholding", True, decided_by=("clip_denoised", "scheduler_options")),
+            *(Setting(name, config[name], note="of thresholding") for name in _THRESHOLD),
+        ]
+    if "clip_sample" not in config:
+        return []
+    bound = config["clip_sample_range"]
+    if config["clip_sample"] and bound not in (None, 1, 1.0):
+        decided_by = ("clip_denoised", "scheduler_options")
+        return [Setting("clip_sample_range", bound, decided_by=decided_by)]
+    clip = bool(config["clip_sample"])
+    note = "ddim: as with use_clipped_model_output" if clip else ""
+    return [Setting("clip_sample", clip, (("clip_denoised", clip),), note=note)]
+
+
+def _variance(config: _Config) -> list[Setting]:
+    """The noise that an ancestral step adds."""
+    if config["variance_type"] is None:  # other schedulers have none, or only a learned one
+        return []
+    variance = config.one_of("variance_type", tuple(VAR_TYPES))
+    return [Setting("variance_type", variance, (("var_type", VAR_TYPES[variance]),))]
+
+
+def _spacing(config: _Config) -> list[Setting]:
+    """Which timesteps a sampler with fewer steps than T visits."""
+    settings = []
+    spacing, offset = config["timestep_spacing"], config["steps_offset"]
+    if spacing == "leading":
+        note = "the same as uniform where --sample_steps divides --T"
+        settings.append(Setting("timestep_spacing", spacing, note=note))
+    elif spacing != config.defaults.get("timestep_spacing"):  # otherwise --sampler has it, too
+        decided_by = ("timestep_spacing", "scheduler_options")
+        settings.append(Setting("timestep_spacing", spacing, decided_by=decided_by))
+    if offset:
+        decided_by = ("timestep_spacing", "scheduler_options")
+        settings.append(Setting("steps_offset", offset, decided_by=decided_by))
+    return settings
+
+
+def _others(config: _Config, known: Collection[str]) -> list[Setting]:
+    """Entries that are no default of the class and that only the class itself knows."""
+    usual = {*known, *_NOT_CLIPPED, *_THRESHOLD, "trained_betas", "rescale_betas_zero_snr",
+             "timestep_spacing", "steps_offset"}  # fmt: skip
+    note = f"only of --sampler={config.name}, with --scheduler_options"
+    return [
+        Setting(name, value, note=note)
+        for name, value in config.entries.items()
+        if name in config and name not in usual and value != config.defaults[name]
+    ]
 
 
 def find_scheduler(directory: str | Path) -> Path | None:
