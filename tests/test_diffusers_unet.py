@@ -332,8 +332,14 @@ def test_gradient_checkpointing_sees_the_width_of_its_own_call():
 
 def test_a_width_that_does_not_fit_is_refused_by_name():
     net = SlimmableDiffusersUNet(tiny(norm_num_groups=32))
-    with pytest.raises(UserError, match=r"cannot narrow the 32 channels of .*norm"):
+    with pytest.raises(UserError, match=r"32 channels of .*norm.* --norm_groups=proportional"):
         net.check_width(0.5)
+    net = SlimmableDiffusersUNet(tiny(norm_num_groups=32, block_out_channels=(64, 128)))
+    flags = r"--candidate_width or --min_width \(at most 0\.5\), or .*--norm_groups=proportional"
+    with pytest.raises(UserError, match=rf"0\.75 cannot narrow the 64 channels.*{flags}"):
+        net.check_width(0.75)
+    net.check_width(0.5)
+    SlimmableDiffusersUNet(net.model, norm_groups="proportional").check_width(0.75)
     with pytest.raises(UserError, match="must be in"):
         net.check_width(1.5)
     assert net.subnet(1)

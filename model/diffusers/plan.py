@@ -86,6 +86,14 @@ class Plan:
         multiple = self.multiples.get(channels, 1)
         return min(channels, _ceil(channels * width / multiple) * multiple)
 
+    def largest_narrow_width(self) -> float:
+        """The largest width below 1 at which every norm has fewer channels; 0 where none has."""
+
+        def of_side(side: Side) -> float:
+            return max(1 - self.multiples.get(block, 1) / block for block in side.blocks)
+
+        return min(of_side(side) for _, _, side in self.norms)
+
     def norm_divisor(self, groups: int, side: Side) -> int:
         """What must divide the channels of a norm that has `groups` groups at full width."""
         return side.total // groups if self.proportional else groups

@@ -8,6 +8,7 @@ so a width is never state: threads, replicas and gradient checkpointing are safe
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from model.diffusers.plan import RESNETS, Planner, narrow
 from model.diffusers.trained import trained_diffusion
 from runtime.errors import UserError
 
+CHANGE = "change --candidate_width or --min_width"
 TOKENS = 77  # of a text prompt, for counting FLOPs where none is given
 
 
@@ -109,16 +111,25 @@ class SlimmableDiffusersUNet(nn.Module):
                 raise UserError(
                     f"width {width} cannot narrow the {channels} channels of {name}: for its "
                     f"groups they must be a multiple of {plan.multiples.get(channels, divisor)}; "
-                    "ask for a smaller width"
+                    f"{self._remedy()}"
                 )
             if channels % divisor:
                 of = f"groups of {divisor}" if plan.proportional else f"{divisor} groups"
                 raise UserError(
                     f"width {width} leaves {channels} channels in {name}, which cannot be "
-                    f"divided into {of}; change the widths"
+                    f"divided into {of}; {self._remedy()}"
                 )
         for name, module in self.model.named_modules():
             self._check_module(name, module, width)
+
+    def _remedy(self) -> str:
+        """What to do where group norms do not allow a width."""
+        limit, choices = self.plan.largest_narrow_width(), []
+        if limit > 0:
+            choices.append(f"{CHANGE} (at most {math.floor(1000 * limit) / 1000:g})")
+        if not self.plan.proportional:
+            choices.append("use --norm_groups=proportional, which narrows to whole groups")
+        return ", or ".join(choices) or "this model cannot be narrowed"
 
     def _check_module(self, name: str, module: nn.Module, width: float) -> None:
         plan = self.plan
@@ -130,7 +141,7 @@ class SlimmableDiffusersUNet(nn.Module):
             if channels == inner.total or (added and channels != plan.count(stream, width)):
                 raise UserError(
                     f"width {width} cannot narrow {name}: {module.heads} heads of "
-                    f"{inner.total // module.heads} channels; change the widths"
+                    f"{inner.total // module.heads} channels; {CHANGE}"
                 )
         if isinstance(module, RESNETS) and module.conv_shortcut is None:
             before = plan.count(plan.cuts[f"{name}.conv1"].inputs, width)
@@ -138,7 +149,7 @@ class SlimmableDiffusersUNet(nn.Module):
             if before != after:
                 raise UserError(
                     f"width {width} leaves {before} channels into {name} and {after} out of it, "
-                    "which it adds; change the widths"
+                    f"which it adds; {CHANGE}"
                 )
 
     def parameter_count(self, width: float) -> int:
