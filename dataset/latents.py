@@ -54,8 +54,7 @@ class Autoencoder:
         self.channels = int((self.quantised and config.vq_embed_dim) or config.latent_channels)
         self.image_channels = int(config.in_channels)
         self.factor = 2 ** (len(config.block_out_channels) - 1)
-        self.scale = float(config.scaling_factor or 1.0)
-        self.shift = float(config.get("shift_factor") or 0.0)
+        self.shift, self.scale = _normalisation(self.folder, self.channels, self.device)
         if config.out_channels != self.image_channels:
             raise UserError(
                 f"--latent_vae: {folder} turns images of {self.image_channels} channels into "
@@ -73,8 +72,8 @@ class Autoencoder:
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) → float32 latents (B, c, h, w), scaled by the config's
-        scaling_factor; of an AutoencoderKL's Gaussian, the mean."""
+        """uint8 (B, C, H, W) → float32 latents (B, c, h, w), normalised as the config says; of an
+        AutoencoderKL's Gaussian, the mean."""
         output = self.network.encode(to_network(images.to(self.device)))
         latents = output.latents if self.quantised else output.latent_dist.mode()
         return (latents - self.shift) * self.scale
@@ -117,12 +116,50 @@ def _config(folder: Path) -> dict:
     return config
 
 
+def _normalisation(folder: Path, channels: int, device: torch.device) -> tuple:
+    """(shift, scale), each a number or a tensor (c, 1, 1): networks see (latents − shift)·scale.
+
+    They are scaling_factor / latents_std, and latents_mean or shift_factor. scaling_factor must be
+    in the file: the default of diffusers' classes is that of one model, and wrong for others.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    if "scaling_factor" not in config:
+        raise UserError(
+            f"--latent_vae: {path} has no scaling_factor, by which latents are multiplied; add it "
+            "(0.18215 for the first Stable Diffusion models; 1 leaves latents as they are)"
+        )
+
+    def numbers(name: str, default: float) -> float | Tensor:
+        value = config.get(name)
+        value = default if value is None else value
+        values = value if isinstance(value, list) else [value]
+        good = len(values) in (1, channels) and all(
+            isinstance(v, (int, float)) and math.isfinite(v) for v in values
+        )
+        if not good or (default == 1 and min(values) <= 0):
+            raise UserError(
+                f"--latent_vae: {path}: {name} is {str(value)[:60]}; it must be "
+                f"{'positive' if default else 'finite'}, one number or {channels}"
+            )
+        if len(values) == 1:
+            return float(values[0])
+        return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
+
+    shift, mean = numbers("shift_factor", 0.0), numbers("latents_mean", 0.0)
+    if config.get("shift_factor") and config.get("latents_mean"):
+        raise UserError(f"--latent_vae: {path} has both shift_factor and latents_mean")
+    return shift + mean, numbers("scaling_factor", 1.0) / numbers("latents_std", 1.0)
+
+
 def _fingerprint(folder: Path, config: dict) -> str:
     """16 hexadecimal digits that identify config and weights."""
     ignored = ("_name_or_path", "_diffusers_version")
     settings = {key: value for key, value in config.items() if key not in ignored}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    files = sorted(folder.glob("*.safetensors"))
+    whole = folder / "diffusion_pytorch_model.safetensors"
+    # Variants beside it, such as .fp16, are not used.
+    files = [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(
             f"--latent_vae: {folder} has no .safetensors weights, and other files can carry code"

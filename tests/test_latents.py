@@ -93,6 +93,52 @@ def test_encoding_is_what_diffusers_does(
     assert (ours.to_images(z_scaled).int() - decoded.int()).abs().max() <= 1
 
 
+def set_config(folder: Path, **entries: object) -> None:
+    """Change entries of a config.json; `...` removes one."""
+    config = json.loads((folder / "config.json").read_text()) | entries
+    config = {key: value for key, value in config.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_means_and_deviations_of_channels_are_used(vae: Path) -> None:
+    images = digits(3).tensor
+    z = Autoencoder(vae, "cpu").encode(images) / 0.5
+    mean, std = [0.1, -0.2, 0.3, 0.0], [0.5, 1.0, 2.0, 4.0]
+    set_config(vae, latents_mean=mean, latents_std=std)
+    autoencoder = Autoencoder(vae, "cpu")
+    encoded = autoencoder.encode(images)
+    for channel in range(4):
+        expected = (z[:, channel] - mean[channel]) / std[channel] * 0.5
+        torch.testing.assert_close(encoded[:, channel], expected)
+    set_config(vae, latents_mean=None, latents_std=None)
+    decoded = Autoencoder(vae, "cpu").to_images(0.5 * z)
+    assert (autoencoder.to_images(encoded).int() - decoded.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("entries", "name"),
+    [
+        (dict(scaling_factor=...), "scaling_factor"),
+        (dict(scaling_factor=0), "scaling_factor"),
+        (dict(latents_mean=[0.0, 1.0]), "latents_mean"),
+        (dict(latents_std=[1.0, 1.0, -1.0, 1.0]), "latents_std"),
+        (dict(latents_std="wide"), "latents_std"),
+        (dict(shift_factor=0.1, latents_mean=[1.0] * 4), "shift_factor and latents_mean"),
+    ],
+)
+def test_a_normalisation_that_is_not_clear_is_refused(vae: Path, entries: dict, name: str) -> None:
+    set_config(vae, **entries)
+    with pytest.raises(UserError, match=f"--latent_vae.*config.json.*{name}"):
+        Autoencoder(vae, "cpu")
+
+
+def test_variants_that_are_not_used_do_not_change_the_fingerprint(vae: Path) -> None:
+    before = Autoencoder(vae, "cpu").fingerprint
+    weights = vae / "diffusion_pytorch_model.safetensors"
+    shutil.copyfile(weights, vae / "diffusion_pytorch_model.fp16.safetensors")
+    assert Autoencoder(vae, "cpu").fingerprint == before
+
+
 def test_images_are_decoded_some_at_a_time(vae: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     autoencoder = Autoencoder(vae, "cpu")
     z = torch.randn(5, 4, 8, 8)
