@@ -421,6 +421,13 @@ def chosen_classes(net: nn.Module) -> Classes | None:
         return None
     if not 0 <= FLAGS.guidance_scale < math.inf:
         raise UserError(f"--guidance_scale={FLAGS.guidance_scale}: must not be negative")
+    if FLAGS.guidance_scale != 1 and not (
+        getattr(net.settings, "null_class", True) or FLAGS.label_dropout
+    ):
+        raise UserError(
+            f"--guidance_scale={FLAGS.guidance_scale}: guidance needs a network that was also "
+            "trained without classes; train it with --label_dropout"
+        )
     shares = net.class_embedding.frequencies.tolist()
     names = getattr(net, "class_names", ())
     fixed = classes.parse(FLAGS.classes, names)
@@ -464,14 +471,20 @@ def network_from_diffusers() -> nn.Module:
         sample_as_its_pipeline(found)
     else:
         check_told(folder, trained.NEEDED)
-    if FLAGS.num_classes:
-        raise UserError("--init_diffusers: such a model has no classes; leave --num_classes out")
     if FLAGS.precond != "none":
         raise UserError("--init_diffusers: such a model was trained with --precond=none")
-    net = supernet.SlimmableDiffusersUNet.from_pretrained(folder, FLAGS.T, FLAGS.norm_groups)
-    config = net.settings.config
-    if net.conditioning():
-        raise UserError(f"{folder}: the model needs {net.conditioning()[0]}; images have none here")
+    net = supernet.SlimmableDiffusersUNet.from_pretrained(
+        folder, FLAGS.T, FLAGS.norm_groups, FLAGS.num_classes
+    )
+    config, needs = net.settings.config, net.conditioning()
+    if needs == ["class_labels"] and config["num_class_embeds"]:
+        count = config["num_class_embeds"]
+        raise UserError(
+            f"{folder}: the model has embeddings of {count} classes: give --num_classes={count}, "
+            f"or {count - 1} if the last one stands for images without a class"
+        )
+    if needs:
+        raise UserError(f"{folder}: the model needs {needs[0]}; images have none here")
     reads, makes = config["in_channels"], config["out_channels"]
     if makes != reads:
         reason = (
@@ -521,7 +534,12 @@ def network_from_settings(known: Mapping[str, object]) -> nn.Module:
     """A diffusers network with fresh weights, as a checkpoint's settings describe it."""
     from model.diffusers.supernet import SlimmableDiffusersUNet
 
-    return check_network(SlimmableDiffusersUNet.from_settings(known))
+    net = check_network(SlimmableDiffusersUNet.from_settings(known))
+    if FLAGS.num_classes != net.settings.num_classes:
+        raise UserError(
+            f"--num_classes={FLAGS.num_classes}: the network has {net.settings.num_classes} classes"
+        )
+    return net
 
 
 def given_network() -> nn.Module | None:

@@ -332,6 +332,28 @@ def test_models_that_cannot_be_used(
     refused(message, *TRAIN)
 
 
+@pytest.mark.parametrize("embeddings", [10, 11])
+def test_classes_from_a_folder_to_scores(here: Path, refused: Callable, embeddings: int) -> None:
+    save_model(Path("model"), num_class_embeds=embeddings)
+    refused(f"--num_classes={embeddings}, or {embeddings - 1}", *TRAIN)
+    refused("--num_classes=3", *TRAIN, "--num_classes=3")
+    train = [*TRAIN, "--num_classes=10", "--total_steps=1"]
+    if embeddings == 10:
+        refused("--guidance_scale=2", *train, "--label_dropout=0", "--guidance_scale=2")
+    succeeds(*train, "--guidance_scale=2")
+    state = checkpoint.load("run/ckpt.pt")
+    net = SlimmableDiffusersUNet.from_settings(state["settings"])
+    checkpoint.fill(net, state["ema_model"], "run/ckpt.pt")
+    assert net.class_embedding.frequencies.sum() == pytest.approx(1)
+    steps = ["--sampler=ddim", "--sample_steps=3"]
+    succeeds(*FLAGS, *steps, "--eval", "--assigned_width=0.5", "--classes=3,5")
+    Path("run/search.txt").write_text("[1, 0.5, 0.75]")
+    succeeds(*FLAGS, *steps, "--eval_stepaware", "--guidance_scale=1")
+    succeeds(*FLAGS, *steps, "--profile")
+    refused("--num_classes", *FLAGS, *steps, "--eval", "--num_classes=9")
+    refused("classes", *FLAGS, "--export_diffusers=out")
+
+
 def test_a_model_without_scheduler_needs_the_flags_that_it_would_set(
     here: Path, refused: Callable
 ) -> None:

@@ -296,6 +296,35 @@ def test_threads_and_copies_do_not_disturb_each_other():
     torch.testing.assert_close(again(*batch(), 0.5), expected[2])
 
 
+@pytest.mark.parametrize("num_classes", [5, 4])
+def test_labels_are_classes_and_the_null_class(num_classes):
+    """5 embeddings are 5 classes, to which a null class is added, or 4 and the null class."""
+    model, (x, t) = tiny(num_class_embeds=5).requires_grad_(False), batch()
+    original = copy.deepcopy(model)
+    net = SlimmableDiffusersUNet(model, num_classes=num_classes)
+    assert net.settings.null_class == (num_classes == 4)
+    labels = torch.tensor([1, 3])
+    expected = original(x, t, class_labels=labels).sample
+    torch.testing.assert_close(net(x, t, 1, labels), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(net(x, t, 1), net(x, t, 1, torch.tensor([num_classes] * 2)))
+    table = original.class_embedding.weight
+    null = table[4] if num_classes == 4 else table.mean(0)
+    torch.testing.assert_close(model.class_embedding.weight[num_classes], null)
+    assert flops(net, 0.5, (3, SIZE, SIZE)) < flops(net, 1, (3, SIZE, SIZE))
+    again = SlimmableDiffusersUNet.from_settings(json.loads(json.dumps(net.settings_dict())))
+    assert again.settings == net.settings
+    again.load_state_dict(net.state_dict())
+    for given in (labels, None):
+        dense = again.eval().subnet(0.5)
+        torch.testing.assert_close(dense(x, t, given), net(x, t, 0.5, given))
+
+
+@pytest.mark.parametrize(("num_classes", "embeddings"), [(3, 5), (6, 5), (2, None)])
+def test_other_numbers_of_classes_are_refused(num_classes, embeddings):
+    with pytest.raises(UserError, match=f"--num_classes={num_classes}"):
+        SlimmableDiffusersUNet(tiny(num_class_embeds=embeddings), num_classes=num_classes)
+
+
 def replica_of(module: torch.nn.Module) -> torch.nn.Module:
     """What DataParallel makes of a module on each device: parameters are plain tensors."""
     replica = module._replicate_for_data_parallel()

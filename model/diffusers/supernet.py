@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import diffusers
@@ -32,7 +32,8 @@ TOKENS = 77  # of a text prompt, for counting FLOPs where none is given
 class DiffusersSettings:
     """What defines a network. T: trained timesteps. in_ch: image channels. levels: resolutions.
 
-    config: the model's as diffusers stores it. norm_groups: see UNetSettings.
+    config: the model's as diffusers stores it. norm_groups: see UNetSettings. num_classes: 0 where
+    there are none. null_class: whether the model that it was made from had one.
     """
 
     T: int
@@ -41,6 +42,8 @@ class DiffusersSettings:
     class_name: str
     config: dict = field(hash=False)
     norm_groups: str = "fixed"
+    num_classes: int = 0
+    null_class: bool = True
 
     def check_image_size(self, size: int) -> None:
         """Raise UserError where the levels cannot halve an image of `size` pixels a side."""
@@ -52,14 +55,62 @@ class DiffusersSettings:
 
 
 class DenseDiffusersUNet(nn.Module):
-    """A diffusers model, `.model`, called as a network of this project: (x, t) -> a tensor."""
+    """A diffusers model, `.model`, called as a network of this project: (x, t) -> a tensor.
 
-    def __init__(self, model: ModelMixin) -> None:
+    num_classes: see SlimmableDiffusersUNet.
+    """
+
+    def __init__(self, model: ModelMixin, num_classes: int = 0) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.num_classes = model, num_classes
 
-    def forward(self, x: Tensor, t: Tensor, **conditioning: object) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, labels: Tensor | None = None, **conditioning: object
+    ) -> Tensor:
+        conditioning = _with_classes(conditioning, labels, self.num_classes, x)
         return self.model(x, t, return_dict=False, **conditioning)[0]
+
+
+def _with_classes(
+    conditioning: dict[str, object], labels: Tensor | None, num_classes: int, x: Tensor
+) -> dict[str, object]:
+    """`conditioning` and labels (B,), of which None is the null class, for a network of classes."""
+    if not num_classes or "class_labels" in conditioning:
+        return conditioning
+    if labels is None:
+        labels = torch.full((len(x),), num_classes, device=x.device)
+    return {**conditioning, "class_labels": labels}
+
+
+class _Frequencies(nn.Module):
+    """Share of each class in the training set, where a ClassEmbedding has it."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.full((num_classes,), 1 / num_classes))
+
+
+def _set_null_class(model: ModelMixin, num_classes: int) -> bool:
+    """See that row `num_classes` of the class embedding is the null class; whether it was there.
+
+    A row that is added is the mean of the classes, which training with --label_dropout improves on.
+    """
+    embedding = getattr(model, "class_embedding", None)
+    if not isinstance(embedding, nn.Embedding):
+        raise UserError(f"--num_classes={num_classes}: the model has no classes; leave it out")
+    rows = embedding.num_embeddings
+    if num_classes == rows - 1:
+        return True
+    if num_classes != rows:
+        raise UserError(
+            f"--num_classes={num_classes}: the model has embeddings of {rows} classes: give "
+            f"{rows}, or {rows - 1} if the last one stands for images without a class"
+        )
+    with torch.no_grad():
+        weight = torch.cat([embedding.weight, embedding.weight.mean(0, keepdim=True)])
+    model.class_embedding = nn.Embedding(*weight.shape, _weight=weight)
+    model.register_to_config(num_class_embeds=rows + 1)
+    return False
 
 
 class SlimmableDiffusersUNet(nn.Module):
@@ -68,14 +119,19 @@ class SlimmableDiffusersUNet(nn.Module):
     model: a UNet2DModel or UNet2DConditionModel, which the supernet takes over. T: the timesteps it
     was trained with. norm_groups: see UNetSettings; width 1 is the same with both.
     x (B, in_ch, H, W), t (B,) -> (B, out_ch, H, W). Raises UserError where a layer is of a kind
-    that cannot be narrowed.
+    that cannot be narrowed. num_classes: makes a model with a class embedding a class-conditional
+    network, called with labels (B,) in [0, num_classes]. The last of these, like None, is the null
+    class, which guidance needs: the embedding's last row if it has num_classes + 1, or a new one.
     """
 
-    def __init__(self, model: ModelMixin, T: int = 1000, norm_groups: str = "fixed") -> None:
+    def __init__(
+        self, model: ModelMixin, T: int = 1000, norm_groups: str = "fixed", num_classes: int = 0
+    ) -> None:
         super().__init__()
         if type(model).__name__ not in CLASSES:
             raise UserError(f"a {type(model).__name__} is not one of {', '.join(CLASSES)}")
         self.model = model
+        null_class = _set_null_class(model, num_classes) if num_classes else True
         self.plan = Planner(model, norm_groups == "proportional")()
         config = json.loads(model.to_json_string())
         self.settings = DiffusersSettings(
@@ -85,13 +141,25 @@ class SlimmableDiffusersUNet(nn.Module):
             class_name=type(model).__name__,
             config={k: v for k, v in config.items() if not k.startswith("_")},
             norm_groups=norm_groups,
+            num_classes=num_classes,
+            null_class=null_class,
         )
+        if num_classes:
+            self.class_embedding = _Frequencies(num_classes)
 
-    def forward(self, x: Tensor, t: Tensor, width: float = 1.0, **conditioning: object) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        width: float = 1.0,
+        labels: Tensor | None = None,
+        **conditioning: object,
+    ) -> Tensor:
         """conditioning: class_labels, encoder_hidden_states, … as the diffusers model takes them.
 
         On the meta device, where FLOPs are counted, placeholders stand for what is missing.
         """
+        conditioning = _with_classes(conditioning, labels, self.settings.num_classes, x)
         if x.is_meta:
             conditioning = {**self._placeholders(x), **conditioning}
         self._check_conditioning(conditioning)
@@ -173,27 +241,38 @@ class SlimmableDiffusersUNet(nn.Module):
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.clone()
-        return DenseDiffusersUNet(model).eval()
+        return DenseDiffusersUNet(model, self.settings.num_classes).eval()
 
     def settings_dict(self) -> dict:
         """What `from_settings` takes, as plain JSON-friendly values."""
-        return {
+        s = self.settings
+        values = {
             "kind": "diffusers",
-            "class": self.settings.class_name,
-            "config": self.settings.config,
-            "T": self.settings.T,
-            "norm_groups": self.settings.norm_groups,
+            "class": s.class_name,
+            "config": s.config,
+            "T": s.T,
+            "norm_groups": s.norm_groups,
         }
+        if s.num_classes:
+            values |= {"num_classes": s.num_classes, "null_class": s.null_class}
+        return values
 
     @classmethod
     def from_settings(cls, settings: Mapping) -> SlimmableDiffusersUNet:
         """A network with fresh weights from `settings_dict()`'s values."""
         try:
             name, config, T = settings["class"], settings["config"], settings["T"]
-            groups = settings.get("norm_groups", "fixed")
             if name not in CLASSES:
                 raise UserError(f"a {name} is not one of {', '.join(CLASSES)}")
-            return cls(getattr(diffusers, name).from_config(dict(config)), int(T), groups)
+            net = cls(
+                getattr(diffusers, name).from_config(dict(config)),
+                int(T),
+                settings.get("norm_groups", "fixed"),
+                int(settings.get("num_classes", 0)),
+            )
+            null_class = bool(settings.get("null_class", True))
+            net.settings = replace(net.settings, null_class=null_class)
+            return net
         except UserError:
             raise
         except Exception as error:  # diffusers raises many kinds for values that it does not know
@@ -201,24 +280,30 @@ class SlimmableDiffusersUNet(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, T: int | None = None, norm_groups: str = "fixed"
+        cls,
+        directory: str | Path,
+        T: int | None = None,
+        norm_groups: str = "fixed",
+        num_classes: int = 0,
     ) -> SlimmableDiffusersUNet:
         """Read a model's folder, a pipeline's with unet/ in it, or a file of weights.
 
         T: trained timesteps; None takes those of the model's scheduler. Raises UserError where
-        there is no such model, or no scheduler that says T. Nothing is downloaded.
+        there is no such model, or no scheduler that says T. Nothing is downloaded. num_classes: see
+        the class.
         """
         if T is None:
             trained = trained_diffusion(directory)
             if trained is None:
                 raise UserError(f"{directory} has no scheduler_config.json: give T, its timesteps")
             T = trained.flags["T"]
-        return cls(read_model(directory), int(T), norm_groups)
+        return cls(read_model(directory), int(T), norm_groups, num_classes)
 
     def conditioning(self) -> list[str]:
         """Names of the inputs that the model needs beside x and t."""
         names = []
-        if getattr(self.model, "class_embedding", None) is not None:
+        classes = getattr(self.model, "class_embedding", None) is not None
+        if classes and not self.settings.num_classes:
             names.append("class_labels")
         if self.settings.class_name == "UNet2DConditionModel":
             names.append("encoder_hidden_states")
