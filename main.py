@@ -43,7 +43,7 @@ from model import (
     sampling_networks,
 )
 from model.networks import latency
-from report import SearchProgress, SearchResult, read_front, table
+from report import SearchProgress, SearchResult, front_table, pick_point, read_front, table
 from runtime import processes as distributed
 from runtime.errors import UserError
 from runtime.files import (
@@ -66,6 +66,7 @@ MODES = (
 )  # fmt: skip
 FLAGS = flags.FLAGS
 CIFAR10_STATISTICS = "./stats/cifar10.train.npz"
+LOOK = -2  # the value of --pick without a number
 
 
 def define_flags() -> None:
@@ -196,7 +197,8 @@ def define_flags() -> None:
          "have; 0: the front's knee")  # fmt: skip
     real("distance_limit", 0.0, "pareto: the largest distance of interest, as a multiple of the "
          "least in the first generation; 0: any")  # fmt: skip
-    integer("pick", -1, "take this point of the finished search's front as search.txt instead")
+    integer("pick", -1, "take this point of the finished search's front as search.txt instead; "
+            "without a number: print the front as a table")  # fmt: skip
     integer("num_segments", 0, "genes, each for a run of steps; 0: one gene a step")
     boolean("level_seeds", False, "two- and three-level schedules in the first population")
     boolean("allow_skip", False, "0 is a width too: the step is left out")
@@ -1033,7 +1035,7 @@ def search_identity(evaluator: Evaluator, net: nn.Module, step: int) -> dict[str
 def search() -> None:
     """Search a width schedule for the supernet in LOGDIR and write LOGDIR/search.txt."""
     folder = search_folder()
-    if FLAGS.pick >= 0:
+    if FLAGS.pick != -1:
         pick(folder)
         return
     settings = from_flags(SearchSettings)
@@ -1154,7 +1156,10 @@ def search_txt(folder: Path) -> Path:
 def pick(folder: Path) -> None:
     """Write another point of a finished search's front to search.txt."""
     front = read_front(folder / "front.json")
-    if FLAGS.pick >= len(front["points"]):
+    if FLAGS.pick == LOOK:
+        say(front_table(front, FLAGS.flops_budget))
+        return
+    if not 0 <= FLAGS.pick < len(front["points"]):
         raise UserError(
             f"--pick={FLAGS.pick}: the front has points 0 to {len(front['points']) - 1}"
         )
@@ -1190,6 +1195,8 @@ def ladder(evaluator: Evaluator) -> list[Rung]:
     ]
 
 
+    if distributed.is_main():
+        pick_point(folder, front, FLAGS.pick)
 def shared_states(sampler: diffusion.Sampler) -> SharedStates | None:
     """Where candidates leave the states that others go on from, as --state_memory says."""
     if not 0 <= FLAGS.state_memory < math.inf:
@@ -1342,7 +1349,11 @@ OWN_FLAGS = sorted(set(FLAGS) - _others)
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-    """absl's parser, with one line for a mistake."""
+    """absl's parser, with one line for a mistake; --pick may stand without a number."""
+    argv = [
+        f"--pick={LOOK}" if a in ("-pick", "--pick") and not re.fullmatch(r"-?\d+", b) else a
+        for a, b in zip(argv, [*argv[1:], ""], strict=True)
+    ]
     try:
         rest = FLAGS(argv)
     except (flags.Error, UnicodeDecodeError) as error:
@@ -1366,7 +1377,7 @@ def complain(error: UserError) -> None:
 def alone_at_work(mode: str) -> contextlib.AbstractContextManager:
     """Two runs that add to the same files, of which one was forgotten, would spoil them."""
     folders = {"train": lambda: FLAGS.logdir, "search": search_folder}
-    if mode not in folders or FLAGS.dry_run or FLAGS.pick >= 0 or not distributed.is_main():
+    if mode not in folders or FLAGS.dry_run or FLAGS.pick != -1 or not distributed.is_main():
         return contextlib.nullcontext()
     return alone_in(folders[mode](), wait=False)
 
@@ -1377,7 +1388,7 @@ def run(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             raise UserError(f"stray argument {argv[1]!r}: flags start with --")
         mode = choose_mode(sys.argv[1:])
-        if FLAGS.dry_run and (mode not in PLANNED or FLAGS.pick >= 0):
+        if FLAGS.dry_run and (mode not in PLANNED or FLAGS.pick != -1):
             raise UserError(f"--dry_run: only {', '.join('--' + m for m in PLANNED)} have plans")
         if FLAGS.slimmable_g16 and not FLAGS["num_groups"].present:
             FLAGS["num_groups"].parse("16")  # counts as given

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +15,7 @@ from evaluate import Evaluator
 from model import WidthSchedule, average
 from runtime import processes as distributed
 from runtime.errors import UserError
-from runtime.files import read_json, replacing, save_grid, write_json
+from runtime.files import read_json, replacing, save_grid, write_text
 from search import Candidate, Search, hypervolume, pareto_front
 
 
@@ -59,11 +61,12 @@ def plot_front(
     groups: Mapping[str, Sequence[tuple[float, float]]],
     label: str,
     line: str | None = None,
-    unit: str = "average GFLOPs a step",
+    unit: str = "average GFLOPs per step",
+    numbers: Sequence[tuple[float, float]] = (),
 ) -> None:
     """Distance over cost: one kind of mark for each group of (cost, distance) points.
 
-    line: the group whose points are joined.
+    line: the group whose points are joined. numbers: points that carry their index.
     """
     figure, axes = _figure()
     marks = itertools.cycle("osD^v*PX")
@@ -81,6 +84,8 @@ def plot_front(
             markersize=3 if many else 7,
             alpha=0.4 if many else 0.9,
         )
+    for index, point in enumerate(numbers):
+        axes.annotate(str(index), point, (4, 4), textcoords="offset points", fontsize=7)
     axes.set(xlabel=unit, ylabel=label)
     heights = [y for points in groups.values() for _, y in points if y > 0]
     if heights and max(heights) > 8 * min(heights):
@@ -174,6 +179,8 @@ class SearchResult:
         gflops = average(candidate.schedule, entries, self.flops) / 1e9
         return {
             "distance": candidate.distance,
+            "distance_error": candidate.error,
+            "cost": candidate.cost,
             "average_gflops": gflops,
             "saving": 1 - gflops * 1e9 / self.flops[1.0],
             "latency_ms": 1000 * self.calls * average(candidate.schedule, entries, self.times),
@@ -197,21 +204,12 @@ class SearchResult:
         """The chosen point beside the uniform widths, as a table."""
         rows = [("searched", self.chosen)]
         rows += [(f"width {c.schedule.widths[0]:g}", c) for c in self.uniform()]
-        cells = []
-        for name, candidate in rows:
-            point = self.point(candidate)
-            cells.append(
-                [
-                    name,
-                    f"{point['distance']:.4g}",
-                    f"{point['average_gflops']:.4g}",
-                    f"{100 * point['saving']:.1f} %",
-                    f"{point['latency_ms']:.4g}",
-                ]
-            )
         run, saved = self.passes()
         lines = [
-            table(["schedule", self.label, "GFLOPs / step", "saved", "ms / image"], cells),
+            table(
+                ["schedule", self.label, "GFLOPs / step", "saved", "ms / image"],
+                [[name, *_cells(self.point(candidate))] for name, candidate in rows],
+            ),
             f"{len(self.search.records)} candidates scored, {run:.4g} network passes run and "
             f"{saved:.4g} ({100 * saved / max(1, run + saved):.1f} %) saved by shared states",
         ]
@@ -229,57 +227,35 @@ class SearchResult:
         run, saved = self.passes()
         points = [(c.distance, c.cost) for c in self.front]
         chosen = (self.chosen.distance, self.chosen.cost)
-        write_json(
-            folder / "front.json",
-            {
-                "label": self.label,
-                "encoder": self.evaluator.encoder.name,
-                "images": self.evaluator.num_images,
-                "timesteps": self.timesteps,
-                "full_width_gflops": self.flops[1.0] / 1e9,
-                "points": [self.point(c) for c in self.front],
-                # Null where the weighted sum is least off the front, which ties alone allow.
-                "chosen_point": points.index(chosen) if chosen in points else None,
-                "chosen": self.point(self.chosen),
-                "uniform": [self.point(c) for c in self.uniform()],
-                "candidates": len(self.search.records),
-                "passes": run,
-                "passes_saved": saved,
-                "rank_correlations": self.search.correlations,
-                "generations": list(self.generations),
-            },
-        )
-        self._plot(folder)
-
-    def _plot(self, folder: Path) -> None:
-        def marks(candidates: Sequence[Candidate]) -> list[tuple[float, float]]:
-            return [(c.cost / 1e9, c.distance) for c in candidates]
-
-        unit = "average GFLOPs a step"
-        if self.search.costs is not self.flops:
-            unit = "average time of a step, on the scale of full width's GFLOPs"
-        plot_front(
-            folder / "front.png",
-            {
-                "scored": marks(self.candidates),
-                "front": marks(self.front),
-                "uniform widths": marks(self.uniform()),
-                "chosen": marks([self.chosen]),
-            },
-            self.label,
-            line="front",
-            unit=unit,
-        )
+        front = {
+            "label": self.label,
+            "encoder": self.evaluator.encoder.name,
+            "images": self.evaluator.num_images,
+            "timesteps": self.timesteps,
+            "full_width_gflops": self.flops[1.0] / 1e9,
+            "cost": "flops" if self.search.costs is self.flops else "latency",
+            "points": [self.point(c) for c in self.front],
+            # Null where the weighted sum is least off the front, which ties alone allow.
+            "chosen_point": points.index(chosen) if chosen in points else None,
+            "chosen": self.point(self.chosen),
+            "uniform": [self.point(c) for c in self.uniform()],
+            "scored": [[c.cost, c.distance] for c in self.candidates],
+            "candidates": len(self.search.records),
+            "passes": run,
+            "passes_saved": saved,
+            "rank_correlations": self.search.correlations,
+            "generations": list(self.generations),
+        }
+        write_front(folder, front)
+        draw_front(folder, front)
         every = max(1, len(self.generations) // 6)
         shown = {g["generation"]: g["front"] for g in [*self.generations[::-1][::every]][::-1]}
         plot_fronts(
             folder / "generations.png",
-            {n: [(cost / 1e9, d) for cost, d in front] for n, front in shown.items()},
+            {n: [(cost / 1e9, d) for cost, d in points] for n, points in shown.items()},
             self.label,
-            unit,
+            COST_UNITS[front["cost"]],
         )
-        widths = [self.chosen.schedule[t] for t in self.timesteps]
-        plot_schedule(folder / "schedule.png", self.timesteps, widths, "chosen schedule")
 
     def grid(self, folder: Path) -> Path:
         """Full width and three points of the front on the same noise, one row each."""
@@ -294,14 +270,97 @@ class SearchResult:
         return path
 
 
+COST_UNITS = {
+    "flops": "average GFLOPs per step",
+    "latency": "average time of a step, on the scale of full width's GFLOPs",
+}
+
+
+def _cells(point: Mapping) -> list[str]:
+    """Distance, GFLOPs, saving and time of a point of front.json, as a table has them."""
+    error = point.get("distance_error")
+    return [
+        f"{point['distance']:.4g}" + ("" if error is None else f" ± {error:.2g}"),
+        f"{point['average_gflops']:.4g}",
+        f"{100 * point['saving']:.1f} %",
+        f"{point['latency_ms']:.4g}",
+    ]
+
+
+def front_table(front: Mapping, budget: float = 0.0) -> str:
+    """The points of a front to pick from; with `budget`, the best at that share of the FLOPs."""
+    chosen = front.get("chosen_point")
+    rows = [
+        [f"{index}{' *' if index == chosen else ''}", *_cells(point)]
+        for index, point in enumerate(front["points"])
+    ]
+    lines = [
+        table(["point", front["label"], "GFLOPs / step", "saved", "ms / image"], rows),
+        "* is in use; --pick POINT takes another one",
+    ]
+    if budget:
+        limit = budget * front["full_width_gflops"] * (1 + 1e-9)
+        within = [i for i, p in enumerate(front["points"]) if p["average_gflops"] <= limit]
+        best = min(within, key=lambda i: front["points"][i]["distance"], default=None)
+        lines.append(
+            f"--flops_budget={budget:g}: "
+            + ("no point is as cheap" if best is None else f"point {best} is the best")
+        )
+    return "\n".join(lines)
+
+
+def write_front(folder: Path, front: Mapping) -> None:
+    """front.json: indented, but each list of numbers, such as a schedule, on one line."""
+
+    def joined(match: re.Match) -> str:
+        return "[" + " ".join(match[1].split()) + "]"
+
+    text = re.sub(r"\[\s+([-+.\deE,\s]+?)\s+\]", joined, json.dumps(front, indent=2))
+    write_text(folder / "front.json", text + "\n")
+
+
+def draw_front(folder: Path, front: Mapping) -> None:
+    """front.png, whose points carry their numbers, and schedule.png, from what front.json holds."""
+
+    def marks(points: Sequence[Mapping]) -> list[tuple[float, float]]:
+        return [(p.get("cost", p["average_gflops"] * 1e9) / 1e9, p["distance"]) for p in points]
+
+    chosen, points = front["chosen"], front["points"]
+    plot_front(
+        folder / "front.png",
+        {
+            "scored": [(cost / 1e9, distance) for cost, distance in front.get("scored", ())],
+            "front": marks(points),
+            "uniform widths": marks(front["uniform"]),
+            "chosen": marks([chosen]),
+        },
+        front["label"],
+        line="front",
+        unit=COST_UNITS[front.get("cost", "flops")],
+        numbers=marks(points),
+    )
+    steps, widths = front["timesteps"], chosen["schedule"]
+    if len(widths) != len(steps):
+        widths = [widths[t] for t in steps]
+    plot_schedule(folder / "schedule.png", steps, widths, "chosen schedule")
+
+
+def pick_point(folder: Path, front: dict, index: int) -> None:
+    """Make point `index` the chosen one in front.json and in the pictures."""
+    front |= {"chosen_point": index, "chosen": front["points"][index]}
+    write_front(folder, front)
+    draw_front(folder, front)
+
+
 def read_front(path: Path) -> dict:
     """front.json of a finished search; UserError for anything else."""
     front = read_json(path)
     try:
         for point in front["points"]:
             [float(w) for w in point["schedule"]]
-            float(point["distance"]), float(point["average_gflops"])
-        str(front["label"])
+            for name in ("distance", "average_gflops", "saving", "latency_ms"):
+                float(point[name])
+        str(front["label"]), front["timesteps"], front["uniform"], front["full_width_gflops"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not the front of a finished search") from error
     return front

@@ -14,13 +14,18 @@ from model import WidthSchedule
 
 @dataclass(frozen=True)
 class Candidate:
-    """A scored schedule. cost: mean FLOPs per step, or in the unit of the search's cost table."""
+    """A scored schedule.
+
+    cost: mean FLOPs per step, or in the unit of the search's cost table. error: the standard error
+    of `distance`, where it was measured.
+    """
 
     schedule: WidthSchedule
     distance: float
     cost: float
     generation: int
     record: Mapping[str, object]
+    error: float | None = None
 
 
 def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -399,7 +399,8 @@ def test_the_table_of_what_works_with_what(
     # Neither times nor exact FLOPs nor pictures matter here, and they take long.
     monkeypatch.setattr("main.latency", lambda *arguments: 0.001)
     monkeypatch.setattr("score.flops", lambda net, width, shape: int(1e6 * width**2))
-    monkeypatch.setattr("report.SearchResult._plot", lambda self, folder: None)
+    monkeypatch.setattr("report.draw_front", lambda folder, front: None)
+    monkeypatch.setattr("report.plot_fronts", lambda *arguments: None)
     cell_is(
         says["train"], *TINY, *flags, "--train", "--sandwich", "--batch_size=4", "--total_steps=1",
         "--sample_step=1", "--sample_size=2", "--logdir=new",
