@@ -261,7 +261,8 @@ class Evaluator:
         world = distributed.world()
         by_schedule = not self.alone and 1 < world <= len(order)
         if self.states is not None and not self.alone:
-            self.states.belong_to((by_schedule, self.num_images, self.sampler))
+            images = (self.num_images, self.seed, self.stream)
+            self.states.belong_to((by_schedule, images, self.sampler))
         if by_schedule:
             yield from self._score_mine(schedules, np.array_split(order, world))
             return

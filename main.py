@@ -58,7 +58,7 @@ from runtime.files import (
 from sampling import conditioning as classes
 from sampling import noise as rng
 from sampling.conditioning import Classes
-from search import Genome, Rung, Search, SearchSettings, warm_start
+from search import SEGMENTS, Genome, Rung, Search, SearchSettings, search_stages, warm_start
 from train import Interrupted, Trainer, TrainSettings
 
 MODES = (
@@ -184,6 +184,9 @@ def define_flags() -> None:
     integer("start", 200, "eval_ensemble: the small network runs where end < t < start")
     integer("end", 0, "eval_ensemble: see --start")
     # Search
+    choice("search_method", "evolution", ["evolution", "sensitivity"],
+           "an evolutionary algorithm (published), or a table of what each part of the chain loses "
+           "at each width, and rounds of scoring what an additive model expects")  # fmt: skip
     integer("num_generation", 1000, "generations, the first population included")
     integer("pop_size", 10, "candidates a generation")
     real("fid_weight", 0.5, "weight of the distance in the weighted objective")
@@ -199,7 +202,8 @@ def define_flags() -> None:
          "least in the first generation; 0: any")  # fmt: skip
     integer("pick", -1, "take this point of the finished search's front as search.txt instead; "
             "without a number: print the front as a table")  # fmt: skip
-    integer("num_segments", 0, "genes, each for a run of steps; 0: one gene a step")
+    integer("num_segments", 0, "genes, each for a run of steps; 0: one gene per step, or with "
+            "--search_method=sensitivity 12")  # fmt: skip
     boolean("level_seeds", False, "two- and three-level schedules in the first population")
     boolean("allow_skip", False, "0 is a width too: the step is left out")
     text("search_ladder", "", "cheap rungs, IMAGESxSTEPS,…, that candidates climb to be scored "
@@ -207,6 +211,11 @@ def define_flags() -> None:
     real("ladder_keep", 0.25, "share of a rung's candidates that climb to the next")
     integer("surrogate", 0, "offspring made for each that is scored, screened by a regression "
             "on the log; 0: none are screened")  # fmt: skip
+    integer("confirm_images", 0, "sensitivity: images on fresh noise, at most, for each schedule "
+            "that could be on the front; 0: twice --num_images")  # fmt: skip
+    real(
+        "search_minutes", 0.0, "stop scoring after so many minutes and take what is known; 0: never"
+    )
     real("state_memory", 2.0, "GiB for states that chains share; 0: none are shared")
     choice("state_device", "device", ["device", "host"], "where these are kept")
     text("search_warm_start", "", "log of another search whose best schedules start this one")
@@ -1052,13 +1061,7 @@ def search() -> None:
     evaluator.states = shared_states(evaluator.sampler)
     rungs = ladder(evaluator)
     times = latency_table(folder, evaluator)
-    genome = Genome(
-        ((0.0,) if FLAGS.allow_skip else ()) + tuple(all_widths()),
-        tuple(evaluator.timesteps()),
-        FLAGS.T,
-        settings.num_segments,
-        tuple(evaluator.evaluations()),
-    )
+    genome = search_genome(settings)
     start = []
     if FLAGS.search_warm_start:
         start = warm_start(FLAGS.search_warm_start, genome, settings.pop_size // 2)
@@ -1079,6 +1082,8 @@ def search() -> None:
         start=start,
         ladder=rungs,
         on_generation=progress.note,
+        images=FLAGS.num_images,
+        say=say,
     )
     seen = job.run()
     result = SearchResult(job, seen, flops, times, evaluator, progress.generations)
@@ -1088,6 +1093,22 @@ def search() -> None:
     grid = result.grid(folder)  # all processes draw their share of it
     if distributed.is_main():
         say(f"saved {search_txt(folder)}, {folder / 'front.json'}, pictures and {grid}")
+
+
+def search_genome(settings: SearchSettings) -> Genome:
+    """The search space that the flags describe."""
+    sampler, levels = chosen_sampler(), noise_schedule()
+    steps = sampler.timesteps(levels)
+    segments = settings.num_segments
+    if settings.search_method == "sensitivity" and not segments:
+        segments = min(SEGMENTS, len(steps))
+    return Genome(
+        ((0.0,) if FLAGS.allow_skip else ()) + tuple(all_widths()),
+        tuple(steps),
+        FLAGS.T,
+        segments,
+        tuple(sampler.evaluations(levels)),
+    )
 
 
 def planned_network() -> nn.Module:
@@ -1105,8 +1126,18 @@ def plan_scoring(net: nn.Module, schedule: WidthSchedule) -> None:
 
 
 def plan_search(net: nn.Module, settings: SearchSettings) -> None:
-    """Say what the search would cost, rung by rung."""
+    """Say what the search would cost, rung by rung or stage by stage."""
     sampler, count = chosen_sampler(), settings.num_generation * settings.pop_size
+    note = "at the widths' mean cost, before shared states save any"
+    if settings.search_method == "sensitivity":
+        steps = len(sampler.evaluations(noise_schedule()))
+        stages = search_stages(settings, search_genome(settings), FLAGS.num_images)
+        scorings = [
+            estimate.Scoring(name, count, images, max(1, round(share * steps)))
+            for name, count, images, share in stages
+        ]
+        plan(net, scorings, all_widths(), f"{note}; at most")
+        return
     scorings = []
     for name, images, rung in parse_ladder(sampler):
         steps = len(rung.evaluations(noise_schedule()))
@@ -1114,7 +1145,6 @@ def plan_search(net: nn.Module, settings: SearchSettings) -> None:
         count = math.ceil(settings.ladder_keep * count)
     steps = len(sampler.evaluations(noise_schedule()))
     scorings.append(estimate.Scoring("full setting", count, FLAGS.num_images, steps))
-    note = "at the widths' mean cost, before shared states save any"
     plan(net, scorings, all_widths(), note)
 
 
@@ -1154,7 +1184,7 @@ def search_txt(folder: Path) -> Path:
 
 
 def pick(folder: Path) -> None:
-    """Write another point of a finished search's front to search.txt."""
+    """Print the front of a finished search, or write another point of it to search.txt."""
     front = read_front(folder / "front.json")
     if FLAGS.pick == LOOK:
         say(front_table(front, FLAGS.flops_budget))
@@ -1165,6 +1195,8 @@ def pick(folder: Path) -> None:
         )
     point = front["points"][FLAGS.pick]
     WidthSchedule(point["schedule"]).save(search_txt(folder))
+    if distributed.is_main():
+        pick_point(folder, front, FLAGS.pick)
     say(
         f"point {FLAGS.pick}: {front['label']} {point['distance']:.6g} at "
         f"{point['average_gflops']:.4g} GFLOPs a step, now in {search_txt(folder)}"
@@ -1195,8 +1227,6 @@ def ladder(evaluator: Evaluator) -> list[Rung]:
     ]
 
 
-    if distributed.is_main():
-        pick_point(folder, front, FLAGS.pick)
 def shared_states(sampler: diffusion.Sampler) -> SharedStates | None:
     """Where candidates leave the states that others go on from, as --state_memory says."""
     if not 0 <= FLAGS.state_memory < math.inf:
@@ -1210,7 +1240,7 @@ def shared_states(sampler: diffusion.Sampler) -> SharedStates | None:
 
 
 def scores_of(evaluator: Evaluator):
-    """What the search calls to score schedules."""
+    """What the search calls to score schedules (search.Score)."""
     kept = evaluator.timesteps()
 
     def with_a_step(schedule: WidthSchedule) -> WidthSchedule:
@@ -1220,8 +1250,11 @@ def scores_of(evaluator: Evaluator):
         widths = [max(schedule.widths), *(0.0 for _ in kept[1:])]
         return WidthSchedule(widths, kept)
 
-    def scores(schedules: Sequence[WidthSchedule]):
-        for index, found in evaluator.score_all([*map(with_a_step, schedules)]):
+    def scores(schedules: Sequence[WidthSchedule], noise: int = 0):
+        # Streams below 256 are those of other uses.
+        on_noise = replace(evaluator, stream=evaluator.stream + (noise << 8))
+        chosen = on_noise if noise else evaluator
+        for index, found in chosen.score_all([*map(with_a_step, schedules)]):
             yield (
                 index,
                 {

@@ -1,4 +1,4 @@
-"""The search for a width schedule: genome, evolution, log, resume, Pareto front.
+"""The search for a width schedule: genome, methods, log, resume, Pareto front.
 
 This room sees the evaluation as a callable from schedules to distances and the cost of a step as a
 table. It knows nothing of networks, samplers, devices or flags.
@@ -9,10 +9,14 @@ from search.genome import Genome
 from search.log import schedules_of, warm_start
 from search.run import Search
 from search.scoring import Rung, Score
-from search.settings import OBJECTIVES, SearchSettings
+from search.sensitivity import SEGMENTS
+from search.sensitivity import stages as search_stages
+from search.settings import METHODS, OBJECTIVES, SearchSettings
 
 __all__ = [
+    "METHODS",
     "OBJECTIVES",
+    "SEGMENTS",
     "Candidate",
     "Genome",
     "Rung",
@@ -23,5 +27,6 @@ __all__ = [
     "knee",
     "pareto_front",
     "schedules_of",
+    "search_stages",
     "warm_start",
 ]

@@ -16,10 +16,11 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.stats import norm
 
 SMOOTH = 0.25  # of the chain: the reach of what neighbouring genes share
-SCALE_ERROR = 0.5  # of the table's scale
+ALIKE = 0.8  # correlation of the deviations of a gene's widths
+LEAST = 0.03  # of a width's deviation, in log distance, whatever its uniform score
 LEVEL = 3.0  # deviation of the level, in log distance
-SIZES = (0.01, 0.1, 0.3, 1.0)  # of a smooth correction, if all genes had it
-NOISES = (0.003, 0.01, 0.02, 0.04)  # of a log distance, what the model lacks included
+SIZES = (0.3, 1.0, 3.0)  # of the genes' deviations, in units of their means
+NOISES = (0.003, 0.01, 0.02, 0.04)  # of a log distance
 
 
 def settled(
@@ -102,53 +103,57 @@ def stakes(effects: np.ndarray, errors: np.ndarray, costs: np.ndarray) -> np.nda
 
 @dataclass
 class Belief:
-    """What a table and scored candidates say of the effects, as a normal distribution.
+    """What scored candidates say of the effects, as a normal distribution.
 
-    log distance of a row = level + Σ effect[gene, width] + noise. Before any candidate an effect is
-    the table's with its error; beside that, errors that the genes share are possible: of the
-    table's scale, and smooth functions of the place in the chain, for each width, as interactions
-    between narrow genes look. Their size and the noise are those of the greatest likelihood.
+    log distance of a row = level + Σ effect[gene, width] + noise. Before any candidate, a gene has
+    its share of what its width does where every gene has it. Genes differ from that, each for
+    itself and neighbours alike, by a deviation of the same order; how large it is, and the noise,
+    are those of the greatest likelihood. The noise includes what an additive model lacks.
     """
 
     mean: np.ndarray  # (genes, widths)
+    errors: np.ndarray  # (genes, widths), standard deviations
     noise: float
+    level: float
     _root: np.ndarray
     _used: list[int]
 
     @classmethod
     def of(
-        cls,
-        table: np.ndarray,
-        errors: np.ndarray,
-        shares: np.ndarray,
-        rows: np.ndarray,
-        log_distances: np.ndarray,
+        cls, uniform: np.ndarray, shares: np.ndarray, rows: np.ndarray, log_distances: np.ndarray
     ) -> Belief:
-        """shares: (genes,) of the steps. rows: (n, genes), with their (n,) log distances."""
-        used = [i for i in range(table.shape[1] - 1) if np.isfinite(table[:, i]).any()]
-        prior = np.where(np.isfinite(table), table, 0)[:, used].ravel()
+        """uniform: (widths,) changes of log distance of the uniform widths, infinite for one that
+        is not to be used. shares: (genes,) of the steps. rows: (n, genes), with their (n,) log
+        distances."""
+        used = [i for i in np.flatnonzero(np.isfinite(uniform)) if i != len(uniform) - 1]
+        prior = np.outer(shares, uniform[used]).ravel()
         inputs = np.stack([rows == width for width in used], 2).reshape(len(rows), -1).astype(float)
         places = np.cumsum(shares) - shares / 2
-        near = np.exp(-0.5 * ((places[:, None] - places) / SMOOTH) ** 2) * np.outer(shares, shares)
-        smooth = np.kron(near, 0.5 + 0.5 * np.eye(len(used)))
-        known = np.diag(errors[:, used].ravel() ** 2) + np.outer(prior, prior) * SCALE_ERROR**2
+        alike = np.exp(-0.5 * ((places[:, None] - places) / SMOOTH) ** 2) + np.eye(len(shares))
+        sizes = np.abs(uniform[used]) + LEAST
+        between = np.outer(sizes, sizes) * (ALIKE + (1 - ALIKE) * np.eye(len(used)))
+        unit = np.kron(alike * np.outer(shares, shares) / 2, between)
         rest = log_distances - inputs @ prior
         fits = []
         for size, noise in itertools.product(SIZES, NOISES):
-            covariance = known + size**2 * smooth
-            of_data = inputs @ covariance @ inputs.T + noise**2 * np.eye(len(rows)) + LEVEL**2
+            of_data = size**2 * inputs @ unit @ inputs.T
+            of_data += noise**2 * np.eye(len(rows)) + LEVEL**2
             factor = cho_factor(of_data, lower=True)
             solved = cho_solve(factor, rest)
             fit = -rest @ solved / 2 - np.log(np.diag(factor[0])).sum()
-            fits.append((fit, covariance, noise, factor, solved))
-        _, covariance, noise, factor, solved = max(fits, key=lambda fit: fit[0])
-        gain = covariance @ inputs.T
-        posterior = covariance - gain @ cho_solve(factor, gain.T)
+            fits.append((fit, size, noise, factor, solved))
+        _, size, noise, factor, solved = max(fits, key=lambda fit: fit[0])
+        gain = size**2 * unit @ inputs.T
+        posterior = size**2 * unit - gain @ cho_solve(factor, gain.T)
         values, vectors = np.linalg.eigh((posterior + posterior.T) / 2)
-        mean = table.copy()
-        flat = (prior + gain @ solved).reshape(len(table), -1)
-        mean[:, used] = np.where(np.isfinite(table[:, used]), flat, np.inf)
-        return cls(mean, noise, vectors * np.sqrt(np.maximum(values, 0)), used)
+        root = vectors * np.sqrt(np.maximum(values, 0))
+        shape = len(shares), len(used)
+        mean, errors = np.full((2, len(shares), len(uniform)), np.inf)
+        mean[:, -1] = errors[:, -1] = 0
+        mean[:, used] = (prior + gain @ solved).reshape(shape)
+        errors[:, used] = np.sqrt((root**2).sum(1)).reshape(shape)
+        level = np.mean(log_distances - mean[np.arange(len(shares)), rows].sum(1))
+        return cls(mean, errors, noise, float(level), root, used)
 
     def draw(self, random: np.random.Generator) -> np.ndarray:
         """Effects (genes, widths) as they may be."""

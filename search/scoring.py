@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from tqdm import tqdm
 
 from model import WidthSchedule, average
+from runtime import processes as distributed
 from search.front import Candidate
 from search.genome import Genome
 from search.log import SearchLog
 
-# Schedules in; (index, {"distance": …, "passes": …, …}) out, in any order.
-Score = Callable[[Sequence[WidthSchedule]], Iterator[tuple[int, Mapping[str, object]]]]
+
+class Score(Protocol):
+    """The evaluation of schedules."""
+
+    def __call__(
+        self, schedules: Sequence[WidthSchedule], noise: int = 0
+    ) -> Iterator[tuple[int, Mapping[str, object]]]:
+        """(index, {"distance": …, "passes": …, …}) of each schedule, in any order.
+
+        noise: 0 for the search's own; any other number for a noise that is independent of it and
+        of those of all other numbers.
+        """
 
 
 @dataclass(frozen=True)
@@ -24,17 +37,23 @@ class Rung:
     score: Score
 
 
+class OutOfTime(Exception):  # noqa: N818 - it is an end, not an error
+    """The time for scoring is over; what was scored is in the log."""
+
+
 @dataclass
 class Scorer:
     """Scores candidates, each at most once per log and rung.
 
-    costs: the cost per step of each width (0 for width 0).
+    costs: the cost per step of each width (0 for width 0). end: the time on the monotonic clock
+    after which OutOfTime ends the scoring, where there is one.
     """
 
     genome: Genome
     costs: Mapping[float, float]
     log: SearchLog
     bar: tqdm
+    end: float | None = None
 
     def cost(self, schedule: WidthSchedule) -> float:
         """The mean cost of a step, or of a call where steps have two."""
@@ -62,8 +81,21 @@ class Scorer:
             self.bar.set_postfix(
                 generation=record["generation"], distance=f"{record['distance']:.4g}"
             )
+            # One process decides, so that all stop after the same candidate.
+            if self.end and distributed.gather(time.monotonic() > self.end)[0]:
+                raise OutOfTime
+        return [self._candidate(rung.name, s, g) for s, g in generations.items()]
+
+    def known(self, rung: str) -> list[Candidate]:
+        """All candidates that the log has of a rung."""
+        steps = self.genome.timesteps
+        keys = None if len(steps) == self.genome.T else steps
         return [
-            Candidate(s, record["distance"], self.cost(s), generation, record)
-            for s, generation in generations.items()
-            for record in [records[rung.name, s.widths]]
+            self._candidate(rung, WidthSchedule(widths, keys), record["generation"])
+            for (name, widths), record in self.log.records.items()
+            if name == rung and len(widths) == len(steps)
         ]
+
+    def _candidate(self, rung: str, schedule: WidthSchedule, generation: int) -> Candidate:
+        record = self.log.records[rung, schedule.widths]
+        return Candidate(schedule, record["distance"], self.cost(schedule), generation, record)

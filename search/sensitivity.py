@@ -1,45 +1,43 @@
-"""The search that starts from a table of sensitivities and scores what additive models expect.
+"""The search that starts from a table of sensitivities and scores what an additive model expects.
 
-1. Uniform widths; one whose score is hopeless is left out.
+1. Uniform widths. One whose score is hopeless is left out.
 2. The table: one gene narrowed to one width, all others at full width, on the same noise as full
-   width; an entry is the change of log distance. Few images at first, on two noises; more where an
-   entry's error could change the front. An entry's error comes from these repetitions.
-3. Rounds: fit a model to the table and all candidates so far, take its exact front, and the fronts
-   of the model on bootstrap samples for exploration; score what is new.
-4. The last word: candidates that could be on the front are scored again on fresh noise, repeatedly,
-   until they are told apart. A distance's error comes from these repetitions.
+   width; the change of log distance is the entry. First the narrowest width of every gene. What the
+   other widths do follows roughly from the uniform scores, and is scored where that is not enough.
+3. Rounds: a model of all scores so far has exact fronts, its own and those of effects drawn from
+   what the scores leave open. Score the points that are expected to add most.
+4. Fresh noise: what could be on the front is scored again, more than once. The spread over these
+   noises is the error of a distance.
 
-Log distances of single narrowings add up well, but a table cannot see what only happens when many
-genes are narrow at once. So it is a start: every point of the result has been scored.
+All scores but the last have the same images, so entries are candidates like any other. Few images
+for many entries would not do: while a noise has no more images than the encoder has features, the
+distance is that of the missing images, and a narrow gene hardly shows in it.
+
+Effects add up well, but a table cannot see what only happens when many genes are narrow at once. So
+the table is a start: every point of the result has been scored.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from model import WidthSchedule
 from search.additive import Belief, exact_front, settled, stakes
-from search.front import Candidate, hypervolume
+from search.front import Candidate, hypervolume, pareto_front
 from search.genome import Genome
 from search.scoring import Rung, Score, Scorer
 from search.settings import SearchSettings
 
 SEGMENTS = 12  # genes, where --num_segments does not say
 HOPELESS = 8.0  # a width's uniform distance, as a multiple of the best uniform one
-TABLE_SHARE = 8  # a table's noise has num_images / this many images
-SCALES = (0.5, 20.0)  # least and largest factor between a table of few images and the full setting
-REPEATS = 4  # noises of a table's entry, at most
-AT_STAKE = 5e-3  # of the whole table: entries that could save more than this get more images
-PATIENCE, MOVED = (
-    3,
-    2e-3,
-)  # rounds without a relative growth of hypervolume by so much end the search
+AT_STAKE = 2e-3  # in log distance: entries are scored where knowing them could save more than this
+PATIENCE = 3  # rounds in which the hypervolume must grow …
+GROWTH = 2e-3  # … by this share, or the search ends
 FRESH = 32  # number of the first noise that no part of the search has seen
 
 
@@ -54,102 +52,68 @@ class Sensitivity:
     images: int
     on_generation: Callable[[int, Sequence[Candidate]], None] | None = None
     say: Callable[[str], None] = lambda text: None
-    usable: list[int] = field(default_factory=list, init=False)  # columns, full width's the last
-    noise_error: float = field(default=0.0, init=False)  # of a log distance's change, all images
+    candidates: dict[WidthSchedule, Candidate] = field(default_factory=dict, init=False)
+    changes: np.ndarray = field(init=False)  # (widths,) of log distance, of uniform widths
+    reference: tuple[float, float] = field(init=False)  # of hypervolumes
 
     def run(self) -> list[Candidate]:
         """The candidates that could be on the front, and the uniform widths, on fresh noise."""
         s = self.settings
-        candidates = {c.schedule: c for c in self._uniform()}
-        table = self._table()
-        self._generation(1, candidates)
-        worst = max(c.distance for c in candidates.values())
-        reference = (1.1 * worst, 1.1 * max(c.cost for c in candidates.values()))
-        volumes = [hypervolume([*candidates.values()], reference)]
+        self._uniform()
+        if np.isfinite(self.changes).sum() == 1:
+            return [*self.candidates.values()]  # nothing to choose from
+        self._table()
+        self._generation(1)
+        volumes = [hypervolume([*self.candidates.values()], self.reference)]
         for generation in range(2, s.num_generation + 1):
-            new = self._proposed(generation, table, candidates)
+            new = self._proposed(generation)
             if not new:
                 break
-            for c in self._scored(Rung("", self.score), dict.fromkeys(new, generation)):
-                candidates[c.schedule] = c
-            self._generation(generation, candidates)
-            volumes.append(hypervolume([*candidates.values()], reference))
-            if len(volumes) > PATIENCE and volumes[-1] < (1 + MOVED) * volumes[-1 - PATIENCE]:
+            self._add(new, generation)
+            self._generation(generation)
+            volumes.append(hypervolume([*self.candidates.values()], self.reference))
+            if len(volumes) > PATIENCE and volumes[-1] < (1 + GROWTH) * volumes[-1 - PATIENCE]:
                 break
-        return self._confirmed([*candidates.values()])
+        return self._confirmed([*self.candidates.values()])
 
     # --- the start ---
 
-    def _uniform(self) -> list[Candidate]:
+    def _uniform(self) -> None:
         """Score the uniform widths and choose the usable ones."""
         rows = self.genome.uniform()
-        schedules = [self.genome.decode(row) for row in rows]
-        candidates = self._scored(Rung("", self.score), dict.fromkeys(schedules, 1))
-        least = min(c.distance for c in candidates)
-        full = len(self.genome.widths) - 1
-        self.usable = [full]
-        for row, c in zip(rows, candidates, strict=True):
-            width = self.genome.widths[row[0]]
-            if row[0] == full:
-                continue
-            if c.distance <= HOPELESS * least:
-                self.usable.append(row[0])
+        self._add([self.genome.decode(row) for row in rows], 1)
+        distances = [c.distance for c in self.candidates.values()]
+        least = min(distances)
+        self.changes = np.full(len(self.genome.widths), np.inf)
+        for (column, *_), distance in zip(rows, distances, strict=True):
+            width = self.genome.widths[column]
+            if width == 1 or distance <= HOPELESS * least:
+                self.changes[column] = math.log(distance / distances[0])
             else:
                 self.say(
-                    f"width {width:g} is left out: at every step its distance is {c.distance:.4g}, "
-                    f"{c.distance / least:.0f} times the best uniform width's"
+                    f"width {width:g} is left out: at every step its distance is {distance:.4g}, "
+                    f"{distance / least:.0f} times the best uniform width's"
                 )
+        if self.genome.widths[0] == 0:  # has no uniform score
+            self.changes[0] = 2 * self.changes[np.isfinite(self.changes)].max()
+        usable = [c for c in self.candidates.values() if c.distance <= HOPELESS * least]
+        self.reference = 1.1 * max(c.distance for c in usable), 1.1 * max(c.cost for c in usable)
+
+    def _table(self) -> None:
+        """Score entries: the narrowest width of every gene, then others that decide."""
+        usable = np.flatnonzero(np.isfinite(self.changes))
+        columns = [c for c in usable if self.genome.widths[c] > 0][:1]
         if self.genome.widths[0] == 0:
-            self.usable.append(0)
-        self.usable.sort()
-        return candidates
-
-    def _table(self) -> tuple[np.ndarray, np.ndarray]:
-        """Effects and their standard errors."""
-        images = max(2, self.images // TABLE_SHARE)
-        entries = {
-            (gene, width): self._narrowed(gene, width)
-            for gene in range(self.genome.genes)
-            for width in self.usable[:-1]
-        }
-        entries = {key: s for key, s in entries.items() if s is not None}
-        seen: dict[tuple[int, int], list[float]] = {key: [] for key in entries}
-        wanted = list(entries)
-        for noise in range(1, REPEATS + 1):
-            rung = self._rung(images, noise)
-            full = self.genome.decode(np.full(self.genome.genes, len(self.genome.widths) - 1))
-            schedules = [full, *(entries[key] for key in wanted)]
-            scored = self._scored(rung, dict.fromkeys(schedules, 1))
-            logs = {c.schedule: math.log(c.distance) for c in scored}
-            for key in wanted:
-                seen[key].append(logs[entries[key]] - logs[full])
-            if noise >= 2:
-                effects, errors = self._estimates(seen, images)
-                plain = settled(effects, self.genome.widths, errors)
-                stake = stakes(plain, errors, self.costs)
-                whole = np.where(np.isfinite(plain), plain, 0).max(1).sum()
-                wanted = [key for key in wanted if stake[key] > AT_STAKE * whole]
-                if not wanted:
-                    break
-        return effects, errors
-
-    def _estimates(
-        self, seen: dict[tuple[int, int], list[float]], images: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Means and standard errors of the entries' repetitions; a variance from few of them is
-        drawn towards the mean one."""
-        degrees = sum(len(values) - 1 for values in seen.values())
-        squares = {key: np.var(values) * len(values) for key, values in seen.items()}
-        mean = sum(squares.values()) / degrees
-        self.noise_error = math.sqrt(mean * images / self.images)
-        shape = self.genome.genes, len(self.genome.widths)
-        effects, errors = np.full(shape, np.inf), np.zeros(shape)
-        effects[:, -1] = 0
-        for key, values in seen.items():
-            effects[key] = np.mean(values)
-            variance = (4 * mean + squares[key]) / (4 + len(values) - 1)
-            errors[key] = math.sqrt(variance / len(values))
-        return effects, errors
+            columns.append(0)
+        entries = [(gene, column) for gene in range(self.genome.genes) for column in columns]
+        done = set()
+        while entries:
+            done |= {*entries}
+            schedules = [self._narrowed(*entry) for entry in entries]
+            self._add([s for s in schedules if s is not None], 1)
+            belief = self._belief()
+            stake = stakes(settled(belief.mean, self.genome.widths), belief.errors, self.costs)
+            entries = [e for e in np.ndindex(stake.shape) if stake[e] > AT_STAKE and e not in done]
 
     def _narrowed(self, gene: int, width: int) -> WidthSchedule | None:
         """One gene at one width, the others at full width; None where every step is skipped."""
@@ -170,57 +134,35 @@ class Sensitivity:
 
     # --- rounds ---
 
-    def _proposed(
-        self,
-        generation: int,
-        table: tuple[np.ndarray, np.ndarray],
-        candidates: Mapping[WidthSchedule, Candidate],
-    ) -> list[WidthSchedule]:
-        """Up to pop_size schedules that are not scored yet, spread over the costs of the front.
+    def _proposed(self, generation: int) -> list[WidthSchedule]:
+        """Up to pop_size schedules that are not scored yet.
 
-        Every other one is of the front of effects that are drawn, for exploration.
+        Each is, of an exact front, the one that is expected to add most to the hypervolume of what
+        is scored and chosen. Every other front is that of effects that are drawn, to explore.
         """
-        s, random = self.settings, np.random.default_rng([self.settings.seed, 2, generation])
-        belief = self._belief(table, candidates)
-        best = self._front(belief.mean)
-        ends = [self._cost(best[0]), self._cost(best[-1])]
-        new: dict[WidthSchedule, None] = {}
-        for place in range(s.pop_size):
-            rows = self._front(belief.draw(random)) if place % 2 else best
-            target = ends[0] + (ends[1] - ends[0]) * (place + random.random()) / s.pop_size
-            rows.sort(key=lambda row: abs(self._cost(row) - target))
-            schedules = map(self.genome.decode, rows)
-            fresh = (
-                schedule
-                for schedule in schedules
-                if any(schedule.widths) and schedule not in candidates and schedule not in new
-            )
-            new |= dict.fromkeys(itertools.islice(fresh, 1))
-        return list(new)
+        random = np.random.default_rng([self.settings.seed, 2, generation])
+        belief, points, new = self._belief(), [*self.candidates.values()], []
+        for place in range(self.settings.pop_size):
+            effects = belief.draw(random) if place % 2 else belief.mean
+            options = []
+            for row in exact_front(settled(effects, self.genome.widths), self.costs):
+                schedule = self.genome.decode(row)
+                if any(schedule.widths) and schedule not in self.candidates and schedule not in new:
+                    distance = math.exp(belief.level + effects[np.arange(len(row)), row].sum())
+                    options.append(Candidate(schedule, distance, self.scorer.cost(schedule), 0, {}))
+            if options:
+                points.append(max(options, key=lambda c: hypervolume([*points, c], self.reference)))
+                new.append(points[-1].schedule)
+        return new
 
-    def _belief(
-        self,
-        table: tuple[np.ndarray, np.ndarray],
-        candidates: Mapping[WidthSchedule, Candidate],
-    ) -> Belief:
-        """The table, put on the scale of the full setting by the uniform widths, and corrected."""
-        usable = {self.genome.widths[i] for i in self.usable}
-        scored = [c for c in candidates.values() if set(c.schedule.widths) <= usable]
+    def _belief(self) -> Belief:
+        usable = {w for w, c in zip(self.genome.widths, self.changes, strict=True) if c < np.inf}
+        scored = [c for c in self.candidates.values() if set(c.schedule.widths) <= usable]
         rows = np.array([self.genome.encode(c.schedule) for c in scored])
         logs = np.array([math.log(c.distance) for c in scored])
-        uniform = [i for i, row in enumerate(rows) if len(set(row)) == 1]
-        sums = np.array([table[0][:, rows[i][0]].sum() for i in uniform])
-        changes = logs[uniform] - logs[uniform][0]  # full width is the first
-        scale = np.clip(sums @ changes / max(sums @ sums, 1e-12), *SCALES)
         count = len(self.genome.timesteps)
         shares = np.bincount(np.arange(count) * self.genome.genes // count) / count
-        return Belief.of(scale * table[0], scale * table[1], shares, rows, logs)
-
-    def _front(self, effects: np.ndarray) -> list[np.ndarray]:
-        return exact_front(settled(effects, self.genome.widths), self.costs)
-
-    def _cost(self, row: np.ndarray) -> float:
-        return float(self.costs[np.arange(len(row)), row].sum())
+        return Belief.of(self.changes, shares, rows, logs)
 
     # --- the end ---
 
@@ -228,14 +170,16 @@ class Sensitivity:
         """The candidates that could be on the front, and the uniform ones, on fresh noise."""
         images = self.settings.confirm_images or 2 * self.images
         logs: dict[WidthSchedule, list[float]] = {}
-        left = self._contenders(candidates, self.noise_error)
+        noise_error = self._belief().noise
+        left = self._contenders(candidates, noise_error)
         for noise in range(max(1, round(images / self.images))):
-            scored = self._scored(
-                self._rung(self.images, FRESH + noise), {c.schedule: c.generation for c in left}
+            rung = Rung(
+                f"noise {FRESH + noise}", functools.partial(self.score, noise=FRESH + noise)
             )
+            scored = self.scorer.candidates(rung, {c.schedule: c.generation for c in left})
             for c in scored:
                 logs.setdefault(c.schedule, []).append(math.log(c.distance))
-            own, paired = _spread([logs[c.schedule] for c in scored], self.noise_error)
+            own, paired = _spread([logs[c.schedule] for c in scored], noise_error)
             means = {c.schedule: math.exp(np.mean(logs[c.schedule])) for c in scored}
             scored = [
                 replace(c, distance=means[c.schedule], error=own and own * means[c.schedule])
@@ -245,46 +189,54 @@ class Sensitivity:
         return left
 
     def _contenders(self, candidates: Sequence[Candidate], error: float) -> list[Candidate]:
-        """Candidates that no other one of at most their cost beats by more than a standard error,
-        of pop_size ranges of cost the best two each; and the uniform widths."""
-        costs = [c.cost for c in candidates]
-        span = (max(costs) - min(costs)) / self.settings.pop_size or 1.0
-        ranges: dict[int, list[tuple[float, float, int]]] = {}
-        for index, c in enumerate(candidates):
-            least = min(other.distance for other in candidates if other.cost <= c.cost)
-            excess = math.log(c.distance / least)
-            if excess <= error:
-                place = int((c.cost - min(costs)) / span)
-                ranges.setdefault(place, []).append((excess, c.distance, index))
-        chosen = {index for found in ranges.values() for *_, index in sorted(found)[:2]}
-        chosen |= {i for i, c in enumerate(candidates) if len(set(c.schedule.widths)) == 1}
-        return [candidates[i] for i in sorted(chosen)]
+        """The front, its rivals, and the uniform widths.
+
+        Of the front the 2·pop_size points without which it would lose most; of the candidates that
+        the front beats by no more than one standard error, the pop_size / 2 nearest to it.
+        """
+        front = pareto_front(candidates)
+        while len(front) > max(2, 2 * self.settings.pop_size):
+            areas = [
+                (dearer.cost - c.cost) * math.log(cheaper.distance / c.distance)
+                for dearer, c, cheaper in zip(front, front[1:], front[2:], strict=False)
+            ]
+            del front[1 + int(np.argmin(areas))]
+        chosen = {c.schedule for c in front}
+        excesses = {
+            c.schedule: math.log(
+                c.distance / min(other.distance for other in candidates if other.cost <= c.cost)
+            )
+            for c in candidates
+        }
+        rivals = sorted((s for s in excesses if 0 < excesses[s] <= error), key=excesses.get)
+        chosen |= {*rivals[: self.settings.pop_size // 2]}
+        chosen |= {c.schedule for c in candidates if len(set(c.schedule.widths)) == 1}
+        return [c for c in candidates if c.schedule in chosen]
 
     # --- how ---
 
-    def _rung(self, images: int, noise: int) -> Rung:
-        score = functools.partial(self.score, images=images, noise=noise)
-        return Rung(f"{images} images, noise {noise}", score)
+    def _add(self, schedules: Sequence[WidthSchedule], generation: int) -> None:
+        """Score schedules at the full setting."""
+        rung = Rung("", self.score)
+        for c in self.scorer.candidates(rung, dict.fromkeys(schedules, generation)):
+            self.candidates.setdefault(c.schedule, c)
 
-    def _scored(self, rung: Rung, generations: dict[WidthSchedule, int]) -> list[Candidate]:
-        return self.scorer.candidates(rung, generations)
-
-    def _generation(self, number: int, candidates: dict[WidthSchedule, Candidate]) -> None:
+    def _generation(self, number: int) -> None:
         if self.on_generation:
-            self.on_generation(number, list(candidates.values()))
+            self.on_generation(number, list(self.candidates.values()))
 
 
 def stages(
     settings: SearchSettings, genome: Genome, images: int
 ) -> list[tuple[str, int, int, float]]:
     """(name, candidates, images, share of the chain) of each stage, at most: for plans."""
-    widths, population = len(genome.widths) - 1, settings.pop_size
+    population = settings.pop_size
     return [
         ("uniform widths", len(genome.uniform()), images, 1.0),
-        # On two noises; a narrowed chain goes on from full width's, so half of it is run.
-        ("table", genome.genes * widths * 2, max(2, images // TABLE_SHARE), 0.5),
+        # A narrowed chain goes on from full width's, so half of it is run.
+        ("table", genome.genes * (len(genome.widths) - 1), images, 0.5),
         ("rounds", (settings.num_generation - 1) * population, images, 1.0),
-        ("fresh noise", 2 * population, settings.confirm_images or 2 * images, 1.0),
+        ("fresh noise", 5 * population // 2, settings.confirm_images or 2 * images, 1.0),
     ]
 
 

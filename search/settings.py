@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from runtime.errors import UserError
 
+METHODS = ("evolution", "sensitivity")
 OBJECTIVES = ("weighted", "pareto")
 
 
@@ -14,6 +15,7 @@ OBJECTIVES = ("weighted", "pareto")
 class SearchSettings:
     """How candidates are made and compared; flags of the same names explain the fields."""
 
+    search_method: str = "evolution"
     num_generation: int = 1000
     pop_size: int = 10
     fid_weight: float = 0.5
@@ -27,6 +29,8 @@ class SearchSettings:
     num_segments: int = 0
     ladder_keep: float = 0.25
     surrogate: int = 0
+    confirm_images: int = 0
+    search_minutes: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -35,6 +39,8 @@ class SearchSettings:
             ("pop_size", 2),
             ("num_segments", 0),
             ("surrogate", 0),
+            ("confirm_images", 0),
+            ("search_minutes", 0),
         ):
             if getattr(self, name) < least:
                 raise UserError(f"--{name}={getattr(self, name)}: must be at least {least}")
@@ -46,9 +52,8 @@ class SearchSettings:
                 raise UserError(f"--{name}={getattr(self, name)}: must not be negative")
         if self.distance_limit and not 1 <= self.distance_limit < math.inf:
             raise UserError(f"--distance_limit={self.distance_limit}: must be 0 or at least 1")
-        if self.search_objective not in OBJECTIVES:
-            raise UserError(
-                f"--search_objective={self.search_objective}: one of {', '.join(OBJECTIVES)}"
-            )
+        for name, choices in (("search_method", METHODS), ("search_objective", OBJECTIVES)):
+            if getattr(self, name) not in choices:
+                raise UserError(f"--{name}={getattr(self, name)}: one of {', '.join(choices)}")
         if self.distance_limit and self.search_objective == "weighted":
             raise UserError("--distance_limit needs --search_objective=pareto")

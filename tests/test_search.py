@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_main
+from conftest import contents, run_main
 from pymoo.core.population import Population
 
 import main
@@ -427,3 +427,37 @@ def test_search_through_the_program(run_folder: Path, monkeypatch: pytest.Monkey
     assert "num_images: 8 there, 9 here" in refused.error
     assert lines(run_folder / "search") == before
     assert json.loads((run_folder / "search.txt").read_text()) == chosen
+
+
+def test_the_front_to_pick_from(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By sensitivity: a table of points with their errors; a picked one is chosen everywhere."""
+    monkeypatch.setattr(main, "latency", functools.partial(main.latency, seconds=0.05))
+    common = ["--search", "--logdir=run", "--device=cpu", "--fid_encoder=pixels"]
+    result = run_main(
+        *common, "--search_method=sensitivity", "--search_objective=pareto", "--num_images=8",
+        "--batch_size=8", "--fid_cache=stats.npz", "--num_generation=2", "--pop_size=3",
+        "--num_segments=2",
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    text = (run_folder / "search" / "front.json").read_text()
+    front = json.loads(text)
+    assert all(point["distance_error"] > 0 for point in front["points"])
+    for point in front["points"]:
+        assert f'"schedule": {json.dumps(point["schedule"])}' in text  # in one line
+    files = contents(run_folder)
+    result = run_main(*common, "--pick", "--flops_budget=0.01")
+    assert result.status == 0, result.err
+    rows = [line.split() for line in result.out.splitlines()]
+    for index, point in enumerate(front["points"]):
+        row = next(row for row in rows if row[0] == str(index))
+        assert f"{point['distance']:.4g}" in row
+        assert f"{point['distance_error']:.2g}" in row
+        assert ("*" in row) == (index == front["chosen_point"])
+    assert contents(run_folder) == files
+    for index in (0, len(front["points"]) - 1):
+        assert run_main(*common, "--pick", index).status == 0
+        changed = json.loads((run_folder / "search" / "front.json").read_text())
+        assert changed == front | {"chosen_point": index, "chosen": front["points"][index]}
+        chosen = json.loads((run_folder / "search.txt").read_text())
+        assert chosen == front["points"][index]["schedule"]
+    assert "--pick=99" in run_main(*common, "--pick=99").error
