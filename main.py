@@ -213,9 +213,7 @@ def define_flags() -> None:
             "on the log; 0: none are screened")  # fmt: skip
     integer("confirm_images", 0, "sensitivity: images on fresh noise, at most, for each schedule "
             "that could be on the front; 0: twice --num_images")  # fmt: skip
-    real(
-        "search_minutes", 0.0, "stop scoring after so many minutes and take what is known; 0: never"
-    )
+    real("search_minutes", 0.0, "stop scoring after so many minutes; 0: when the search is done")
     real("state_memory", 2.0, "GiB for states that chains share; 0: none are shared")
     choice("state_device", "device", ["device", "host"], "where these are kept")
     text("search_warm_start", "", "log of another search whose best schedules start this one")
