@@ -154,15 +154,20 @@ def test_latents_are_the_same(here: Path) -> None:
     assert not list(here.glob(".*.npy"))
 
 
-def test_search_finds_the_same(run_folder: Path) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [["--pop_size=5"], ["--search_method=sensitivity", "--pop_size=3", "--num_segments=2"]],
+    ids=["evolution", "sensitivity"],
+)
+def test_search_finds_the_same(run_folder: Path, method: list[str]) -> None:
     """Processes share an odd number of schedules in the first generation."""
     here = run_folder.parent
     for name, run in (("one", run_main), ("both", functools.partial(two, here))):
-        result = run(*SEARCH, "--pop_size=5", "--logdir=run", f"--search_dir={name}")
+        result = run(*SEARCH, *method, "--logdir=run", f"--search_dir={name}")
         assert result.status == 0, result.err
     one, both = (
         {
-            (r["generation"], str(r["schedule"])): r
+            (r["generation"], r["rung"], str(r["schedule"])): r
             for r in records(here / name / "search.jsonl")[1:]
         }
         for name in ("one", "both")
