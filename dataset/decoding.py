@@ -72,6 +72,8 @@ def read_header(path: str) -> Header:
         file.seek(position)
         if not complete:
             image.load()
+        if image.mode == "F":
+            _to_eight_bits(image, *_value_range(image))  # some values may not be finite
     return header
 
 
@@ -84,7 +86,11 @@ def decode(path: str | io.BytesIO) -> Image.Image:
         with Image.open(path, formats=FORMATS) as file:
             _check(file)
             value_range = _value_range(file)
-            image = ImageOps.exif_transpose(file)
+            file.load()
+            try:
+                image = ImageOps.exif_transpose(file)
+            except Exception:  # damaged EXIF data, which is no reason to lose the image
+                image = file.copy()
         return image if value_range is None else _to_eight_bits(image, *value_range)
     except Exception as error:  # Pillow's decoders raise many kinds of errors
         where = path if isinstance(path, str) else "in the database"

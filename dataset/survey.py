@@ -1,8 +1,8 @@
-"""A look at the headers of all image files of a set, once, and what it saw.
+"""What the headers of all image files of a data set say, read once.
 
-This file knows what the headers come to and where that is kept: in the user's cache directory,
-under a name made of all paths, sizes and times. It may be deleted at any time, and where it cannot
-be written every run looks again.
+This file knows the summary of all headers and its cache: a JSON file in the user's cache directory,
+whose name is a hash of all paths, sizes and modification times. The cache may be deleted at any
+time; where it cannot be written, every run reads the headers again.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from runtime import processes as distributed
 from runtime.errors import UserError
 from runtime.files import read_json, write_json
 
-RULES = 1  # to be counted up when a header is understood otherwise
-CHUNK = 256  # files that a thread looks at in one go: on network disks, opening is waiting
+RULES = 1  # increase it when the same header gives another Header
+CHUNK = 256  # files per task of a thread; threads help on network disks, where opening waits
 NAMED = 5  # files that an error names
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What the headers say. colour, alpha, rescaled: how many images have it, see decoding.Header;
-    first_grey: whether the first file is grey; smallest, largest: (width, height), by area."""
+    """Summary of all headers. colour, alpha, rescaled: number of images that have it, see
+    decoding.Header; first_grey: whether the first file is grey; smallest, largest: (width, height)
+    of the images with the least and the largest area."""
 
     images: int
     colour: int
@@ -47,12 +48,12 @@ class Survey:
 
 
 def survey(name: str, paths: Sequence[str]) -> Survey:
-    """What the headers of these files say; all processes look at a share. Raises UserError that
-    names files which cannot be decoded, if there are any."""
+    """The summary for these files; each process of the group reads its share. UserError names
+    files that cannot be decoded, if there are any."""
     cache = _cache_file(paths) if distributed.is_main() else None
-    known = distributed.gather(cache and _read(cache))[0]
-    if known:
-        return known
+    cached = distributed.gather(cache and _read(cache))[0]
+    if cached:
+        return cached
     share = distributed.share(len(paths))
     everyone = distributed.gather(_look(paths[share]))
     unusable = [pair for _, pairs in everyone for pair in pairs]
@@ -71,7 +72,7 @@ def survey(name: str, paths: Sequence[str]) -> Survey:
 
 
 def _look(paths: Sequence[str]) -> tuple[Survey | None, list[tuple[str, str]]]:
-    """What these files' headers say, and (path, reason) of those that cannot be used."""
+    """The summary for these files (None without any), and (path, reason) of unusable ones."""
     headers, unusable = [], []
     pool = ThreadPoolExecutor(8)
     try:
@@ -125,7 +126,7 @@ def _bar(total: int) -> tqdm:
 
 
 def _together(parts: Sequence[Survey]) -> Survey:
-    """The same of several parts of a set, in order."""
+    """One summary out of those of consecutive parts of a set."""
 
     def area(size: tuple[int, int]) -> int:
         return size[0] * size[1]
@@ -142,8 +143,8 @@ def _together(parts: Sequence[Survey]) -> Survey:
 
 
 def _cache_file(paths: Sequence[str]) -> Path | None:
-    """Where the survey of these files, as they are now, is or will be; None where a file or the
-    user's cache directory cannot be found."""
+    """The path of the cached summary for these files as they are now; None where a file or the
+    user's home directory does not exist."""
     import PIL
 
     digest = hashlib.sha256(f"{RULES} {PIL.__version__}\n".encode())
@@ -159,7 +160,7 @@ def _cache_file(paths: Sequence[str]) -> Path | None:
 
 
 def _read(cache: Path) -> Survey | None:
-    """The survey in `cache`; None where there is none or it is damaged."""
+    """The summary in the file `cache`; None where it does not exist or is damaged."""
     try:
         values = read_json(cache)
         assert isinstance(values, dict)

@@ -49,6 +49,17 @@ def test_shorter_side_is_resized_and_the_centre_kept(tmp_path: Path) -> None:
     assert torch.equal(image, torch.from_numpy(pixels[None, :, 6:14]).expand(3, -1, -1))
 
 
+def test_images_stand_upright(tmp_path: Path) -> None:
+    """EXIF orientation 6: the first row is the right-hand side. Damaged EXIF data is ignored."""
+    pixels = np.repeat([[10], [20], [30], [40]], 4, axis=1).astype(np.uint8)
+    orientation = Image.Exif()
+    orientation[274] = 6
+    for name, exif in (("a", b""), ("b", orientation), ("c", b"Exif\0\0garbage, no TIFF")):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png", exif=exif)
+    first_rows = [image[0, 0].tolist() for image in map(load(tmp_path).__getitem__, range(3))]
+    assert first_rows == [[10] * 4, [40, 30, 20, 10], [10] * 4]
+
+
 RED, HIDDEN, HALF = (200, 0, 0, 255), (0, 200, 0, 0), (0, 0, 200, 51)
 
 
