@@ -496,11 +496,8 @@ def network_from_diffusers() -> nn.Module:
         raise UserError(f"{folder}: the model needs {needs[0]}; images have none here")
     reads, makes = config["in_channels"], config["out_channels"]
     if makes != reads:
-        reason = (
-            "it also predicts a variance"
-            if makes == 2 * reads
-            else ("it does more than denoise, such as upscale or inpaint")
-        )
+        variance, other = "it also predicts a variance", "it upscales, inpaints or the like"
+        reason = variance if makes == 2 * reads else other
         raise UserError(
             f"{folder}: the model reads {reads} channels and makes {makes}: {reason}; only a "
             "model whose output is like its noisy input can be used"
@@ -521,6 +518,11 @@ def sample_as_its_pipeline(found) -> None:
     """Flags that were not given take what the model's scheduler samples with."""
     given = {name for name in OWN_FLAGS if FLAGS[name].present}
     found.check(given)
+    if FLAGS.latent_vae and found.sampling.get("clip_denoised") and "clip_denoised" not in given:
+        raise UserError(
+            f"{found.path}: clip_sample is true, and latents are not clipped here: give "
+            "--clip_denoised=false to sample without"
+        )
     for name, value in found.sampling.items():
         if name not in given:
             FLAGS[name].value = value

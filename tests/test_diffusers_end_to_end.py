@@ -13,6 +13,7 @@ import diffusers
 import pytest
 import torch
 from conftest import run_main
+from test_latents import write_autoencoder
 from torch import nn
 
 import dataset as data
@@ -262,6 +263,14 @@ def test_what_no_flag_takes_over_must_be_decided(
     assert f"{name} decides" in succeeds(*profile, flag)
 
 
+def test_a_scheduler_that_clips_latents_must_be_decided(here: Path, refused: Callable) -> None:
+    save_model(Path("model"), in_channels=4, out_channels=4)
+    write_autoencoder(Path("vae"))
+    profile = ["--profile", "--init_diffusers=model", "--latent_vae=vae", "--device=cpu"]
+    refused("clip_sample.*--clip_denoised=false", *profile)
+    assert "--img_size=16" in succeeds(*profile, "--clip_denoised=false")
+
+
 def test_what_a_flag_says_of_sampling_wins(here: Path) -> None:
     save_model(Path("model"))
     out = succeeds("--profile", "--init_diffusers=model", "--device=cpu", "--var_type=fixedlarge")
@@ -317,7 +326,7 @@ def test_mistakes_are_one_line(
     [
         ({}, dict(in_channels=3, out_channels=3), "has 1 channels and the model 3"),
         ({}, dict(out_channels=2), "1 channels and makes 2.*variance"),
-        ({}, dict(in_channels=2), "2 channels and makes 1.*more than denoise"),
+        ({}, dict(in_channels=2), "2 channels and makes 1.*inpaint"),
         ({}, dict(class_embed_type="timestep"), "needs class_labels"),
         (dict(beta_schedule="sigmoid"), {}, "beta_schedule is sigmoid"),
         (dict(trained_betas=[0.1] * 20), {}, "trained_betas"),
