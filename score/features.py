@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from runtime.errors import UserError
+from runtime.files import check_file
 
 # The shortest side that efficientnet_lite0 sees: its stride, so one position is left at the end.
 # Measured with 600 Fashion-MNIST images of 32×32 and 900 digits of 8×8 against the other half of
@@ -158,10 +159,7 @@ def _inception_network() -> nn.Module:
 def _inception_file(weights: str | Path | None) -> Path:
     """The weights file that was named, or pytorch-fid's own, downloaded where it is missing."""
     if weights is not None:
-        path = Path(weights).expanduser()
-        if not path.is_file():
-            raise UserError(f"the Inception weights file {path} does not exist; see --fid_weights")
-        return path
+        return Path(weights).expanduser()
     from pytorch_fid.inception import FID_WEIGHTS_URL
 
     name = FID_WEIGHTS_URL.rsplit("/", 1)[1]
@@ -185,7 +183,14 @@ def _frozen(network: nn.Module, path: str | Path, device: str | torch.device) ->
     UserError names the first entry of the file that doesn't fit the network.
     """
     try:
+        check_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"the weights file {path} does not exist; see --fid_weights") from error
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UserError:
+        raise
     except Exception as error:  # the unpickler trips over foreign bytes in many ways
         raise UserError(f"{path} is not a readable file of network weights") from error
     if not isinstance(state, dict):

@@ -606,7 +606,7 @@ def test_inception_that_cannot_be_had(
     line = refused("put pt_inception-2015-12-05-6726825d.pth", *EVAL, "--eval",
                    "--fid_encoder=inception")  # fmt: skip
     assert str(here / "torch" / "hub" / "checkpoints") in line
-    refused("Inception weights file nothing.pth", *EVAL, "--eval", "--fid_encoder=inception",
+    refused("weights file nothing.pth", *EVAL, "--eval", "--fid_encoder=inception",
             "--fid_weights=nothing.pth")  # fmt: skip
 
 

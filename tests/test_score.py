@@ -482,8 +482,10 @@ def test_wrong_inception_weights_name_the_entry(hub, monkeypatch, tmp_path):
         with pytest.raises(UserError, match=message):
             score.encoder("inception", "cpu", path)
     path.write_bytes(b"text")
-    with pytest.raises(UserError, match=r"weights\.pth"):
-        score.encoder("inception", "cpu", path)
+    (tmp_path / "folder").mkdir()
+    for wrong, about in ((path, r"weights\.pth"), (tmp_path / "folder", "directory")):
+        with pytest.raises(UserError, match=about):
+            score.encoder("inception", "cpu", wrong)
 
 
 # --- FLOPs ----------------------------------------------------------------------------------------
