@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from runtime.errors import UserError
-from runtime.files import write_text
+from runtime.files import check_file, write_text
 
 
 class WidthSchedule:
@@ -58,6 +58,7 @@ class WidthSchedule:
         that is not among `candidates`. Nothing in the file is executed.
         """
         try:
+            check_file(path)
             text = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError as error:
             raise UserError(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import checkpoint
+from model import WidthSchedule, checkpoint
 from runtime import files
 from runtime import progress as bars
 from runtime.errors import UserError
@@ -27,6 +27,10 @@ from runtime.progress import progress
 
 def scalars(path: Path | str) -> dict:
     return read_scalars(path, ["name", "n", "x"])
+
+
+def schedule(path: Path) -> WidthSchedule:
+    return WidthSchedule.load(path, 10, [1.0])
 
 
 # --- progress -------------------------------------------------------------------------------------
@@ -88,7 +92,9 @@ def test_only_the_main_process_has_bars(monkeypatch: pytest.MonkeyPatch, kind: t
 # --- files of other kinds -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("read", [files.read_json, files.read_jsonl, checkpoint.load, scalars])
+@pytest.mark.parametrize(
+    "read", [files.read_json, files.read_jsonl, checkpoint.load, scalars, schedule]
+)
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
