@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from runtime.errors import UserError
-from runtime.files import check_file, write_tensors
+from runtime.files import read_tensors, write_tensors
 
 FORMAT = 1
 ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}  # of each parameter
@@ -34,8 +34,7 @@ def load(path: str | Path) -> dict:
     """Read a checkpoint onto the CPU. UserError where the file does not exist or is not one."""
     path = Path(path)
     try:
-        check_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_tensors(path)
     except FileNotFoundError as error:
         beside = sorted(p.stem for p in path.parent.glob("[!.]*.pt"))
         others = f"; there are {', '.join(beside)}" if beside else ""

@@ -11,6 +11,7 @@ import re
 import stat
 import sys
 import time
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +98,23 @@ def check_file(path: str | Path) -> None:
         }
         kind = next((name for is_kind, name in kinds.items() if is_kind(mode)), "device")
         raise UserError(f"cannot use {path}: it is a {kind}, not a file")
+
+
+def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> object:
+    """The value in a file that torch.save wrote; nothing in it is ever executed.
+
+    UserError where it is not a plain file, or is an archive that unpacks to much more than its size
+    (torch.save does not compress); else whatever torch raises where it cannot read it.
+    """
+    import torch
+
+    check_file(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked, size = sum(x.file_size for x in archive.infolist()), os.path.getsize(path)
+        if unpacked > 8 * size + 2**20:
+            raise UserError(f"{path} has {size:,} bytes, but unpacks to {unpacked:,} bytes")
+    return torch.load(path, map_location=device, weights_only=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -188,11 +206,8 @@ class Unfinished:
 
     def read(self, device: str | torch.device = "cpu") -> dict | None:
         """The state that `write` was given, its tensors on `device`; None where there is none."""
-        import torch
-
         try:
-            check_file(self.path)
-            state = torch.load(self.path, map_location=device, weights_only=True)
+            state = read_tensors(self.path, device)
             fits = state["identity"] == self.identity and isinstance(state["state"], dict)
             return state["state"] if fits else None
         except Exception:  # missing or damaged: the work starts from the beginning

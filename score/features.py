@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from runtime.errors import UserError
-from runtime.files import check_file
+from runtime.files import read_tensors
 
 # The shortest side that efficientnet_lite0 sees: its stride, so one position is left at the end.
 # Measured with 600 Fashion-MNIST images of 32×32 and 900 digits of 8×8 against the other half of
@@ -183,8 +183,7 @@ def _frozen(network: nn.Module, path: str | Path, device: str | torch.device) ->
     UserError names the first entry of the file that doesn't fit the network.
     """
     try:
-        check_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_tensors(path)
     except FileNotFoundError as error:
         raise UserError(f"the weights file {path} does not exist; see --fid_weights") from error
     except PermissionError as error:

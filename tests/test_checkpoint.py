@@ -7,6 +7,7 @@ import re
 import resource
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,14 @@ def test_what_is_no_checkpoint_is_refused(path: Path, content: object) -> None:
     else:
         torch.save(content, path)
     refused(path, r"truncated|not a checkpoint|no net_model|directory")
+
+
+def test_a_file_that_unpacks_to_more_than_it_is(path: Path) -> None:
+    torch.save(state(network(middle=10**6)), path)
+    with zipfile.ZipFile(path) as stored, zipfile.ZipFile(path.with_name("b.pt"), "w", 8) as packed:
+        for name in stored.namelist():
+            packed.writestr(name, bytes(10**7) if "/data/" in name else stored.read(name))
+    refused(path.with_name("b.pt"), r"unpacks to [\d,]{10,} bytes")
 
 
 class Malicious:
