@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runtime import files, processes
+from runtime import files, memory, processes
 from runtime.errors import UserError
 from runtime.identity import agree
 from runtime.npz import read_arrays, read_scalars
@@ -74,6 +74,10 @@ def load_or_compute(
     description: for the bar.
     """
     path, data = Path(path), None
+    if encoder.device.type == "cpu":  # the sum so far, a batch's, and what they are read from
+        covariances = 3 * dim**2 * torch.float64.itemsize
+        what = f"the covariance of {dim:,} features ({encoder.name})"
+        memory.require(covariances, what, "choose another --fid_encoder")
     if not processes.gather(path.exists())[0]:
         data = images()
         _compute(path, encoder, dim, about, data, description)

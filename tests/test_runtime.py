@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from model import WidthSchedule, checkpoint
-from runtime import files
+from runtime import files, memory
 from runtime import progress as bars
 from runtime.errors import UserError
 from runtime.identity import agree
@@ -150,6 +150,12 @@ def test_partial_results_on_a_full_disk(here: Path, capsys: pytest.CaptureFixtur
         resource.setrlimit(RLIMIT_FSIZE, limits)
     assert "w.pt: File too large" in capsys.readouterr().err
     assert not list(here.iterdir())
+
+
+def test_what_does_not_fit_into_memory_is_refused_with_the_number() -> None:
+    memory.require(memory.total(), "a batch", "lower --batch_size")
+    with pytest.raises(UserError, match=r"a batch takes .* GiB .*--batch_size"):
+        memory.require(memory.total() + 1, "a batch", "lower --batch_size")
 
 
 # --- .npz -----------------------------------------------------------------------------------------

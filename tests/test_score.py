@@ -297,6 +297,12 @@ def test_partial_inception_scores_fit_together(change):
         score.InceptionScore.from_state(inception_score.state() | change)
 
 
+def test_a_covariance_that_does_not_fit_into_memory_is_refused(tmp_path):
+    pixels = score.encoder("pixels", "cpu")
+    with pytest.raises(UserError, match=r"12,582,912 features.*3,538,944\.0 GiB.*--fid_encoder"):
+        score.load_or_compute(tmp_path / "s.npz", pixels, 3 * 2048**2, {}, None, "large")
+
+
 def test_default_names_of_statistics(tmp_path):
     older = tmp_path / "digits8.train.pixels.npz"
     paths = [score.default_path(tmp_path, "digits", 8, "pixels", c) for c in ("one", "two")]
