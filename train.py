@@ -179,8 +179,6 @@ class Trainer:
                 f"{self.path} was trained with other settings ({'; '.join(differing)}); "
                 "use the same ones to continue it, or another --logdir to start anew"
             )
-        checkpoint.check_optimizer(state.get("optim"), self.optim, self.path)
-        checkpoint.check_scheduler(state.get("sched"), self.sched, self.path)
         checkpoint.fill(self.net, state["net_model"], self.path)
         checkpoint.fill(self.ema.model, state["ema_model"], self.path)
         checkpoint.check_optimizer(state.get("optim"), self.optim, self.path)
