@@ -248,6 +248,8 @@ class SearchResult:
         }
         write_front(folder, front)
         draw_front(folder, front)
+        if not self.generations:
+            return  # --search_minutes ended the first one
         every = max(1, len(self.generations) // 6)
         shown = {g["generation"]: g["front"] for g in [*self.generations[::-1][::every]][::-1]}
         plot_fronts(

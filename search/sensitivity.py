@@ -58,7 +58,9 @@ class Sensitivity:
 
     def run(self) -> list[Candidate]:
         """The candidates that could be on the front, and the uniform widths, on fresh noise."""
-        s = self.settings
+        s, bar = self.settings, self.scorer.bar
+        uniform = len(self.genome.uniform())
+        bar.total = uniform + self.genome.genes + (s.num_generation - 1) * s.pop_size
         self._uniform()
         if np.isfinite(self.changes).sum() == 1:
             return [*self.candidates.values()]  # nothing to choose from
@@ -172,7 +174,9 @@ class Sensitivity:
         logs: dict[WidthSchedule, list[float]] = {}
         noise_error = self._belief().noise
         left = self._contenders(candidates, noise_error)
-        for noise in range(max(1, round(images / self.images))):
+        noises = max(1, round(images / self.images))
+        self.scorer.bar.total = self.scorer.bar.n + noises * len(left)
+        for noise in range(noises):
             rung = Rung(
                 f"noise {FRESH + noise}", functools.partial(self.score, noise=FRESH + noise)
             )

@@ -433,11 +433,15 @@ def test_the_front_to_pick_from(run_folder: Path, monkeypatch: pytest.MonkeyPatc
     """By sensitivity: a table of points with their errors; a picked one is chosen everywhere."""
     monkeypatch.setattr(main, "latency", functools.partial(main.latency, seconds=0.05))
     common = ["--search", "--logdir=run", "--device=cpu", "--fid_encoder=pixels"]
-    result = run_main(
+    search = [
         *common, "--search_method=sensitivity", "--search_objective=pareto", "--num_images=8",
         "--batch_size=8", "--fid_cache=stats.npz", "--num_generation=2", "--pop_size=3",
         "--num_segments=2",
-    )  # fmt: skip
+    ]  # fmt: skip
+    result = run_main(*search, "--search_minutes=1e-6")
+    assert result.status == 0, result.err
+    assert len(lines(run_folder / "search")) == 2  # of what there was time for
+    result = run_main(*search)
     assert result.status == 0, result.err
     text = (run_folder / "search" / "front.json").read_text()
     front = json.loads(text)
