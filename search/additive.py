@@ -18,7 +18,7 @@ from scipy.stats import norm
 SMOOTH = 0.25  # of the chain: the reach of what neighbouring genes share
 ALIKE = 0.8  # correlation of the deviations of a gene's widths
 LEAST = 0.03  # of a width's deviation, in log distance, whatever its uniform score
-LEVEL = 3.0  # deviation of the level, in log distance
+LEVEL = 10.0  # deviation of the level, in log distance
 SIZES = (0.3, 1.0, 3.0)  # of the genes' deviations, in units of their means
 NOISES = (0.003, 0.01, 0.02, 0.04)  # of a log distance
 

@@ -73,9 +73,11 @@ class Search:
 
     def _method(self, scorer: Scorer) -> Evolution | Sensitivity:
         if self.settings.search_method == "sensitivity":
+            if self.ladder:
+                raise UserError("--search_ladder: only with --search_method=evolution")
             return Sensitivity(
-                self.settings, self.genome, scorer, self.score, self.images, self.on_generation,
-                self.say,
+                self.settings, self.genome, scorer, self.score, self.images, self.start,
+                self.on_generation, self.say,
             )  # fmt: skip
         evolution = Evolution(
             self.settings, self.genome, scorer, [*self.ladder, Rung("", self.score)],

@@ -43,13 +43,17 @@ FRESH = 32  # number of the first noise that no part of the search has seen
 
 @dataclass
 class Sensitivity:
-    """See the file's first lines. images: the number of images of a score at the full setting."""
+    """See the file's first lines.
+
+    images: of a score at the full setting. start: schedules that are scored with the table.
+    """
 
     settings: SearchSettings
     genome: Genome
     scorer: Scorer
     score: Score
     images: int
+    start: Sequence[WidthSchedule] = ()
     on_generation: Callable[[int, Sequence[Candidate]], None] | None = None
     say: Callable[[str], None] = lambda text: None
     candidates: dict[WidthSchedule, Candidate] = field(default_factory=dict, init=False)
@@ -58,16 +62,18 @@ class Sensitivity:
 
     def run(self) -> list[Candidate]:
         """The candidates that could be on the front, and the uniform widths, on fresh noise."""
-        s, bar = self.settings, self.scorer.bar
+        settings, bar = self.settings, self.scorer.bar
         uniform = len(self.genome.uniform())
-        bar.total = uniform + self.genome.genes + (s.num_generation - 1) * s.pop_size
+        rounds = range(2, settings.num_generation + 1)
+        bar.total = uniform + self.genome.genes + len(rounds) * settings.pop_size
         self._uniform()
         if np.isfinite(self.changes).sum() == 1:
             return [*self.candidates.values()]  # nothing to choose from
+        self._add([self.genome.decode(self.genome.encode(s)) for s in self.start], 1)
         self._table()
         self._generation(1)
         volumes = [hypervolume([*self.candidates.values()], self.reference)]
-        for generation in range(2, s.num_generation + 1):
+        for generation in rounds:
             new = self._proposed(generation)
             if not new:
                 break
@@ -89,7 +95,7 @@ class Sensitivity:
         self.changes = np.full(len(self.genome.widths), np.inf)
         for (column, *_), distance in zip(rows, distances, strict=True):
             width = self.genome.widths[column]
-            if width == 1 or distance <= HOPELESS * least:
+            if column == len(self.changes) - 1 or distance <= HOPELESS * least:
                 self.changes[column] = math.log(distance / distances[0])
             else:
                 self.say(

@@ -12,7 +12,7 @@ from test_search import COSTS, IDENTITY, WIDTHS, lines, summary
 
 from model import WidthSchedule
 from runtime.errors import UserError
-from search import Candidate, Genome, Search, SearchSettings, hypervolume, pareto_front
+from search import Candidate, Genome, Rung, Search, SearchSettings, hypervolume, pareto_front
 from search.additive import Belief, exact_front, settled, stakes
 
 GENES = 8
@@ -50,7 +50,7 @@ def true_distance(widths: Sequence[float]) -> float:
 
 
 def make(folder: Path, score: Landscape | None = None, **changes: object) -> Search:
-    extra = {k: changes.pop(k) for k in ("genome", "say") if k in changes}
+    extra = {k: changes.pop(k) for k in ("genome", "ladder", "say", "start") if k in changes}
     settings = dict(
         search_method="sensitivity", search_objective="pareto", num_generation=10, pop_size=8
     )
@@ -213,6 +213,15 @@ def test_steps_can_be_skipped(tmp_path: Path) -> None:
     front = pareto_front(make(tmp_path, score, genome=genome).run())
     assert any(0.0 in c.schedule.widths for c in front)
     assert all(any(widths) for _, widths in score.scored)
+
+
+def test_given_starts_are_scored_and_ladders_refused(tmp_path: Path) -> None:
+    start = WidthSchedule([0.25, 1.0] * (GENES // 2))
+    job = make(tmp_path, start=[start], num_generation=1)
+    job.run()
+    assert ("", start.widths) in job.records
+    with pytest.raises(UserError, match="--search_ladder"):
+        make(tmp_path, ladder=[Rung("coarse", Landscape())]).run()
 
 
 # --- runs -----------------------------------------------------------------------------------------
