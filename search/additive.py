@@ -23,9 +23,7 @@ SIZES = (0.3, 1.0, 3.0)  # of the genes' deviations, in units of their means
 NOISES = (0.003, 0.01, 0.02, 0.04)  # of a log distance
 
 
-def settled(
-    effects: np.ndarray, widths: Sequence[float], errors: np.ndarray | None = None
-) -> np.ndarray:
+def settled(effects: np.ndarray, widths: Sequence[float]) -> np.ndarray:
     """Effects that are at least 0 and do not rise with the width: the nearest such ones.
 
     Skipping a step (width 0) may do less harm than a narrow width, so it is only clipped.
@@ -36,9 +34,7 @@ def settled(
     for gene, row in enumerate(effects):
         used = [i for i, w in enumerate(widths[:-1]) if w > 0 and np.isfinite(row[i])]
         if used:
-            weights = None if errors is None else np.maximum(errors[gene, used], 1e-9) ** -2
-            fit = isotonic_regression(row[used], sample_weight=weights, y_min=0, increasing=False)
-            result[gene, used] = fit
+            result[gene, used] = isotonic_regression(row[used], y_min=0, increasing=False)
     result[:, -1] = 0
     return result
 
@@ -146,7 +142,8 @@ class Belief:
         gain = size**2 * unit @ inputs.T
         posterior = size**2 * unit - gain @ cho_solve(factor, gain.T)
         values, vectors = np.linalg.eigh((posterior + posterior.T) / 2)
-        root = vectors * np.sqrt(np.maximum(values, 0))
+        # The symmetric root: the last digits of the distances do not turn it, as they may vectors.
+        root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
         shape = len(shares), len(used)
         mean, errors = np.full((2, len(shares), len(uniform)), np.inf)
         mean[:, -1] = errors[:, -1] = 0
