@@ -242,6 +242,20 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
     assert len(set(lines(tmp_path / "cut"))) == len(lines(tmp_path / "cut"))
 
 
+def test_the_last_digits_of_distances_decide_nothing(tmp_path: Path) -> None:
+    """They differ between one process and several."""
+
+    class Rounded(Landscape):
+        def __call__(self, *arguments: object, **named: object) -> Iterator[tuple[int, dict]]:
+            for i, scores in super().__call__(*arguments, **named):
+                yield i, {"distance": float(f"{scores['distance']:.12g}")}
+
+    jobs = [make(tmp_path / c.__name__, c(0.02)) for c in (Landscape, Rounded)]
+    for job in jobs:
+        job.run()
+    assert jobs[0].records.keys() == jobs[1].records.keys()
+
+
 def test_it_stops_early(tmp_path: Path) -> None:
     job = make(tmp_path, num_generation=1000)
     job.run()
