@@ -429,6 +429,24 @@ def test_search_through_the_program(run_folder: Path, monkeypatch: pytest.Monkey
     assert json.loads((run_folder / "search.txt").read_text()) == chosen
 
 
+def test_shared_states_are_of_one_noise(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sensitivity search scores on several noises: each has the distances that it has alone."""
+    monkeypatch.setattr(main, "latency", lambda *arguments: 0.001)
+    search = [
+        "--search", "--search_method=sensitivity", "--logdir=run", "--device=cpu", "--num_images=8",
+        "--batch_size=8", "--fid_encoder=pixels", "--fid_cache=stats.npz", "--num_generation=1",
+        "--pop_size=2", "--num_segments=2",
+    ]  # fmt: skip
+    logs = []
+    for name, memory in (("shared", 1), ("alone", 0)):
+        result = run_main(*search, f"--search_dir={name}", f"--state_memory={memory}")
+        assert result.status == 0, result.err
+        records = [json.loads(line) for line in lines(Path(name))[1:]]
+        logs.append({(r["rung"], *r["schedule"]): r["distance"] for r in records})
+    assert logs[0] == logs[1]
+    assert len({rung for rung, *_ in logs[0]}) == 3
+
+
 def test_the_front_to_pick_from(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By sensitivity: a table of points with their errors; a picked one is chosen everywhere."""
     monkeypatch.setattr(main, "latency", functools.partial(main.latency, seconds=0.05))
