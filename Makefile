@@ -1,9 +1,11 @@
-# One virtual environment serves all; it is made anew when requirements.txt changes.
+# One virtual environment serves all but `make oldest`; each is made anew when its requirements change.
 PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/.ready
+OLDEST = .venv-oldest
+QUICK = tests/test_model.py tests/test_diffusion.py tests/test_samplers.py tests/test_train.py
 
-.PHONY: demo test lint experiment clean
+.PHONY: demo test oldest lint experiment clean
 
 demo: $(READY)
 	$(BIN)/python -m benchmark.demo
@@ -14,6 +16,10 @@ experiment: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
+# A quick part of the tests: network, FLOPs, samplers, a training step.
+oldest: $(OLDEST)/.ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2 -m "not slow" $(QUICK)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -23,5 +29,10 @@ $(READY): requirements.txt
 	$(BIN)/pip install -q -r requirements.txt
 	touch $@
 
+$(OLDEST)/.ready: requirements.txt constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install -q -r requirements.txt -c constraints-oldest.txt
+	touch $@
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv $(OLDEST) demo

@@ -1,4 +1,4 @@
-"""Diffusion: noise schedule, training loss and samplers, as pure functions of a denoiser.
+"""Diffusion: noise levels, what a network learns to answer, sampling loops: pure functions.
 
 This file sees the network as a callable. It knows nothing of widths, images, devices or seeds:
 noise is an argument. Step constants are computed in float64 on the host and enter the tensor
@@ -6,16 +6,19 @@ arithmetic as numbers, so that no step waits for a device.
 
 Conventions: x is (B, C, H, W); timestep t runs from T − 1 (almost pure noise) to 0; `abar(t)` is
 the share of signal variance ᾱ_t, and abar(−1) = 1 is the clean image. Every sampler takes
-`denoise(x, t: int)`, the initial noise `x_T` (unit Gaussian), the noise schedule, and `noise(t)`,
-the Gaussian noise of the step that leaves t. `observe(t, x)`, where given, is called with each
-step's x just before it is denoised at t. x_0 is clipped to [−limit, limit].
+`denoise(x, t: int)`, the initial noise `x_T` (unit Gaussian), the noise levels, and `noise(t)`, the
+Gaussian noise of the step that leaves t. A denoiser with a third argument is also told the timestep
+of the step that calls it, which differs from t where a step makes more calls than one. `observe(t,
+x)`, where given, is called with each step's x just before it is denoised at t. x_0 is clipped to
+[−limit, limit].
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -23,14 +26,9 @@ import torch
 from torch import Tensor
 
 from runtime.errors import UserError
+from settings import BETA_SCHEDULES, MEAN_TYPES, SPACINGS, VAR_TYPES, DiffusionSettings
 
-MEAN_TYPES = ("epsilon", "xprev", "xstart", "v")
-VAR_TYPES = ("fixedlarge", "fixedsmall")
-SPACINGS = ("uniform", "quadratic")
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-PRECONDITIONINGS = ("none", "edm")
-
-Denoiser = Callable[[Tensor, int], Tensor]
+Denoiser = Callable[[Tensor, int], Tensor] | Callable[[Tensor, int, int], Tensor]
 Noise = Callable[[int], Tensor]
 Observer = Callable[[int, Tensor], None]
 
@@ -139,11 +137,11 @@ class NoiseSchedule(_Levels):
         abar = self.gather(self.alpha_bars, t, x_0)
         return abar.sqrt().to(x_0) * x_0 + (1 - abar).sqrt().to(x_0) * noise
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+    def sample_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         """Timesteps to train at, (count,) long: all are equally likely."""
         return torch.randint(self.T, (count,), generator=generator)
 
-    def pair(
+    def training_pair(
         self, x_0: Tensor, t: Tensor, noise: Tensor, mean_type: str = "epsilon"
     ) -> tuple[Tensor, Tensor]:
         """What the network is shown at t (B,) long, x_t, and what it should answer; like x_0.
@@ -189,9 +187,9 @@ class EDMSchedule(_Levels):
     """
 
     T: int
-    P_mean: float = -1.2
-    P_std: float = 1.2
-    sigma_data: float = 0.5
+    P_mean: float = DiffusionSettings.P_mean
+    P_std: float = DiffusionSettings.P_std
+    sigma_data: float = DiffusionSettings.sigma_data
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
@@ -225,7 +223,7 @@ class EDMSchedule(_Levels):
     def c_in(self) -> np.ndarray:
         return 1 / np.sqrt(self.sigmas**2 + self.sigma_data**2)
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+    def sample_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         """Timesteps to train at, (count,) long."""
         logs = self.P_mean + self.P_std * torch.randn(
             count, generator=generator, dtype=torch.float64
@@ -233,7 +231,7 @@ class EDMSchedule(_Levels):
         known = np.log(self.sigmas)
         return torch.bucketize(logs, torch.from_numpy((known[1:] + known[:-1]) / 2))
 
-    def pair(
+    def training_pair(
         self, x_0: Tensor, t: Tensor, noise: Tensor, mean_type: str = "epsilon"
     ) -> tuple[Tensor, Tensor]:
         """What the network is shown at t (B,) long, c_in·y, and what it should answer; like x_0.
@@ -256,23 +254,7 @@ class EDMSchedule(_Levels):
         return x_0.clamp(-1, 1) if clip else x_0
 
 
-Schedule = NoiseSchedule | EDMSchedule
-
-
-def loss(
-    denoise: Callable[[Tensor, Tensor], Tensor],
-    x_0: Tensor,
-    t: Tensor,
-    noise: Tensor,
-    schedule: Schedule,
-    mean_type: str = "epsilon",
-) -> Tensor:
-    """Mean squared error between the prediction and what it should be; a scalar.
-
-    t (B,) long; noise like x_0; see the schedule's `pair`. Ho et al. 2020, equation 14.
-    """
-    x_t, target = schedule.pair(x_0, t, noise, mean_type)
-    return torch.nn.functional.mse_loss(denoise(x_t, t).to(target), target)
+NoiseLevels = NoiseSchedule | EDMSchedule
 
 
 @dataclass(frozen=True)
@@ -322,7 +304,7 @@ def predict_x_0(
     return x_0.clamp(-1, 1) if clip else x_0
 
 
-def _kept(steps: int | Sequence[int] | None, spacing: str, schedule: Schedule) -> list[int]:
+def _kept(steps: int | Sequence[int] | None, spacing: str, schedule: NoiseLevels) -> list[int]:
     """The timesteps to visit, falling.
 
     Quadratic spacing can name a timestep twice; a step from t to t changes nothing and is left out.
@@ -416,8 +398,17 @@ def sample_ddim(
     return x.clamp(-limit, limit)
 
 
-def _churned(
-    schedule: Schedule, steps: int, S_churn: float, S_min: float, S_max: float
+def told_the_step(denoise: Denoiser) -> Callable[[Tensor, int, int], Tensor]:
+    """`denoise` as a function of (x, t, step), also where it takes x and t alone."""
+    try:
+        inspect.signature(getattr(denoise, "forward", denoise)).bind(None, None, None)
+    except TypeError:
+        return lambda x, t, step: denoise(x, t)
+    return denoise
+
+
+def churned_timestep(
+    schedule: NoiseLevels, steps: int, S_churn: float, S_min: float, S_max: float
 ) -> Callable[[int], int]:
     """The timestep up to which sample_edm's step from t adds noise, in a chain of `steps` steps."""
     gamma = min(S_churn / steps, math.sqrt(2) - 1)
@@ -432,7 +423,7 @@ def _churned(
 def sample_edm(
     denoise: Denoiser,
     x_T: Tensor,
-    schedule: Schedule,
+    schedule: NoiseLevels,
     *,
     steps: int | Sequence[int],
     rho: float = 7.0,
@@ -466,15 +457,17 @@ def sample_edm(
         steps = schedule.edm_timesteps(steps, rho)
     kept = _kept(steps, "uniform", schedule)
 
-    def slope(x: Tensor, t: int) -> Tensor:
+    denoise = told_the_step(denoise)
+
+    def slope(x: Tensor, t: int, step: int) -> Tensor:
         """dx/dσ at timestep t: (x − x̂_0)/σ."""
         x_t = x * schedule.scale_in(t)
-        x_0 = schedule.denoised(denoise(x_t, t), x_t, t, mean_type, clip_denoised)
+        x_0 = schedule.denoised(denoise(x_t, t, step), x_t, t, mean_type, clip_denoised)
         return (x - x_0) / sigmas[t]
 
     # The last entry is what index −1 finds: the clean image.
     sigmas = [*schedule.sigmas.tolist(), 0.0]
-    top = _churned(schedule, len(kept), S_churn, S_min, S_max)
+    top = churned_timestep(schedule, len(kept), S_churn, S_min, S_max)
     x = x_T if start else x_T * sigmas[kept[0]]
     for t, s in list(zip(kept, [*kept[1:], -1], strict=True))[start:]:
         if observe:
@@ -482,184 +475,10 @@ def sample_edm(
         churned = top(t)
         if churned != t:
             x = x + S_noise * math.sqrt(sigmas[churned] ** 2 - sigmas[t] ** 2) * noise(t)
-        step = sigmas[s] - sigmas[churned]
-        first = slope(x, churned)
-        following = x + step * first
+        change = sigmas[s] - sigmas[churned]
+        first = slope(x, churned, t)
+        following = x + change * first
         if heun and s >= 0:
-            following = x + step * (first + slope(following, s)) / 2
+            following = x + change * (first + slope(following, s, t)) / 2
         x = following
     return x.clamp(-limit, limit)
-
-
-# Our own; any other name is that of a scheduler of diffusers.
-SAMPLERS = ("ddpm", "ddim", "edm")
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """Everything about a chain but its network and its noise.
-
-    sampler: one of SAMPLERS, dpm_solver, or the name of a scheduler class of diffusers.
-    sample_steps: how many steps, 0 for one a timestep. mean_type: what the network predicts.
-    clip_denoised: clip x̂_0 to [−1, 1] within each step. timestep_spacing: of DDPM and DDIM. eta: of
-    DDIM. var_type: of DDPM. rho, S_churn, S_tmin, S_tmax, S_noise, heun: of EDM, see sample_edm.
-    Schedulers of diffusers take those of eta, var_type and the S_ that they know, and
-    scheduler_options, a JSON object of entries for their config. limit: the chain's result is
-    clipped to [−limit, limit]; infinite for latents.
-    """
-
-    sampler: str = "ddpm"
-    sample_steps: int = 0
-    timestep_spacing: str = "uniform"
-    eta: float = 0.0
-    var_type: str = "fixedlarge"
-    mean_type: str = "epsilon"
-    clip_denoised: bool = False
-    rho: float = 7.0
-    S_churn: float = 0.0
-    S_tmin: float = 0.0
-    S_tmax: float = math.inf
-    S_noise: float = 1.0
-    heun: bool = True
-    scheduler_options: str = ""
-    limit: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, known in (
-            ("timestep_spacing", SPACINGS),
-            ("var_type", VAR_TYPES),
-            ("mean_type", MEAN_TYPES),
-        ):
-            if getattr(self, name) not in known:
-                raise UserError(f"--{name}={getattr(self, name)}: one of {', '.join(known)}")
-        if self.clip_denoised and self.limit != 1:
-            raise UserError("--clip_denoised is for pixels; latents have no such bounds")
-        if self.sample_steps < 0:
-            raise UserError(f"--sample_steps={self.sample_steps}: must be 0 (all) or positive")
-        for name in ("eta", "S_churn", "S_noise", "S_tmin", "S_tmax"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"--{name}={getattr(self, name)}: must not be negative")
-        if not self.restartable:
-            from sampling import schedulers  # diffusers takes seconds to import
-
-            schedulers.check(self)
-        elif self.scheduler_options:
-            raise UserError("--scheduler_options is for schedulers of diffusers; see --sampler")
-        if self.sampler not in ("ddpm", "ddim") and self.timestep_spacing != "uniform":
-            raise UserError(
-                f"--timestep_spacing={self.timestep_spacing} is for ddpm and ddim; "
-                f"--sampler={self.sampler} has its own"
-            )
-
-    @property
-    def restartable(self) -> bool:
-        """Whether a chain can go on from its x at any step, bit for bit: its state is x alone."""
-        return self.sampler in SAMPLERS
-
-    @property
-    def skips(self) -> bool:
-        """Whether a chain may leave steps out (width 0)."""
-        return self.sampler in ("ddpm", "ddim")
-
-    def settings(self) -> dict[str, object]:
-        """The settings that this sampler heeds, as plain JSON-friendly values."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        own = ("rho", "heun") if self.sampler == "edm" else ("scheduler_options",)
-        churn = ("S_churn", "S_tmin", "S_tmax", "S_noise")
-        more = () if self.sampler in ("ddpm", "ddim") else (*own, *churn)
-        kept = list(values)[: list(values).index("rho")]
-        # JSON has no infinity.
-        return {n: None if values[n] == math.inf else values[n] for n in (*kept, *more)}
-
-    def entries(self, schedule: Schedule) -> list[int]:
-        """The timestep of each step that was asked for, rising; some may meet after rounding."""
-        if isinstance(schedule, EDMSchedule) and self.sampler != "edm":
-            raise UserError(
-                f"--sampler={self.sampler}: a network trained with --precond=edm is sampled with "
-                "--sampler=edm"
-            )
-        steps = self.sample_steps or schedule.T
-        if self.sampler == "edm":
-            return schedule.edm_timesteps(steps, self.rho)
-        if self.skips:
-            return schedule.timesteps(steps, self.timestep_spacing)
-        from sampling import schedulers
-
-        calls, order = schedulers.calls(self, schedule)
-        return sorted(calls[::order])
-
-    def timesteps(self, schedule: Schedule) -> list[int]:
-        """The timesteps that the chain's steps begin at, rising, each once."""
-        return sorted(set(self.entries(schedule)))
-
-    def evaluations(
-        self, schedule: Schedule, timesteps: Sequence[int] | None = None
-    ) -> list[tuple[int, int]]:
-        """(timestep of the step, timestep that the network is shown) of each call of the network,
-        in order. timesteps: as for a call of the sampler."""
-        if not self.restartable:
-            from sampling import schedulers
-
-            self.entries(schedule)
-            calls, order = schedulers.calls(self, schedule)
-            return [(calls[i - i % order], t) for i, t in enumerate(calls)]
-        kept = sorted(self.timesteps(schedule) if timesteps is None else timesteps, reverse=True)
-        if self.sampler != "edm":
-            return [(t, t) for t in kept]
-        top = _churned(schedule, len(kept), self.S_churn, self.S_tmin, self.S_tmax)
-        found = []
-        for t, s in zip(kept, [*kept[1:], -1], strict=True):
-            found.append((t, top(t)))
-            if self.heun and s >= 0:
-                found.append((t, s))
-        return found
-
-    def __call__(
-        self,
-        denoise: Denoiser,
-        x: Tensor,
-        schedule: Schedule,
-        noise: Noise,
-        timesteps: Sequence[int] | None = None,
-        observe: Observer | None = None,
-        start: int = 0,
-    ) -> Tensor:
-        """Run the chain; x_0 in [−1, 1].
-
-        x: the initial noise, unit Gaussian; or, with start > 0, what `observe` saw at the start-th
-        of `timesteps`, counted from the largest. timesteps: the ones to visit, by default all that
-        the sampler keeps; one of diffusers' schedulers visits all of its own. Where `denoise` has a
-        method `begin`, it is called with the timestep of each step before the step's first call.
-        """
-        begin = getattr(denoise, "begin", None)
-
-        def observed(t: int, x: Tensor) -> None:
-            if begin:
-                begin(t)
-            if observe:
-                observe(t, x)
-
-        if not self.restartable:
-            from sampling import schedulers
-
-            if start or timesteps not in (None, self.timesteps(schedule)[::-1]):
-                raise ValueError(f"{self.sampler} runs from its start to its end")
-            return schedulers.sample(self, denoise, x, schedule, noise, observed)
-        kept = sorted(self.timesteps(schedule) if timesteps is None else timesteps, reverse=True)
-        common = {
-            "noise": noise,
-            "mean_type": self.mean_type,
-            "clip_denoised": self.clip_denoised,
-            "observe": observed,
-            "limit": self.limit,
-        }
-        if self.sampler == "edm":
-            return sample_edm(
-                denoise, x, schedule, steps=kept, start=start, heun=self.heun,
-                S_churn=self.S_churn, S_min=self.S_tmin, S_max=self.S_tmax, S_noise=self.S_noise,
-                **common,
-            )  # fmt: skip
-        common["steps"] = kept[start:]
-        if self.sampler == "ddpm":
-            return sample_ddpm(denoise, x, schedule, var_type=self.var_type, **common)
-        return sample_ddim(denoise, x, schedule, eta=self.eta, **common)

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from evaluate import Evaluator
-from model import WidthSchedule, average
-from runtime import processes as distributed
+from model import average
+from runtime import processes
 from runtime.errors import UserError
-from runtime.files import read_json, replacing, save_grid, write_text
+from runtime.files import append_jsonl, read_json, read_jsonl, replacing, write_jsonl, write_text
 from search import Candidate, Search, hypervolume, pareto_front
 
 
@@ -112,6 +112,77 @@ def plot_fronts(
     _save(figure, path)
 
 
+def labelled_grid(
+    path: str | Path, images: torch.Tensor, labels: Sequence[str], title: str, columns: int
+) -> None:
+    """Images (N, C, H, W) uint8 in rows of `columns`, each with its label, under a title."""
+    from torchvision.utils import make_grid
+
+    side, padding = images.shape[-1], 2
+    grid = make_grid(images, nrow=columns, padding=padding, pad_value=255).permute(1, 2, 0)
+    figure, axes = _figure((8.0, 8.0 * grid.shape[0] / grid.shape[1] + 0.4))
+    axes.imshow(grid.numpy(), interpolation="nearest")
+    axes.set_axis_off()
+    axes.set_title(title, fontsize="small", wrap=True)
+    for index, label in enumerate(labels):
+        x, y = index % columns * (side + padding), index // columns * (images.shape[-2] + padding)
+        axes.text(x + padding, y + padding, label, va="top", fontsize=6, color="red")
+    _save(figure, path)
+
+
+class TrainingLog:
+    """train.jsonl, train_eval.jsonl and TensorBoard of a run, written by the main process alone.
+
+    step: where the run goes on from, None for a new one. What a killed run logged after its last
+    checkpoint happens again, so it is forgotten.
+    """
+
+    def __init__(self, folder: Path, step: int | None) -> None:
+        self.folder, self.step = folder, step
+        self._writer = None
+
+    def __enter__(self) -> TrainingLog:
+        if processes.is_main():
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            for name in ("train.jsonl", "train_eval.jsonl"):
+                log = self.folder / name
+                records = read_jsonl(log) if self.step is not None else []
+                if log.exists() or name == "train.jsonl":
+                    write_jsonl(log, [r for r in records if r["step"] <= self.step])
+            purge = None if self.step is None else self.step + 1
+            self._writer = SummaryWriter(str(self.folder), purge_step=purge)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._writer:
+            self._writer.close()
+
+    def losses(self, record: Mapping[str, object]) -> None:
+        """What Trainer.log gets."""
+        if not self._writer:
+            return
+        append_jsonl(self.folder / "train.jsonl", record)
+        for width, value in record["loss"].items():
+            self._writer.add_scalar(f"loss/width_{width}", value, record["step"])
+        for name in ("grad_norm", "lr", "images_per_second"):
+            self._writer.add_scalar(name, record[name], record["step"])
+
+    def scores(self, step: int, width: float, scores: Mapping[str, object]) -> None:
+        """Scores of one width at one step."""
+        if not self._writer:
+            return
+        record = {"step": step, "width": width, "scores": scores}
+        append_jsonl(self.folder / "train_eval.jsonl", record)
+        for name, value in scores.items():
+            if isinstance(value, float):
+                self._writer.add_scalar(f"{name}/width_{width:g}", value, step)
+
+    def image(self, name: str, image: torch.Tensor, step: int) -> None:
+        if self._writer:
+            self._writer.add_image(name, image, step)
+
+
 @dataclass
 class SearchProgress:
     """The front after each generation, written to TensorBoard at once.
@@ -140,7 +211,7 @@ class SearchProgress:
                 "front": [[c.cost, c.distance] for c in front],
             }
         )
-        if distributed.is_main():
+        if processes.is_main():
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -168,8 +239,8 @@ class SearchResult:
     def __post_init__(self) -> None:
         self.front = pareto_front(self.candidates)
         self.chosen = self.search.best(self.candidates)
-        self.timesteps = self.evaluator.timesteps()
-        self.calls = len(self.evaluator.evaluations())
+        self.timesteps = list(self.search.genome.timesteps)
+        self.calls = len(self.search.genome.evaluations)
         self.label = self.evaluator.encoder.label
 
     def point(self, candidate: Candidate) -> dict:
@@ -259,22 +330,10 @@ class SearchResult:
             COST_UNITS[front["cost"]],
         )
 
-    def grid(self, folder: Path) -> Path:
-        """Full width and three points of the front on the same noise, one row each."""
-        full = WidthSchedule([1.0] * self.search.genome.T)
-        three = [self.front[0], self.chosen, self.front[-1]]
-        rows = [
-            self.evaluator.sample(schedule, 16) for schedule in (full, *(c.schedule for c in three))
-        ]
-        path = folder / "samples.png"
-        if distributed.is_main():
-            save_grid(path, torch.cat(rows), columns=16)
-        return path
-
 
 COST_UNITS = {
     "flops": "average GFLOPs per step",
-    "latency": "average time of a step, on the scale of full width's GFLOPs",
+    "latency": "average time per step, on the scale of full width's GFLOPs",
 }
 
 

@@ -1,32 +1,41 @@
-"""What a command would cost, before it runs: passes, GFLOPs, and time from a measured burst."""
+"""--profile and --dry_run: what a network costs, and what a command would, before it runs."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from model.networks import latency
+import build
+import score
+from build import Model
+from model import WidthSchedule, average, entries_for_calls, latency
+from report import table
 from runtime.errors import UserError
+from runtime.processes import say
+from sampling.samplers import Sampler
+from search import Genome, search_stages
+from settings import Configuration
 from train import Trainer
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """So many candidates, each scored on so many images of so many steps, or network passes where
-    a step has two."""
+    """So many candidates, each scored on so many images by so many calls of the network."""
 
     name: str
     candidates: int
     images: int
-    steps: int
+    calls: int
 
     @property
     def passes(self) -> int:
-        """Network passes, one an image and a step, before shared states save any."""
-        return self.candidates * self.images * self.steps
+        """One per image and call, before shared states save any."""
+        return self.candidates * self.images * self.calls
 
 
 def duration(seconds: float) -> str:
@@ -37,72 +46,177 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def measure(networks: Mapping, shape: tuple[int, int, int], batch: int, device) -> dict:
-    """Seconds an image of a pass of each network, from about half a second of each."""
-    return {name: latency(net, shape, batch, device, 0.5) for name, net in networks.items()}
+def planned_model(config: Configuration) -> Model:
+    """The network that a plan is for."""
+    model = build.load_model_or_untrained(config)
+    say(model.source)
+    return model
 
 
-def encoder_seconds(build, shape: tuple[int, int, int], batch: int) -> float | UserError:
-    """Seconds an image that the encoder `build()` takes; the error where it cannot be built."""
+def measured_batch(model: Model) -> int:
+    """Images to measure with: a large batch on a CPU takes long and tells nothing more."""
+    size = model.config.run.batch_size
+    return size if model.device.type == "cuda" else min(size, 16)
+
+
+# --- plans ----------------------------------------------------------------------------------------
+
+
+def plan_scoring(model: Model, schedule: WidthSchedule, encode: bool = True) -> None:
+    """Say what making, and scoring where `encode`, a schedule's images would cost."""
+    calls = model.sampler.calls()
+    scoring = Scoring("images", 1, model.config.evaluation.num_images, len(calls))
+    widths = [schedule[t] for t in entries_for_calls(schedule, calls)]
+    say(_scoring_plan(model, [scoring], widths, "no other load", encode))
+
+
+def plan_search(model: Model, genome: Genome, ladder: Sequence[tuple[str, int, Sampler]]) -> None:
+    """Say what a search would cost, rung by rung or stage by stage."""
+    settings, images = model.config.search, model.config.evaluation.num_images
+    calls = len(model.sampler.calls())
+    note = "at the widths' mean cost, before shared states save any"
+    if settings.search_method == "sensitivity":
+        scorings = [
+            Scoring(name, count, each, max(1, round(share * calls)))
+            for name, count, each, share in search_stages(settings, genome, images)
+        ]
+        say(_scoring_plan(model, scorings, model.config.widths.all, f"{note}; at most"))
+        return
+    count, scorings = settings.num_generation * settings.pop_size, []
+    for name, each, rung in ladder:
+        scorings.append(Scoring(f"rung {name}", count, each, len(rung.calls())))
+        count = math.ceil(settings.ladder_keep * count)
+    scorings.append(Scoring("full setting", count, images, calls))
+    say(_scoring_plan(model, scorings, model.config.widths.all, note))
+
+
+def _scoring_plan(
+    model: Model,
+    scorings: Sequence[Scoring],
+    widths: Sequence[float],
+    note: str,
+    encode: bool = True,
+) -> str:
+    """The cost of `scorings` where calls have these widths in equal parts."""
+    used, passes = sorted(set(widths) - {0.0}), model.passes_per_call
+    flops = model.flops(used)
+    times = {0.0: 0.0} | _seconds(model, used, 0.5)
+    lines = [
+        f"{s.name}: {s.candidates} candidates × {s.images} images × {s.calls} network calls = "
+        f"{passes * s.passes:.3g} network passes"
+        for s in scorings
+    ]
+    mean_flops, mean_time = (sum(t[w] for w in widths) / len(widths) for t in (flops, times))
+    calls = sum(s.passes for s in scorings)
+    total = calls * mean_time
+    if encode:
+        seconds = _encoder_seconds(model)
+        if isinstance(seconds, UserError):
+            lines.append(f"without the encoder's time: {seconds}")
+        else:
+            total += sum(s.candidates * s.images for s in scorings) * seconds
+    if model.autoencoder:
+        note += f"; without the decoder's {1000 * decoder_seconds(model):.3g} ms per image"
+    lines.append(
+        f"all: {passes * calls:.3g} passes, {calls * mean_flops / 1e9:.3g} GFLOPs, about "
+        f"{duration(total)} ({note})"
+    )
+    return "\n".join(lines)
+
+
+def _seconds(model: Model, widths: Sequence[float], spend: float = 1.0) -> dict[float, float]:
+    """Seconds per image of a call at each width, from about `spend` seconds of each."""
+    batch, passes = measured_batch(model), model.passes_per_call
+    return {
+        width: passes * latency(network, model.image_shape, batch, model.device, spend)
+        for width, network in build.candidates(model, widths).items()
+    }
+
+
+def _encoder_seconds(model: Model) -> float | UserError:
+    """Seconds per image that the encoder takes; the error where it cannot be built."""
     try:
-        encoder = build()
+        encoder: Callable = build.encoder(model.config, model.device)
     except UserError as error:
         return error
-    images = torch.randint(0, 256, (batch, *shape), dtype=torch.uint8)
+    batch = measured_batch(model)
+    images = torch.randint(0, 256, (batch, *model.picture_shape), dtype=torch.uint8)
     encoder(images)
     start = time.perf_counter()
     encoder(images).sum().item()
     return (time.perf_counter() - start) / batch
 
 
-def scoring_plan(
-    scorings: Sequence[Scoring],
-    flops: float,
-    seconds: float,
-    encoder: float | UserError,
-    note: str,
-) -> str:
-    """The cost of `scorings` where a pass takes `flops` and `seconds`; one line for each."""
-    lines = [
-        f"{s.name}: {s.candidates} candidates × {s.images} images × {s.steps} steps = "
-        f"{s.passes:.3g} network passes"
-        for s in scorings
-    ]
-    passes = sum(s.passes for s in scorings)
-    images = sum(s.candidates * s.images for s in scorings)
-    total = passes * seconds
-    if isinstance(encoder, UserError):
-        lines.append(f"without the encoder's time: {encoder}")
-    else:
-        total += images * encoder
-    lines.append(
-        f"all: {passes:.3g} passes, {passes * flops / 1e9:.3g} GFLOPs, about {duration(total)} "
-        f"({note})"
-    )
-    return "\n".join(lines)
+def decoder_seconds(model: Model) -> float:
+    """Seconds per image of decoding latents."""
+    decode, shape = model.autoencoder.to_images, model.image_shape
+    return latency(lambda latents, t: decode(latents), shape, measured_batch(model), model.device)
 
 
-def training_plan(trainer: Trainer, flops: Mapping[float, float]) -> str:
+def training_plan(trainer: Trainer, model: Model) -> str:
     """The cost of the steps that `trainer` has left, from three of them; saves nothing."""
-    s = trainer.settings
-    trainer.resume()
-    network = trainer.wrapped()
-    left = max(0, s.total_steps - trainer.step)
-    batches = trainer.batches()
-    times = []
+    s, widths, size = trainer.settings, trainer.widths, trainer.run.batch_size
+    flops: Mapping[float, float] = {
+        width: score.flops(model.net, width, model.image_shape) for width in widths.all
+    }
+    network, batches = trainer.wrapped(), trainer.batches(model.config.data.num_workers)
+    left, times = max(0, s.total_steps - trainer.step), []
     for _ in range(3):
         start = time.perf_counter()
         trainer.train_step(network, *next(batches))
-        float(trainer.norm)  # waits for the device
+        float(trainer.grad_norm)  # waits for the device
         times.append(time.perf_counter() - start)
     # A backward pass costs about twice the forward pass; drawn widths count by their mean.
     forward = flops[1.0]
     if s.sandwich:
-        mean = sum(flops[w] for w in s.candidate_width) / max(1, len(s.candidate_width))
-        forward += flops[s.min_width] + (s.num_sandwich_sampling - 2) * mean
-    gflops = 3 * forward * s.batch_size * left / 1e9
+        mean = sum(flops[w] for w in widths.candidate_width) / max(1, len(widths.candidate_width))
+        forward += flops[widths.min_width] + (s.num_sandwich_sampling - 2) * mean
+    gflops = 3 * forward * size * left / 1e9
     return (
-        f"training: {left} steps × {s.batch_size} images × {len(s.widths(0))} widths, "
+        f"training: {left} steps × {size} images × {len(trainer.widths_of(0))} widths, "
         f"{gflops:.3g} GFLOPs, about {duration(min(times[1:]) * left)} "
-        f"({min(times[1:]):.3g} s a step, measured; without grids and evaluations)"
+        f"({min(times[1:]):.3g} s per step, measured; without grids and evaluations)"
     )
+
+
+# --- profile --------------------------------------------------------------------------------------
+
+
+def profile(config: Configuration) -> None:
+    """Print parameters, GFLOPs and measured latency of every width, and of a schedule."""
+    model = planned_model(config)
+    config, widths = model.config, model.config.widths.all[::-1]
+    flops, times = model.flops(widths), {0.0: 0.0} | _seconds(model, widths)
+    rows = [
+        [
+            f"{width:g}",
+            f"{model.net.parameter_count(width) / 1e6:.2f} M",
+            f"{flops[width] / 1e9:.4f}",
+            f"{100 * flops[width] / flops[1.0]:.1f} %",
+            f"{1000 * times[width]:.3f}",
+            f"{100 * times[width] / times[1.0]:.1f} %",
+        ]
+        for width in widths
+    ]
+    say(table(["width", "parameters", "GFLOPs", "of full", "ms / image", "of full"], rows))
+    passes = "one pass" if model.passes_per_call == 1 else "two passes (--guidance_scale)"
+    say(
+        f"{passes}, images {model.image_shape}, batch {measured_batch(model)}, {model.device}, "
+        f"{config.run.amp} amp"
+    )
+    if vae := model.autoencoder:
+        say(
+            f"the decoder, once per image: {vae.decoder_parameters() / 1e6:.2f} M parameters, "
+            f"{vae.decoder_flops(config.data.img_size) / 1e9:.4f} GFLOPs, "
+            f"{1000 * decoder_seconds(model):.3f} ms"
+        )
+    path = Path(config.evaluation.schedule or Path(config.run.logdir) / "search.txt")
+    if config.evaluation.schedule or path.exists():
+        schedule = model.schedule(path)
+        entries = entries_for_calls(schedule, model.sampler.calls())
+        mean, seconds = average(schedule, entries, flops), average(schedule, entries, times)
+        say(
+            f"the schedule averages {mean / 1e9:.4f} GFLOPs per step of {flops[1.0] / 1e9:.4f} "
+            f"({100 * mean / flops[1.0]:.1f} %) and {1000 * seconds:.3f} ms of "
+            f"{1000 * times[1.0]:.3f} ({100 * seconds / times[1.0]:.1f} %)"
+        )

@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from dataset.batches import everything
 from dataset.images import AnySet, Images, fingerprint, to_network, to_uint8
 from runtime import processes as distributed
 from runtime.errors import UserError
 from runtime.files import alone_in, read_json, write_json
+from runtime.progress import progress
 
 KINDS = ("AutoencoderKL", "VQModel")
 REMEDY = "delete it and the next run makes it again"
@@ -353,14 +353,7 @@ def _latents(
     num_workers: int,
 ) -> Iterator[np.ndarray]:
     """Latents of these images in batches, float16, with a progress bar that starts at `done`."""
-    with tqdm(
-        total=done + part.stop - part.start,
-        initial=done,
-        desc="encode",
-        unit="image",
-        dynamic_ncols=True,
-        disable=not distributed.is_main(),
-    ) as bar:
+    with progress(done + part.stop - part.start, "encode", "image", initial=done) as bar:
         for images in everything(dataset, batch_size, num_workers, part.start, part.stop):
             latents = autoencoder.encode(images).half()
             if not bool(latents.isfinite().all()):

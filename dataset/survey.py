@@ -16,12 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from dataset.decoding import Header, read_header, reason
 from runtime import processes as distributed
 from runtime.errors import UserError
 from runtime.files import read_json, write_json
+from runtime.progress import progress
 
 RULES = 1  # increase it when the same header gives another Header
 CHUNK = 256  # files per task of a thread; threads help on network disks, where opening waits
@@ -76,7 +75,8 @@ def _look(paths: Sequence[str]) -> tuple[Survey | None, list[tuple[str, str]]]:
     headers, unusable = [], []
     pool = ThreadPoolExecutor(8)
     try:
-        with _bar(len(paths)) as bar:
+        hidden = len(paths) < 5000 or not distributed.is_main()
+        with progress(len(paths), "read headers", "image", leave=False, disable=hidden) as bar:
             for path, header in zip(paths, _headers(pool, paths), strict=True):
                 bar.update()
                 if isinstance(header, Header):
@@ -112,17 +112,6 @@ def _headers(pool: ThreadPoolExecutor, paths: Sequence[str]) -> Iterator[Header 
         return [*map(header_or_reason, paths[start : start + CHUNK])]
 
     return itertools.chain.from_iterable(pool.map(chunk, range(0, len(paths), CHUNK)))
-
-
-def _bar(total: int) -> tqdm:
-    return tqdm(
-        total=total,
-        desc="read headers",
-        unit="image",
-        dynamic_ncols=True,
-        leave=False,
-        disable=total < 5000 or not distributed.is_main(),
-    )
 
 
 def _together(parts: Sequence[Survey]) -> Survey:

@@ -42,10 +42,11 @@ class Condition:
 
 
 class StepAwareDenoiser:
-    """`denoise(x, t)`: the network that the schedule names for t, at x (B, C, H, W).
+    """`denoise(x, t, step)` for a sampler, by the network that the schedule names; x (B, C, H, W).
 
-    A sampler that calls it more than once a step says so by `begin`, for schedules that have one
-    entry a step. `condition`: the classes of the batch that is denoised, where there are classes.
+    networks: candidates by width, or by any other name, each called as network(x, t). schedule: the
+    name for each timestep. T: timesteps of the diffusion. condition: the classes of the batch that
+    is denoised, where there are classes.
     """
 
     def __init__(
@@ -54,18 +55,14 @@ class StepAwareDenoiser:
         schedule: WidthSchedule | Sequence[Hashable],
         T: int,
         device: torch.device | str,
+        condition: Condition | None = None,
     ) -> None:
-        self.networks, self.schedule = networks, schedule
+        self.networks, self.schedule, self.condition = networks, schedule, condition
         # Every timestep lies on the device already, so a step copies nothing from the host.
         self._timesteps = torch.arange(T, device=device)
-        self._step: int | None = None
-        self.condition: Condition | None = None
 
-    def begin(self, step: int) -> None:
-        """A sampler's step begins at timestep `step`."""
-        self._step = step
-
-    def __call__(self, x: Tensor, t: int) -> Tensor:
-        entry = t if self._step is None else entry_for_call(self.schedule, self._step, t)
+    def __call__(self, x: Tensor, t: int, step: int | None = None) -> Tensor:
+        """step: the timestep of the sampler's step that calls, where that is not t."""
+        entry = entry_for_call(self.schedule, t if step is None else step, t)
         network, time = self.networks[self.schedule[entry]], self._timesteps[t].expand(len(x))
         return self.condition.ask(network, x, time) if self.condition else network(x, time)

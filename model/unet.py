@@ -26,60 +26,37 @@ from model.slimmable import (
     SlimmableSequential,
 )
 from runtime.errors import UserError
+from runtime.settings import plain
+from settings import DiffusionSettings, NetworkSettings
 
-SKIP_SLICING = ("leading", "segments")
-NORM_GROUPS = ("fixed", "proportional")
 Norm = Callable[[Channels], SlimmableGroupNorm]
 
 
-@dataclass(frozen=True)
-class UNetSettings:
+@dataclass(frozen=True, kw_only=True)
+class UNetSettings(NetworkSettings):
     """What defines a network. Kept in every checkpoint.
 
-    T: timesteps. ch: channels of the first level. ch_mult: channels of each level over ch.
-    attn: levels with attention. num_res_blocks: blocks a level. num_groups: of every group norm.
-    in_ch: image channels. skip_slicing: which columns serve the skip of [h, skip] at a narrow
-    width, "leading" (published: the leading ones of the whole) or "segments" (the leading ones of
-    the skip's own segment). num_classes: of a class-conditional network; 0 for one without classes.
-    norm_groups: what a group norm keeps at a narrow width, its number of groups ("fixed",
-    published) or the channels of each ("proportional").
+    T: timesteps. in_ch: image channels. The others: see NetworkSettings.
     """
 
-    T: int = 1000
-    ch: int = 128
-    ch_mult: tuple[int, ...] = (1, 2, 2, 2)
-    attn: tuple[int, ...] = (1,)
-    num_res_blocks: int = 2
-    dropout: float = 0.1
-    num_groups: int = 32
+    T: int = DiffusionSettings.T
     in_ch: int = 3
-    skip_slicing: str = "leading"
-    num_classes: int = 0
-    norm_groups: str = "fixed"
 
-    def __post_init__(self) -> None:
-        for name in ("T", "ch", "num_res_blocks", "num_groups", "in_ch"):
+    def check(self) -> None:
+        for name in ("T", "in_ch"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name}={getattr(self, name)}: must be at least 1")
-        if not self.ch_mult or min(self.ch_mult) < 1:
-            raise UserError(f"--ch_mult={list(self.ch_mult)}: every level needs a factor >= 1")
-        outside = [level for level in self.attn if not 0 <= level < len(self.ch_mult)]
+        if not self.ch_mult:
+            raise UserError("--ch_mult: a network has at least one level")
+        outside = [level for level in self.attn if level >= len(self.ch_mult)]
         if outside:
             raise UserError(f"--attn={outside[0]}: levels are 0 to {len(self.ch_mult) - 1}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"--dropout={self.dropout}: must be in [0, 1)")
         for channels in (self.ch, *(self.ch * mult for mult in self.ch_mult)):
             if channels % self.num_groups:
                 raise UserError(
                     f"a level of {channels} channels does not fall into "
                     f"--num_groups={self.num_groups} groups; change --num_groups, --ch or --ch_mult"
                 )
-        if self.num_classes < 0:
-            raise UserError(f"--num_classes={self.num_classes}: must not be negative")
-        if self.skip_slicing not in SKIP_SLICING:
-            raise UserError(f"--skip_slicing={self.skip_slicing}: one of {SKIP_SLICING}")
-        if self.norm_groups not in NORM_GROUPS:
-            raise UserError(f"--norm_groups={self.norm_groups}: one of {NORM_GROUPS}")
 
     def check_image_size(self, size: int) -> None:
         """Raise UserError where the levels cannot halve an image of `size` pixels a side."""
@@ -302,16 +279,17 @@ class SlimmableUNet(nn.Module):
         attn: Sequence[int],
         num_res_blocks: int,
         dropout: float,
-        num_groups: int = 32,
+        num_groups: int = NetworkSettings.num_groups,
         in_ch: int = 3,
-        skip_slicing: str = "leading",
-        num_classes: int = 0,
-        norm_groups: str = "fixed",
+        skip_slicing: str = NetworkSettings.skip_slicing,
+        num_classes: int = NetworkSettings.num_classes,
+        norm_groups: str = NetworkSettings.norm_groups,
     ) -> None:
         super().__init__()
         self.settings = s = UNetSettings(
-            T, ch, tuple(ch_mult), tuple(attn), num_res_blocks, dropout, num_groups, in_ch,
-            skip_slicing, num_classes, norm_groups,
+            T=T, ch=ch, ch_mult=tuple(ch_mult), attn=tuple(attn), num_res_blocks=num_res_blocks,
+            dropout=dropout, num_groups=num_groups, in_ch=in_ch, skip_slicing=skip_slicing,
+            num_classes=num_classes, norm_groups=norm_groups,
         )  # fmt: skip
         norm = functools.partial(
             SlimmableGroupNorm, num_groups, proportional=norm_groups == "proportional"
@@ -433,4 +411,4 @@ class SlimmableUNet(nn.Module):
 
     def settings_dict(self) -> dict:
         """The settings as plain JSON-friendly values."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.settings).items()}
+        return plain(asdict(self.settings))

@@ -330,11 +330,24 @@ def save_grid(path: str | Path, images: Tensor, columns: int = 0) -> Tensor:
 
     columns: images per row, about √N by default.
     """
-    from torchvision.io import encode_png
     from torchvision.utils import make_grid
 
     grid = make_grid(images.cpu(), nrow=columns or math.ceil(math.sqrt(len(images))))
-    with replacing(path) as temporary:
-        # Not write_png, which leaves half a picture on a full disk without an error.
-        temporary.write_bytes(encode_png(grid).numpy().tobytes())
+    save_image(path, grid)
     return grid
+
+
+def save_image(path: str | Path, image: Tensor) -> None:
+    """Save one image (C, H, W) uint8 as a PNG, whole or not at all."""
+    from torchvision.io import encode_png
+
+    with replacing(path) as temporary:
+        # Not write_png, which leaves half a picture on a full disk and says nothing.
+        temporary.write_bytes(encode_png(image.cpu()).numpy().tobytes())
+
+
+def read_image(path: str | Path) -> Tensor:
+    """The PNG at `path`, (C, H, W) uint8."""
+    from torchvision.io import decode_image
+
+    return decode_image(str(path))

@@ -45,6 +45,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def say(text: str) -> None:
+    """Print, once for all processes."""
+    if is_main():
+        print(text, flush=True)
+
+
 def first_to_speak() -> bool:
     """Whether this process is the first of all to call this: the one that reports an error."""
     if _store is None:

@@ -7,7 +7,7 @@ flags nor networks, but for how a network is asked (model.Condition).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,15 +65,14 @@ class Classes:
         """How the network is asked for these images."""
         return Condition(self.labels(images), self.count, self.guidance)
 
-    def rows(self, images: int, device: torch.device) -> tuple[Condition, int]:
-        """The same for a grid of `images` that has a class in each row, and its columns."""
+    def in_rows(self, count: int) -> tuple[Classes, int]:
+        """The same for a grid of `count` images that has a class in each row, and its columns."""
         shown = self.fixed or range(self.count)
-        columns = max(1, images // len(shown))
+        columns = max(1, count // len(shown))
         if columns == 1:  # more classes than images: the first ones, in a square
-            columns = max(1, round(images**0.5))
-        labels = [shown[i // columns % len(shown)] for i in range(images)]
-        labels = torch.tensor(labels, device=device)
-        return Condition(labels, self.count, self.guidance), columns
+            columns = max(1, round(count**0.5))
+        fixed = tuple(shown[i // columns % len(shown)] for i in range(count))
+        return replace(self, fixed=fixed), columns
 
 
 def parse(text: str, names: Sequence[str] = ()) -> tuple[int, ...]:

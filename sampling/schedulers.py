@@ -12,19 +12,16 @@ import difflib
 import functools
 import inspect
 import json
-import math
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
 
 import diffusers
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from diffusion import Denoiser, Noise, Observer, told_the_step
 from runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from diffusion import Denoiser, Noise, NoiseSchedule, Observer, Sampler
+from sampling.protocol import CHURN, OURS, Call, Sampler
 
 SHORT = {"dpm_solver": "DPMSolverMultistepScheduler"}
 PREDICTION = {"epsilon": "epsilon", "xstart": "sample", "v": "v_prediction"}
@@ -67,108 +64,187 @@ def names() -> tuple[str, ...]:
     return tuple(found)
 
 
-def check(sampler: Sampler) -> None:
-    """Raise UserError where diffusers has no such scheduler or it cannot express a setting."""
-    name = SHORT.get(sampler.sampler, sampler.sampler)
-    if name not in names():
-        known = ("ddpm", "ddim", "edm", *SHORT, *names())
-        lower = {n.lower(): n for n in known}
-        near = [lower[n] for n in lower if name.lower() in n]
-        near += [lower[n] for n in difflib.get_close_matches(name.lower(), lower, 3, 0.4)]
-        near = list(dict.fromkeys(near))[:3]
-        if name.endswith("Scheduler") and hasattr(diffusers, name):
-            what = "cannot run here: it is not for β and one network, or lacks a package"
-        else:
-            what = "there is no such sampler"
-        raise UserError(
-            f"--sampler={sampler.sampler}: {what}; near names: {', '.join(near or known[:4])}"
-        )
-    if sampler.mean_type not in PREDICTION:
-        raise UserError(
-            f"--mean_type={sampler.mean_type}: diffusers has {', '.join(PREDICTION)} alone, so "
-            "sample with ddpm, ddim or edm"
-        )
-    taken = _parameters(getattr(diffusers, name).__init__).keys()
-    if sampler.clip_denoised and "clip_sample" not in taken:
-        raise UserError(f"--clip_denoised: {name} does not clip")
-    _options(sampler, name)
+def check_name(name: str) -> None:
+    """Raise UserError, with names near to it, where there is no such scheduler that can run."""
+    name = SHORT.get(name, name)
+    if name in names():
+        return
+    known = (*OURS, *SHORT, *names())
+    lower = {n.lower(): n for n in known}
+    near = [lower[n] for n in lower if name.lower() in n]
+    near += [lower[n] for n in difflib.get_close_matches(name.lower(), lower, 3, 0.4)]
+    near = list(dict.fromkeys(near))[:3]
+    if name.endswith("Scheduler") and hasattr(diffusers, name):
+        what = "cannot run here: it is not for β and one network, or lacks a package"
+    else:
+        what = "there is no such sampler"
+    raise UserError(f"--sampler={name}: {what}; near names: {', '.join(near or known[:4])}")
 
 
-def _options(sampler: Sampler, name: str) -> dict[str, object]:
-    """--scheduler_options, parsed and checked."""
-    try:
-        options = json.loads(sampler.scheduler_options or "{}")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--scheduler_options is not JSON ({error})") from error
-    allowed = [n for n in _parameters(getattr(diffusers, name).__init__) if n not in TRAINED]
-    if not isinstance(options, dict) or not options.keys() <= set(allowed):
-        raise UserError(
-            f"--scheduler_options={sampler.scheduler_options}: a JSON object with entries among "
-            f"{', '.join(sorted(allowed))}"
-        )
-    return options
+class DiffusersScheduler(Sampler):
+    """A scheduler of diffusers as a sampler; it runs from its start to its end.
 
+    It takes those of eta, var_type, clip_denoised and the S_ that it knows, and scheduler_options,
+    a JSON object of entries for its config.
+    """
 
-def build(sampler: Sampler, schedule: NoiseSchedule):
-    """The scheduler, its timesteps set; UserError where it refuses a setting."""
-    name = SHORT.get(sampler.sampler, sampler.sampler)
-    settings = {
-        "num_train_timesteps": schedule.T,
-        "trained_betas": schedule.betas.tolist(),
-        "prediction_type": PREDICTION[sampler.mean_type],
-        "clip_sample": sampler.clip_denoised,
-        "variance_type": VARIANCE[sampler.var_type],
-        **_options(sampler, name),
-    }
-    scheduler_class = getattr(diffusers, name)
-    taken = _parameters(scheduler_class.__init__)
-    if not isinstance(taken["variance_type"].default if "variance_type" in taken else None, str):
-        settings.pop("variance_type")  # elsewhere it asks for a network that learned a variance
-    if "original_inference_steps" in taken:  # LCM's and TCD's 50 may be more than T
-        usual = taken["original_inference_steps"].default
-        settings.setdefault("original_inference_steps", min(usual, schedule.T))
-    settings = {key: value for key, value in settings.items() if key in taken}
-    steps = sampler.sample_steps or schedule.T
-    if steps > schedule.T:
-        raise UserError(f"--sample_steps={steps}: must be in 1 to T={schedule.T}")
-    with _one_line(sampler, steps):
-        scheduler = scheduler_class(**settings)
-        scheduler.set_timesteps(steps)  # on the CPU: where a step is looked up, nothing waits
-    return scheduler
+    heeds = ("scheduler_options", *CHURN)
 
+    def __post_init__(self) -> None:
+        if self.mean_type not in PREDICTION:
+            raise UserError(
+                f"--mean_type={self.mean_type}: diffusers has {', '.join(PREDICTION)} alone, so "
+                "sample with ddpm, ddim or edm"
+            )
+        taken = _parameters(self._class.__init__).keys()
+        if self.settings.clip_denoised and "clip_sample" not in taken:
+            raise UserError(f"--clip_denoised: {self._class.__name__} does not clip")
+        self._options()
 
-@contextlib.contextmanager
-def _one_line(sampler: Sampler, steps: int) -> Iterator[None]:
-    """What diffusers says of a setting that does not work, as a UserError."""
-    try:
-        yield
-    except (
-        ArithmeticError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError,
-        TypeError, ValueError, UnboundLocalError,
-    ) as error:  # fmt: skip
-        text = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(
-            f"--sampler={sampler.sampler} cannot run {steps} steps with these settings: {text}"
-        ) from error
+    @property
+    def _class(self) -> type:
+        return getattr(diffusers, SHORT.get(self.settings.sampler, self.settings.sampler))
 
+    def _options(self) -> dict[str, object]:
+        """--scheduler_options, parsed and checked."""
+        text = self.settings.scheduler_options
+        try:
+            options = json.loads(text or "{}")
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"--scheduler_options is not JSON ({error})") from error
+        allowed = [n for n in _parameters(self._class.__init__) if n not in TRAINED]
+        if not isinstance(options, dict) or not options.keys() <= set(allowed):
+            raise UserError(
+                f"--scheduler_options={text}: a JSON object with entries among "
+                f"{', '.join(sorted(allowed))}"
+            )
+        return options
 
-@functools.lru_cache(maxsize=16)
-def calls(sampler: Sampler, schedule: NoiseSchedule) -> tuple[tuple[int, ...], int]:
-    """The timestep of each call of the network, rounded to trained ones, and how many calls make
-    one step. Found by running the chain on one pixel, so that a setting that breaks fails first."""
-    scheduler, shown = build(sampler, schedule), []
+    def entries(self) -> list[int]:
+        shown, order = self._shown()
+        return sorted(shown[::order])
 
-    def denoise(x: Tensor, t: int) -> Tensor:
-        shown.append(t)
-        return torch.zeros_like(x)
+    def calls(self, timesteps: Sequence[int] | None = None) -> list[Call]:
+        shown, order = self._shown()
+        return [Call(shown[i - i % order], t) for i, t in enumerate(shown)]
 
-    with _one_line(sampler, sampler.sample_steps or schedule.T):
-        order = scheduler.order
-        x = torch.ones(1, 1, 1, 1)
-        x_0 = _run(sampler, scheduler, denoise, x, schedule.T, lambda t: torch.ones_like(x), None)
-        if not bool(x_0.isfinite().all()):
-            raise ValueError("the result is not finite")
-    return tuple(shown), order
+    def sample(
+        self,
+        denoise: Denoiser,
+        x: Tensor,
+        noise: Noise,
+        timesteps: Sequence[int] | None = None,
+        observe: Observer | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """As the protocol says, from the start and at all timesteps.
+
+        The scheduler's timesteps may be fractions; `denoise` and `noise` get the nearest trained
+        one. Where it draws again at the same timestep t, it gets noise(t + T), then noise(t + 2·T),
+        …. `observe` gets the t and x of each step, which is one or (order 2) two calls of the
+        network.
+        """
+        if start or set(timesteps or ()) - set(self.entries()):
+            raise ValueError(f"{self.settings.sampler} runs from its start to its end")
+        return self._run(self._scheduler(), told_the_step(denoise), x, noise, observe)
+
+    @property
+    def _steps(self) -> int:
+        return self.settings.sample_steps or self.levels.T
+
+    def _scheduler(self) -> object:
+        """The scheduler, its timesteps set; UserError where it refuses a setting."""
+        settings = {
+            "num_train_timesteps": self.levels.T,
+            "trained_betas": self.levels.betas.tolist(),
+            "prediction_type": PREDICTION[self.mean_type],
+            "clip_sample": self.settings.clip_denoised,
+            "variance_type": VARIANCE[self.settings.var_type],
+            **self._options(),
+        }
+        taken = _parameters(self._class.__init__)
+        variance = taken["variance_type"].default if "variance_type" in taken else None
+        if not isinstance(variance, str):
+            settings.pop("variance_type")  # elsewhere it asks for a network that learned a variance
+        if "original_inference_steps" in taken:  # LCM's and TCD's 50 may be more than T
+            usual = taken["original_inference_steps"].default
+            settings.setdefault("original_inference_steps", min(usual, self.levels.T))
+        settings = {key: value for key, value in settings.items() if key in taken}
+        if self._steps > self.levels.T:
+            raise UserError(f"--sample_steps={self._steps}: must be in 1 to T={self.levels.T}")
+        with self._one_line():
+            scheduler = self._class(**settings)
+            scheduler.set_timesteps(self._steps)  # on the CPU: looking a step up waits for nothing
+        return scheduler
+
+    @contextlib.contextmanager
+    def _one_line(self) -> Iterator[None]:
+        """What diffusers says of a setting that does not work, as a UserError."""
+        try:
+            yield
+        except (
+            ArithmeticError, AssertionError, AttributeError, IndexError, KeyError,
+            NotImplementedError, RuntimeError, TypeError, ValueError, UnboundLocalError,
+        ) as error:  # fmt: skip
+            text = " ".join(str(error).split())[:160] or type(error).__name__
+            raise UserError(
+                f"--sampler={self.settings.sampler} cannot run {self._steps} steps with these "
+                f"settings: {text}"
+            ) from error
+
+    @functools.lru_cache(maxsize=16)  # noqa: B019 - it is frozen
+    def _shown(self) -> tuple[tuple[int, ...], int]:
+        """The timestep of each call of the network, rounded to trained ones, and how many calls
+        make one step. Found by running the chain on one pixel, so that a setting that breaks
+        fails first."""
+        scheduler, shown = self._scheduler(), []
+
+        def denoise(x: Tensor, t: int, step: int) -> Tensor:
+            shown.append(t)
+            return torch.zeros_like(x)
+
+        with self._one_line():
+            order = scheduler.order
+            x = torch.ones(1, 1, 1, 1)
+            x_0 = self._run(scheduler, denoise, x, lambda t: torch.ones_like(x), None)
+            if not bool(x_0.isfinite().all()):
+                raise ValueError("the result is not finite")
+        return tuple(shown), order
+
+    def _run(
+        self,
+        scheduler: object,
+        denoise: Callable[[Tensor, int, int], Tensor],
+        x_T: Tensor,
+        noise: Noise,
+        observe: Observer | None,
+    ) -> Tensor:
+        s, T, taken = self.settings, self.levels.T, _parameters(scheduler.step)
+        given = {
+            "eta": s.eta,
+            "s_churn": s.S_churn,
+            "s_tmin": s.S_tmin,
+            "s_tmax": s.S_tmax,
+            "s_noise": s.S_noise,
+        }
+        given = {key: value for key, value in given.items() if key in taken}
+        drawn: dict[int, int] = {}
+        x, step = x_T * scheduler.init_noise_sigma, 0
+        for i, time in enumerate(scheduler.timesteps):
+            t = min(max(round(float(time)), 0), T - 1)
+
+            def draw(t: int = t) -> Tensor:
+                drawn[t] = drawn.get(t, -1) + 1
+                return noise(t + T * drawn[t])
+
+            if i % scheduler.order == 0:
+                step = t
+                if observe:
+                    observe(t, x)
+            output = denoise(scheduler.scale_model_input(x, time), t, step)
+            with _Drawing(draw):
+                x = scheduler.step(output, time, x, **given).prev_sample
+        return x
 
 
 class _Drawing(TorchFunctionMode):
@@ -183,57 +259,3 @@ class _Drawing(TorchFunctionMode):
         if function is torch.randn:
             return self.draw()
         return function(*args, **(kwargs or {}))
-
-
-def sample(
-    sampler: Sampler,
-    denoise: Denoiser,
-    x_T: Tensor,
-    schedule: NoiseSchedule,
-    noise: Noise,
-    observe: Observer | None = None,
-) -> Tensor:
-    """Run a scheduler of diffusers from x_T, unit Gaussian; x_0 in [−1, 1], like x_T.
-
-    Its timesteps may be fractions; `denoise` and `noise` get the nearest trained one. Where a
-    scheduler draws again at the same timestep t, it gets noise(t + T), then noise(t + 2·T), ….
-    `observe` gets the t and x of each step, which is one or (order 2) two calls of the network.
-    """
-    x_0 = _run(sampler, build(sampler, schedule), denoise, x_T, schedule.T, noise, observe)
-    return x_0.clamp(-sampler.limit, sampler.limit)
-
-
-def _run(
-    sampler: Sampler,
-    scheduler: object,
-    denoise: Denoiser,
-    x_T: Tensor,
-    T: int,
-    noise: Noise,
-    observe: Observer | None,
-) -> Tensor:
-    taken = _parameters(scheduler.step)
-    limit = sampler.S_tmax if math.isfinite(sampler.S_tmax) else float("inf")
-    given = {
-        "eta": sampler.eta,
-        "s_churn": sampler.S_churn,
-        "s_tmin": sampler.S_tmin,
-        "s_tmax": limit,
-        "s_noise": sampler.S_noise,
-    }
-    given = {key: value for key, value in given.items() if key in taken}
-    drawn: dict[int, int] = {}
-    x = x_T * scheduler.init_noise_sigma
-    for i, time in enumerate(scheduler.timesteps):
-        t = min(max(round(float(time)), 0), T - 1)
-
-        def draw(t: int = t) -> Tensor:
-            drawn[t] = drawn.get(t, -1) + 1
-            return noise(t + T * drawn[t])
-
-        if observe and i % scheduler.order == 0:
-            observe(t, x)
-        output = denoise(scheduler.scale_model_input(x, time), t)
-        with _Drawing(draw):
-            x = scheduler.step(output, time, x, **given).prev_sample
-    return x

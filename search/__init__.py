@@ -4,19 +4,18 @@ This room sees the evaluation as a callable from schedules to distances and the 
 table. It knows nothing of networks, samplers, devices or flags.
 """
 
-from search.front import Candidate, hypervolume, knee, pareto_front
+from search.front import UNUSABLE, Candidate, hypervolume, knee, pareto_front
 from search.genome import Genome
 from search.log import schedules_of, warm_start
 from search.run import Search
 from search.scoring import Rung, Score
 from search.sensitivity import SEGMENTS
 from search.sensitivity import stages as search_stages
-from search.settings import METHODS, OBJECTIVES, SearchSettings
+from settings import SearchSettings
 
 __all__ = [
-    "METHODS",
-    "OBJECTIVES",
     "SEGMENTS",
+    "UNUSABLE",
     "Candidate",
     "Genome",
     "Rung",

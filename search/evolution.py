@@ -21,10 +21,10 @@ from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 from scipy.stats import spearmanr
 
 from model import WidthSchedule
-from search.front import Candidate
+from search.front import Candidate, usable
 from search.genome import Genome
 from search.scoring import Rung, Scorer
-from search.settings import SearchSettings
+from settings import SearchSettings
 
 
 class ResetMutation(Mutation):
@@ -65,6 +65,7 @@ class Evolution:
     """
 
     settings: SearchSettings
+    seed: int
     genome: Genome
     scorer: Scorer
     rungs: Sequence[Rung]
@@ -108,7 +109,7 @@ class Evolution:
             xu=len(self.genome.widths) - 1,
             vtype=int,
         )
-        algorithm.setup(problem, termination=("n_gen", s.num_generation), seed=s.seed)
+        algorithm.setup(problem, termination=("n_gen", s.num_generation), seed=self.seed)
         seen: dict[tuple[float, ...], Candidate] = {}
         generation = 0
         while algorithm.has_next():
@@ -149,7 +150,7 @@ class Evolution:
             if s.level_seeds:
                 rows += genome.levels()[: max(0, (s.pop_size - len(rows) + 1) // 2)]
         unique = list({tuple(genes): genes for genes in rows}.values())[: s.pop_size]
-        random = np.random.default_rng([s.seed, 1])
+        random = np.random.default_rng([self.seed, 1])
         drawn = random.integers(0, len(genome.widths), (s.pop_size - len(unique), genome.genes))
         return KeepOneStep(genome)._do(None, np.array([*unique, *drawn]))
 
@@ -160,6 +161,10 @@ class Evolution:
         The regression sees each gene's width one-hot; costs are exact.
         """
         from sklearn.linear_model import Ridge
+
+        seen = usable(seen)
+        if not seen:
+            return np.arange(min(self.settings.pop_size, len(genes)))
 
         def inputs(rows: np.ndarray) -> np.ndarray:
             return np.eye(len(self.genome.widths))[rows].reshape(len(rows), -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,8 @@ from pymoo.indicators.hv import HV
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
 from model import WidthSchedule
+
+UNUSABLE = 1e30  # stands for the distance of a candidate that has none
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class Candidate:
     generation: int
     record: Mapping[str, object]
     error: float | None = None
+
+
+def usable(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """The candidates that have a distance."""
+    return [c for c in candidates if c.distance < UNUSABLE]
 
 
 def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -7,18 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from model import WidthSchedule
-from runtime import processes as distributed
 from runtime.errors import UserError
+from runtime.progress import progress
 from search.evolution import Evolution
-from search.front import Candidate, knee, pareto_front
+from search.front import Candidate, knee, pareto_front, usable
 from search.genome import Genome
 from search.log import SearchLog
 from search.scoring import OutOfTime, Rung, Score, Scorer
 from search.sensitivity import Sensitivity
-from search.settings import SearchSettings
+from settings import SearchSettings
 
 
 @dataclass
@@ -42,9 +40,10 @@ class Search:
     identity: Mapping[str, object]
     start: Sequence[WidthSchedule] = ()
     ladder: Sequence[Rung] = ()
+    seed: int = 0
     on_generation: Callable[[int, Sequence[Candidate]], None] | None = None
     images: int = 0
-    say: Callable[[str], None] = tqdm.write
+    say: Callable[[str], None] = print
     correlations: list[dict] = field(default_factory=list, init=False)
     records: dict[tuple, dict] = field(default_factory=dict, init=False)  # the log's
 
@@ -55,33 +54,38 @@ class Search:
         self.records = log.records
         minutes = self.settings.search_minutes
         end = time.monotonic() + 60 * minutes if minutes else None
-        with tqdm(
-            desc="search", unit="cand", dynamic_ncols=True, disable=not distributed.is_main()
-        ) as bar:
+        with progress(0, "search", "cand") as bar:
             scorer = Scorer(self.genome, self.costs, log, bar, end)
             try:
-                return self._method(scorer).run()
+                candidates, stopped = self._method(scorer).run(), False
             except OutOfTime:
-                candidates = scorer.known("")
-        if not candidates:
+                candidates, stopped = scorer.known(""), True
+        if stopped and not candidates:
             raise UserError(
                 f"--search_minutes={minutes:g} was too short to score a candidate at the full "
                 "setting; the same command continues the search"
             )
-        self.say(f"stopped after {minutes:g} minutes; the same command continues the search")
-        return candidates
+        if stopped:
+            self.say(f"stopped after {minutes:g} minutes; the same command continues the search")
+        if not usable(candidates):
+            raise UserError(f"no candidate has a distance: {candidates[0].record['unusable']}")
+        return usable(candidates)
+
+    def _note(self, generation: int, candidates: Sequence[Candidate]) -> None:
+        if self.on_generation and usable(candidates):
+            self.on_generation(generation, usable(candidates))
 
     def _method(self, scorer: Scorer) -> Evolution | Sensitivity:
         if self.settings.search_method == "sensitivity":
             if self.ladder:
                 raise UserError("--search_ladder: only with --search_method=evolution")
             return Sensitivity(
-                self.settings, self.genome, scorer, self.score, self.images, self.start,
-                self.on_generation, self.say,
+                self.settings, self.seed, self.genome, scorer, self.score, self.images, self.start,
+                self._note, self.say,
             )  # fmt: skip
         evolution = Evolution(
-            self.settings, self.genome, scorer, [*self.ladder, Rung("", self.score)],
-            self.objective, self.start, self.on_generation,
+            self.settings, self.seed, self.genome, scorer, [*self.ladder, Rung("", self.score)],
+            self.objective, self.start, self._note,
         )  # fmt: skip
         self.correlations = evolution.correlations
         return evolution

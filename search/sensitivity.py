@@ -31,7 +31,7 @@ from search.additive import Belief, exact_front, settled, stakes
 from search.front import Candidate, hypervolume, pareto_front
 from search.genome import Genome
 from search.scoring import Rung, Score, Scorer
-from search.settings import SearchSettings
+from settings import SearchSettings
 
 SEGMENTS = 12  # genes, where --num_segments does not say
 HOPELESS = 8.0  # a width's uniform distance, as a multiple of the best uniform one
@@ -49,6 +49,7 @@ class Sensitivity:
     """
 
     settings: SearchSettings
+    seed: int
     genome: Genome
     scorer: Scorer
     score: Score
@@ -148,7 +149,7 @@ class Sensitivity:
         Each is, of an exact front, the one that is expected to add most to the hypervolume of what
         is scored and chosen. Every other front is that of effects that are drawn, to explore.
         """
-        random = np.random.default_rng([self.settings.seed, 2, generation])
+        random = np.random.default_rng([self.seed, 2, generation])
         belief, points, new = self._belief(), [*self.candidates.values()], []
         for place in range(self.settings.pop_size):
             effects = belief.draw(random) if place % 2 else belief.mean

@@ -4,15 +4,15 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, golden_network, run_main, tiny_network
+from conftest import ROOT, TINY, TRAIN, golden_network, run_main, tiny_network
 
 from model import arithmetic, check_compiler, sampling_networks
 from runtime.errors import UserError
-from train import TrainSettings
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SHAPE = (3, 8, 8)
@@ -158,9 +158,8 @@ def test_evaluations_keep_their_choice(run_folder: Path, answers: list[str]) -> 
     assert json.loads((run_folder / "eval.json").read_text())["arithmetic"] == {"1.0": "bfloat16"}
 
 
-def test_fp16_does_not_train() -> None:
-    with pytest.raises(UserError, match="--amp=fp16"):
-        TrainSettings(amp="fp16")
+def test_fp16_does_not_train(refused: Callable) -> None:
+    refused("--amp=fp16", *TRAIN, "--logdir=run", "--amp=fp16")
 
 
 # --- without the folder model/cpu -----------------------------------------------------------------

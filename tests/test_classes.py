@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TRAIN, fill_by_recipe, run_main
+from PIL import Image
 from torch import Tensor
 
-import dataset as data
-import diffusion
-import main
+import dataset
+from diffusion import NoiseSchedule
 from model import Condition, SlimmableUNet, StepAwareDenoiser, checkpoint, sampling_networks
 from runtime.errors import UserError
-from sampling import noise as rng
 from sampling.conditioning import Classes, parse
+from sampling.noise import SAMPLING, ImageNoise
+from sampling.samplers import make_sampler
+from settings import SamplingSettings
 
 Refused = Callable[..., str]
 SETTINGS = dict(
@@ -110,19 +110,17 @@ SAMPLERS = ("ddpm", "ddim", "edm", "dpm_solver", "HeunDiscreteScheduler", "DDPMS
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_ends_at_what_guidance_asks_for(name: str, guidance: float) -> None:
     """Where each class is one point m and no class is 0, x̂_0 is guidance·m at every step."""
-    schedule = diffusion.NoiseSchedule(1e-3, 0.2, 50)
-    points = torch.tensor([0.3, -0.2, 0.0])
+    levels, points = NoiseSchedule(1e-3, 0.2, 50), torch.tensor([0.3, -0.2, 0.0])
 
     def ideal(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        abar = torch.from_numpy(schedule.alpha_bars)[t].view(-1, 1, 1, 1).to(x)
+        abar = torch.from_numpy(levels.alpha_bars)[t].view(-1, 1, 1, 1).to(x)
         return (x - abar.sqrt() * points[labels].view(-1, 1, 1, 1)) / (1 - abar).sqrt()
 
-    denoise = StepAwareDenoiser({1.0: ideal}, [1.0] * 50, 50, CPU)
     labels = torch.tensor([0, 1, 1])
-    denoise.condition = Condition(labels, 2, guidance)
-    noise = rng.ImageNoise(0, rng.SAMPLING, torch.arange(3), (1, 4, 4))
-    sampler = diffusion.Sampler(name, sample_steps=8, var_type="fixedsmall")
-    x_0 = sampler(denoise, noise.initial(), schedule, noise)
+    denoise = StepAwareDenoiser({1.0: ideal}, [1.0] * 50, 50, CPU, Condition(labels, 2, guidance))
+    noise = ImageNoise(0, SAMPLING, torch.arange(3), (1, 4, 4))
+    settings = SamplingSettings(sampler=name, sample_steps=8, var_type="fixedsmall")
+    x_0 = make_sampler(settings, levels, "epsilon").sample(denoise, noise.initial(), noise)
     expected = guidance * points[labels].view(-1, 1, 1, 1).expand_as(x_0)
     torch.testing.assert_close(x_0, expected, atol=2e-3, rtol=0)
 
@@ -158,31 +156,20 @@ def test_classes_that_are_asked_for() -> None:
 def test_grids_have_a_class_in_each_row(
     count: int, images: int, columns: int, first: list[int]
 ) -> None:
-    condition, across = Classes((1 / count,) * count).rows(images, CPU)
+    classes, across = Classes((1 / count,) * count).in_rows(images)
     assert across == columns
-    assert condition.labels.tolist()[: len(first)] == first
-    assert len(condition.labels) == images
+    assert classes.labels(torch.arange(images)).tolist()[: len(first)] == first
 
 
-# --- training -------------------------------------------------------------------------------------
+# --- the program ----------------------------------------------------------------------------------
 
 CONDITIONAL = [*TRAIN, "--num_classes=10", "--logdir=run", "--sample_size=20"]
 EVAL = ["--logdir=run", "--device=cpu", "--num_images=20", "--batch_size=20", "--T=10"]
 EVAL += ["--fid_encoder=pixels", "--fid_cache=stats.npz"]
 
 
-@pytest.mark.parametrize(("share", "silent"), [(0.0, [10]), (1.0, [*range(10)])])
-def test_dropped_labels(here: Path, share: float, silent: list[int]) -> None:
-    """The rows that no image is told by do not move."""
-    arguments = [*CONDITIONAL, f"--label_dropout={share}", "--sample_step=0", "--save_step=1"]
-    assert run_main(*arguments, "--total_steps=3").status == 0
-    tables = [
-        checkpoint.load(here / "run" / f"ckpt_{n}.pt")["net_model"]["class_embedding.weight"]
-        for n in (1, 3)
-    ]
-    moved = (tables[0] != tables[1]).any(1)
-    assert not moved[silent].any()
-    assert moved.any()
+def table(path: Path) -> Tensor:
+    return checkpoint.load(path)["net_model"]["class_embedding.weight"]
 
 
 @pytest.fixture(scope="module")
@@ -190,8 +177,8 @@ def conditional(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A class-conditional supernet, trained in two parts."""
     folder = tmp_path_factory.mktemp("conditional")
     for steps in (3, 6):
-        result = run_main(*CONDITIONAL[:-2], f"--logdir={folder}", f"--total_steps={steps}",
-                          "--sample_size=20", "--guidance_scale=2")  # fmt: skip
+        result = run_main(*CONDITIONAL, f"--logdir={folder}", f"--total_steps={steps}",
+                          "--guidance_scale=2")  # fmt: skip
         assert result.status == 0, result.err
     return folder
 
@@ -203,24 +190,37 @@ def run_conditional(conditional: Path, here: Path) -> Path:
     return here / "run"
 
 
-def test_resume_makes_the_same_steps(conditional: Path, here: Path) -> None:
-    assert run_main(*CONDITIONAL).status == 0
+def test_training(conditional: Path, here: Path) -> None:
+    """Resumed, it makes the same steps; the rows that no image is told by do not move."""
+    assert run_main(*CONDITIONAL, "--sample_step=0").status == 0
     ours, theirs = (checkpoint.load(f / "ckpt.pt") for f in (here / "run", conditional))
     for name, value in ours["ema_model"].items():
         assert torch.equal(value, theirs["ema_model"][name]), name
     frequencies = ours["net_model"]["class_embedding.frequencies"]
-    expected = torch.bincount(data.load("digits", ".", 8).labels) / 1797
+    expected = torch.bincount(dataset.load("digits", ".", 8).labels) / 1797
     torch.testing.assert_close(frequencies, expected)
     assert ours["settings"]["num_classes"] == 10
+    for share, silent in ((0.0, [10]), (1.0, [*range(10)])):
+        logdir = here / f"dropped_{share:g}"
+        more = [f"--label_dropout={share}", "--sample_step=0", "--save_step=1", "--total_steps=3"]
+        assert run_main(*CONDITIONAL, *more, f"--logdir={logdir}").status == 0
+        moved = (table(logdir / "ckpt_1.pt") != table(logdir / "ckpt_3.pt")).any(1)
+        assert not moved[silent].any()
+        assert moved.any()
 
 
 def test_guided_runs(run_conditional: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Costs count both passes; the flags of a search and of an evaluation."""
-    monkeypatch.setattr(main, "latency", functools.partial(main.latency, seconds=0.05))
+    """Costs count both passes; images do not depend on the batch; a search and what it is used
+    with have the same guidance."""
+    monkeypatch.setattr("report.draw_front", lambda folder, front: None)
+    monkeypatch.setattr("report.plot_fronts", lambda *arguments: None)
+    for command in ("search", "plan"):
+        monkeypatch.setattr(f"commands.{command}.latency", lambda *arguments: 0.001)
     results = {}
     for name, more in {
         "plain": [], "guided": ["--guidance_scale=2"], "some": ["--classes=3,5"],
         "edm": ["--guidance_scale=2", "--sampler=edm", "--sample_steps=4"],
+        "batch": ["--guidance_scale=2", "--batch_size=7"],
     }.items():  # fmt: skip
         result = run_main(*EVAL, "--eval", *more)
         assert result.status == 0, result.err
@@ -230,86 +230,52 @@ def test_guided_runs(run_conditional: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (guided["passes"], plain["passes"]) == (400, 200)
     assert results["edm"]["passes"] == 2 * 20 * 7
     assert guided["distance"] != plain["distance"]
+    assert guided["distance"] == pytest.approx(results["batch"]["distance"], rel=1e-3)
     assert (plain["classes"], plain["guidance_scale"]) == ("as in the training set", 1)
     assert results["some"]["classes"] == [3, 5]
-    few = ["--num_generation=2", "--pop_size=4", "--guidance_scale=2"]
-    result = run_main(*EVAL, "--search", *few)
-    assert result.status == 0, result.err
-    refused = run_main(*EVAL, "--search", *few[:-1])
-    assert "guidance_scale" in refused.error
-    result = run_main(*EVAL, "--eval_stepaware", "--guidance_scale=2")
-    assert result.status == 0, result.err
-    line = run_main(*EVAL, "--eval", "--dry_run", "--guidance_scale=2").out
-    assert "20 images × 20 steps = 400 network passes" in line
-    assert "two passes" in run_main(*EVAL, "--profile", "--guidance_scale=2").out
-
-
-def test_images_do_not_depend_on_the_batch(run_conditional: Path) -> None:
-    distances = []
-    for batch in (20, 7):
-        result = run_main(*EVAL, "--eval", "--guidance_scale=3", f"--batch_size={batch}")
+    search = [*EVAL, "--search", "--num_generation=2", "--pop_size=4"]
+    for arguments in ([*search, "--guidance_scale=2"],
+                      [*EVAL, "--eval_stepaware", "--guidance_scale=2"]):  # fmt: skip
+        result = run_main(*arguments)
         assert result.status == 0, result.err
-        found = json.loads((run_conditional / "eval.json").read_text())
-        distances.append(found["distance"])
-    assert math.isclose(*distances, rel_tol=1e-3)
+    assert "guidance_scale" in run_main(*search).error
+    line = run_main(*EVAL, "--eval", "--dry_run", "--guidance_scale=2").out
+    assert "400 network passes" in line
+    assert "two passes" in run_main(*EVAL, "--profile", "--guidance_scale=2").out
 
 
 # --- what is refused ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        (["--guidance_scale=2"], "--guidance_scale=2.0: the network has no classes"),
-        (["--classes=3"], "--classes=3: the network has no classes"),
-        (["--num_classes=10"], "--num_classes: 0 there, 10 here"),
-    ],
-)
-def test_network_without_classes(
-    refused: Refused, run_folder: Path, arguments: list[str], match: str
-) -> None:
-    refused(match, *EVAL, "--eval", *arguments)
+def test_network_without_classes(refused: Refused, run_folder: Path) -> None:
+    for argument in ("--guidance_scale=2.0", "--classes=3"):
+        refused(f"{argument}: the network has no classes", *EVAL, "--eval", argument)
+    refused("--num_classes: 0 there, 10 here", *EVAL, "--eval", "--num_classes=10")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        (["--classes=3,10"], "there is no class 10; the network has 0 to 9"),
-        (["--classes=-1"], "there is no class -1"),
-        (["--classes=cat"], "--classes=cat: numbers"),
-        (["--guidance_scale=-1"], "--guidance_scale=-1.0"),
-        (["--guidance_scale=nan"], "--guidance_scale=nan"),
-        (["--num_classes=3"], "--num_classes: 10 there, 3 here"),
-    ],
-)
-def test_network_with_classes(
-    refused: Refused, run_conditional: Path, arguments: list[str], match: str
-) -> None:
-    refused(match, *EVAL, "--eval", *arguments)
+def test_network_with_classes(refused: Refused, run_conditional: Path) -> None:
+    for argument, match in {
+        "--classes=3,10": "there is no class 10; the network has 0 to 9",
+        "--classes=-1": "there is no class -1",
+        "--classes=cat": "--classes=cat",
+        "--guidance_scale=-1": "--guidance_scale=-1.0",
+        "--guidance_scale=nan": "--guidance_scale=nan",
+        "--num_classes=3": "--num_classes: 10 there, 3 here",
+    }.items():
+        refused(match, *EVAL, "--eval", argument)
+    (run_conditional / "search.txt").write_text(json.dumps([1] * 10))
+    refused("--export_diffusers.*classes", *EVAL, "--export_diffusers=out")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
+def test_mistakes_in_training(refused: Refused, here: Path) -> None:
+    for arguments, match in (
         (["--num_classes=3"], "--num_classes=3: --dataset=digits has 10 classes"),
         (["--num_classes=-1"], "--num_classes=-1"),
         (["--num_classes=10", "--label_dropout=2"], "--label_dropout=2.0"),
         (["--guidance_scale=2"], "no classes"),
-    ],
-)
-def test_training(refused: Refused, arguments: list[str], match: str) -> None:
-    refused(match, *TRAIN, "--logdir=run", *arguments)
-
-
-def test_images_without_classes(refused: Refused, here: Path) -> None:
-    from PIL import Image
-
+    ):
+        refused(match, *TRAIN, "--logdir=run", *arguments)
     (here / "photos").mkdir()
     Image.new("L", (8, 8)).save(here / "photos" / "a.png")
     where = ["--dataset=image_folder", "--data_root=photos", "--num_classes=2"]
     refused("--dataset=image_folder has no classes", *TRAIN, "--logdir=run", *where)
-
-
-def test_export_is_refused(refused: Refused, run_conditional: Path) -> None:
-    (run_conditional / "search.txt").write_text(json.dumps([1] * 10))
-    refused("without classes", *EVAL, "--export_diffusers=out")

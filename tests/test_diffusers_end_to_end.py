@@ -16,14 +16,16 @@ from conftest import run_main
 from test_latents import write_autoencoder
 from torch import nn
 
-import dataset as data
-from diffusion import NoiseSchedule, Sampler
+import dataset
+from diffusion import NoiseSchedule, sample_ddim
 from model import checkpoint
 from model.diffusers.importance import order_by_importance
 from model.diffusers.step_aware_unet import StepAwareUNet
 from model.diffusers.supernet import SlimmableDiffusersUNet
-from sampling import noise as rng
-from train import Trainer, TrainSettings
+from sampling.noise import TRAINING, normal
+from sampling.samplers import make_sampler
+from settings import RunSettings, SamplingSettings, TrainSettings, WidthSettings
+from train import Trainer
 
 UNET = dict(
     sample_size=8, in_channels=1, out_channels=1, block_out_channels=(32, 64), layers_per_block=1,
@@ -69,9 +71,8 @@ def succeeds(*arguments: str) -> str:
 
 
 def test_from_a_folder_to_a_folder(beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "main.latency", lambda *arguments: 0.001
-    )  # measuring takes a second per width
+    for command in ("plan", "search"):  # measuring takes a second per width
+        monkeypatch.setattr(f"commands.{command}.latency", lambda *arguments: 0.001)
     succeeds(*TRAIN)
     settings = torch.load("run/ckpt.pt", weights_only=True)["settings"]
     assert settings["kind"] == "diffusers"
@@ -109,8 +110,8 @@ def test_from_a_folder_to_a_folder(beside: Path, monkeypatch: pytest.MonkeyPatch
     def denoise(x: torch.Tensor, t: int) -> torch.Tensor:
         return net(x, torch.full((len(x),), t), float(mixed[t]))
 
-    sampler = Sampler("ddim", sample_steps=5, clip_denoised=True)
-    x_0 = sampler(denoise, x_T, NoiseSchedule(0.001, 0.3, 20), None)
+    levels = NoiseSchedule(0.001, 0.3, 20)
+    x_0 = sample_ddim(denoise, x_T, levels, steps=5, clip_denoised=True)
     torch.testing.assert_close(theirs, (x_0[:, 0] + 1) / 2, rtol=1e-3, atol=1e-3)
 
 
@@ -154,15 +155,14 @@ class Watched(nn.Module):
 
 def test_distillation_teaches_what_full_width_answered(model: Path, tmp_path: Path) -> None:
     trainer = Trainer(
-        settings=TrainSettings(
-            batch_size=8, total_steps=1, sandwich=True, min_width=0.5, candidate_width=(0.75,),
-            num_workers=0, warmup=0, distill=True,
-        ),
-        net=SlimmableDiffusersUNet.from_pretrained(model), dataset=data.load("digits", "", 8),
-        noise_schedule=NoiseSchedule(1e-3, 0.3, 20), sampler=Sampler(), image_shape=(1, 8, 8),
-        logdir=tmp_path, device=torch.device("cpu"), identity={},
+        settings=TrainSettings(total_steps=1, sandwich=True, warmup=0, distill=True),
+        run=RunSettings(batch_size=8, logdir=str(tmp_path)),
+        widths=WidthSettings(slimmable_unet=True, min_width=0.5, candidate_width=(0.75,)),
+        net=SlimmableDiffusersUNet.from_pretrained(model), data=dataset.load("digits", "", 8),
+        levels=NoiseSchedule(1e-3, 0.3, 20), mean_type="epsilon", image_shape=(1, 8, 8),
+        device=torch.device("cpu"), identity={},
     )  # fmt: skip
-    x_0 = next(data.batches(trainer.dataset, 8, seed=0))
+    x_0 = next(dataset.batches(trainer.data, 8, seed=0))
     watched = Watched(trainer.net)
     trainer.train_step(watched, x_0)
     (x, t, _, teacher), *narrow = watched.calls
@@ -170,11 +170,11 @@ def test_distillation_teaches_what_full_width_answered(model: Path, tmp_path: Pa
     for x_t, at, width, answer in narrow:
         assert torch.equal(x_t, x)
         assert torch.equal(at, t)
-        loss = float(trainer._sums[width][0])
+        loss = float(trainer._losses[width][0])
         assert loss == pytest.approx(float((answer - teacher).square().mean()), rel=1e-5)
     # Full width learns to predict the noise, as without distillation.
-    noise = rng.normal(0, rng.TRAINING, torch.arange(8), 0, (1, 8, 8))
-    assert float(trainer._sums[1.0][0]) == pytest.approx(
+    noise = normal(0, TRAINING, torch.arange(8), 0, (1, 8, 8))
+    assert float(trainer._losses[1.0][0]) == pytest.approx(
         float((teacher - noise).square().mean()), rel=1e-5
     )
 
@@ -220,10 +220,12 @@ def test_a_converted_model_makes_the_images_of_its_own_pipeline(here: Path, name
     def ours(sampler: str, **more: object) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
         noise = lambda t: torch.randn(2, 1, 8, 8, generator=generator)  # noqa: E731
-        chain = Sampler(sampler, **{**flags, **more})
-        return chain(
-            lambda x, t: net(x, torch.full((2,), t)), noise(0), noise_schedule, noise
-        )[:, 0] / 2 + 0.5  # fmt: skip
+        options = {**flags, **more}
+        mean_type = options.pop("mean_type", "epsilon")
+        settings = SamplingSettings(sampler=sampler, **options)
+        chain = make_sampler(settings, noise_schedule, mean_type)
+        x_0 = chain.sample(lambda x, t: net(x, torch.full((2,), t)), noise(0), noise)
+        return x_0.clamp(-1, 1)[:, 0] / 2 + 0.5
 
     def theirs(pipeline: type, **more: object) -> torch.Tensor:
         pipeline = pipeline.from_pretrained("model")
@@ -364,8 +366,9 @@ def test_classes_from_a_folder_to_scores(here: Path, refused: Callable, embeddin
 
 
 def test_a_model_without_scheduler_needs_the_flags_that_it_would_set(
-    here: Path, refused: Callable
+    here: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("commands.plan.latency", lambda *arguments: 0.001)
     save_model(Path("model"))
     shutil.rmtree("model/scheduler")
     profile = ["--profile", "--init_diffusers=model", "--device=cpu"]

@@ -1,4 +1,5 @@
-"""Samplers against the published chains, closed forms for Gaussian data, and other libraries."""
+"""Noise levels and sampling loops against closed forms for Gaussian data, the published chains, the
+papers' algorithms and diffusers."""
 
 import math
 from collections.abc import Callable
@@ -10,36 +11,36 @@ from conftest import GOLDEN, golden_network
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
-import diffusion
-from diffusion import NoiseSchedule, loss, sample_ddim, sample_ddpm, sample_edm
+from diffusion import EDMSchedule, NoiseLevels, NoiseSchedule, sample_ddim, sample_ddpm, sample_edm
 from model import StepAwareDenoiser, sampling_networks
 from runtime.errors import UserError
+from settings import MEAN_TYPES, VAR_TYPES
 
 MEAN, DEVIATION = 0.1, 0.2  # of the Gaussian data: far enough inside [−1, 1] not to be clipped
-STANDARD = NoiseSchedule(1e-4, 0.02, 1000)
+STANDARD, EDM = NoiseSchedule(1e-4, 0.02, 1000), EDMSchedule(1000)
 SHORT = NoiseSchedule(1e-3, 0.2, 100)
 # Fine enough for σ rounded to it to be as good as continuous.
-FINE = NoiseSchedule(1e-6, 2e-4, 100_000)
+FINE, FINE_EDM = NoiseSchedule(1e-6, 2e-4, 100_000), EDMSchedule(100_001)
+DIFFUSERS = {"epsilon": "epsilon", "xstart": "sample", "v": "v_prediction"}
 
 
 def exact(
-    schedule: NoiseSchedule, mean_type: str = "epsilon", m: float = MEAN, s: float = DEVIATION
+    levels: NoiseLevels, mean_type: str = "epsilon", m: float = MEAN, s: float = DEVIATION
 ) -> Callable[[Tensor, int], Tensor]:
-    """The best possible denoiser for x_0 ~ N(m, s²): E[x_0 | x_t] by Bayes' rule."""
+    """The best possible denoiser for x_0 ~ N(m, s²): E[x_0 | y] by Bayes' rule."""
 
     def denoise(x: Tensor, t: int) -> Tensor:
-        abar = float(schedule.alpha_bars[t])
-        x_0 = m + s**2 * abar**0.5 / (abar * s**2 + 1 - abar) * (x - abar**0.5 * m)
-        if mean_type == "xstart":
-            return x_0
-        epsilon = (x - abar**0.5 * x_0) / (1 - abar) ** 0.5
-        if mean_type == "epsilon":
-            return epsilon
-        if mean_type == "v":
-            return abar**0.5 * epsilon - (1 - abar) ** 0.5 * x_0
-        beta, before = float(schedule.betas[t]), schedule.abar(t - 1)
-        mean = before**0.5 * beta * x_0 + (1 - beta) ** 0.5 * (1 - before) * x
-        return mean / (1 - abar)
+        sigma, y = float(levels.sigmas[t]), x / levels.scale_in(t)
+        x_0 = (s**2 * y + sigma**2 * m) / (s**2 + sigma**2)
+        if isinstance(levels, EDMSchedule):
+            return (x_0 - levels.c_skip[t] * y) / levels.c_out[t]
+        epsilon, abar, before = (y - x_0) / sigma, levels.abar(t), levels.abar(t - 1)
+        if mean_type == "xprev":
+            beta = float(levels.betas[t])
+            mean = before**0.5 * beta * x_0 + (1 - beta) ** 0.5 * (1 - before) * x
+            return mean / (1 - abar)
+        v = abar**0.5 * epsilon - (1 - abar) ** 0.5 * x_0
+        return {"epsilon": epsilon, "xstart": x_0, "v": v}[mean_type]
 
     return denoise
 
@@ -59,35 +60,39 @@ def no_noise(t: int) -> Tensor:
     raise AssertionError(f"noise was asked for at {t}")
 
 
-SAMPLERS = {
+LOOPS = {
     "ddpm": lambda d, x, s, **k: sample_ddpm(d, x, s, noise=fixed_noise(x.shape), **k),
     "ddim": lambda d, x, s, **k: sample_ddim(d, x, s, eta=0.5, noise=fixed_noise(x.shape), **k),
     "edm": lambda d, x, s, **k: sample_edm(d, x, s, **k),
 }
 
 
-# --- The noise schedule and the loss
+# --- noise levels ---------------------------------------------------------------------------------
 
 
 def test_schedule_is_linear_in_float64() -> None:
     assert STANDARD.betas.dtype == np.float64
     assert STANDARD.betas[[0, -1]].tolist() == [1e-4, 0.02]
     assert np.diff(STANDARD.betas) == pytest.approx(np.full(999, (0.02 - 1e-4) / 999))
-    assert STANDARD.abar(-1) == 1
-    assert STANDARD.abar(0) == 1 - 1e-4
+    assert (STANDARD.abar(-1), STANDARD.abar(0)) == (1, 1 - 1e-4)
     expected = math.exp(math.fsum(math.log1p(-b) for b in STANDARD.betas))
     assert STANDARD.abar(999) == pytest.approx(expected, rel=1e-12)
 
 
 def test_sigmas_are_noise_over_signal() -> None:
-    assert STANDARD.sigmas.shape == (1000,)
     assert (np.diff(STANDARD.sigmas) > 0).all()
     assert pytest.approx(1 / (1 + STANDARD.sigmas**2)) == STANDARD.alpha_bars
     for t in (0, 500, 999):
         sigma = float(STANDARD.sigmas[t])
         assert STANDARD.nearest(sigma) == STANDARD.nearest(sigma * 1.001) == t
-    assert STANDARD.nearest(0) == 0
-    assert STANDARD.nearest(1e9) == 999
+    assert (STANDARD.nearest(0), STANDARD.nearest(1e9)) == (0, 999)
+
+
+def test_levels_of_edm() -> None:
+    assert EDM.sigmas[[0, -1]] == pytest.approx([0.002, 80])
+    assert np.ptp(np.diff(EDM.sigmas ** (1 / 7))) < 1e-12
+    # The same ramp at fewer levels: K steps of the sampler sit where EDM has them.
+    assert np.allclose(EDM.sigmas[EDM.edm_timesteps(18)], EDMSchedule(18).sigmas, rtol=0.02)
 
 
 @pytest.mark.parametrize(
@@ -103,10 +108,10 @@ def test_sigmas_are_noise_over_signal() -> None:
     ],
 )
 def test_timesteps(T: int, steps: int, spacing: str, expected: list) -> None:
-    found = NoiseSchedule(1e-4, 0.02, T).timesteps(steps, spacing)
+    kept = NoiseSchedule(1e-4, 0.02, T).timesteps(steps, spacing)
     # Squaring a square root may fall just short of the integer.
-    assert found[:-1] == expected[:-1]
-    assert found[-1] in (expected[-1], expected[-1] - (spacing == "quadratic"))
+    assert kept[:-1] == expected[:-1]
+    assert kept[-1] in (expected[-1], expected[-1] - (spacing == "quadratic"))
 
 
 def test_edm_timesteps_round_the_ramp() -> None:
@@ -121,8 +126,7 @@ def test_edm_timesteps_round_the_ramp() -> None:
     assert STANDARD.edm_timesteps(1) == [999]
     assert STANDARD.edm_timesteps(2) == [0, 999]
     # ρ = 1 is even in σ itself.
-    middle = STANDARD.edm_timesteps(3, 1.0)[1]
-    assert middle == STANDARD.nearest((sigmas[0] + sigmas[-1]) / 2)
+    assert STANDARD.edm_timesteps(3, 1.0)[1] == STANDARD.nearest((sigmas[0] + sigmas[-1]) / 2)
 
 
 def test_q_sample_moments() -> None:
@@ -141,79 +145,97 @@ def test_q_sample_moments() -> None:
     assert float(deviation[1, 0, 0, 0]) ** 2 == pytest.approx(variance)
 
 
-def test_q_sample_keeps_the_type() -> None:
-    x_0 = torch.ones(2, 3, 4, 4)
-    assert SHORT.q_sample(x_0, torch.tensor([0, 1]), x_0).dtype == torch.float32
+# --- what a network learns ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mean_type", diffusion.MEAN_TYPES)
-def test_loss_target(mean_type: str) -> None:
+@pytest.mark.parametrize("mean_type", MEAN_TYPES)
+def test_training_pair(mean_type: str) -> None:
     x_0, noise, t = unit(4, 3, 2, 2), unit(4, 3, 2, 2, seed=1), torch.tensor([0, 1, 50, 99])
-
-    def target(x_t: Tensor, t: Tensor) -> Tensor:
-        if mean_type == "epsilon":
-            return noise
-        if mean_type == "xstart":
-            return x_0
-        if mean_type == "v":  # the turn of (x_0, noise) that x_t is, a quarter turn further
-            angle = torch.from_numpy(np.arccos(SHORT.alpha_bars[t] ** 0.5)).view(-1, 1, 1, 1)
-            return angle.cos() * noise - angle.sin() * x_0
-        # q(x_{t−1} | x_t, x_0) as the product of two Gaussians: precisions add up.
-        rows = []
-        for i, step in enumerate(t.tolist()):
-            beta, before = SHORT.betas[step], SHORT.abar(step - 1)
-            if step == 0:  # no variance is left before it
-                rows.append(x_0[i])
-                continue
-            a, b = (1 - beta) / beta, 1 / (1 - before)
-            rows.append((a * x_t[i] / (1 - beta) ** 0.5 + b * before**0.5 * x_0[i]) / (a + b))
-        return torch.stack(rows)
-
-    assert float(loss(target, x_0, t, noise, SHORT, mean_type)) < 1e-24
-    # Off by 0.5 everywhere: a mean of squares over everything.
-    off = loss(lambda x, t: target(x, t) + 0.5, x_0, t, noise, SHORT, mean_type)
-    assert float(off) == pytest.approx(0.25)
+    x_t, target = SHORT.training_pair(x_0, t, noise, mean_type)
+    assert torch.equal(x_t, SHORT.q_sample(x_0, t, noise))
+    rows = []  # of xprev: q(x_{t−1} | x_t, x_0) as the product of two Gaussians, precisions add up
+    for i, step in enumerate(t.tolist()):
+        beta, before = SHORT.betas[step], SHORT.abar(step - 1)
+        a, b = (1 - beta) / beta, 1 / (1 - before) if step else 0.0
+        mean = (a * x_t[i] / (1 - beta) ** 0.5 + b * before**0.5 * x_0[i]) / (a + b)
+        rows.append(mean if step else x_0[i])  # no variance is left before step 0
+    # v: the turn of (x_0, noise) that x_t is, a quarter turn further.
+    angle = torch.from_numpy(np.arccos(SHORT.alpha_bars[t] ** 0.5)).view(-1, 1, 1, 1)
+    expected = {
+        "epsilon": noise,
+        "xstart": x_0,
+        "xprev": torch.stack(rows),
+        "v": angle.cos() * noise - angle.sin() * x_0,
+    }
+    torch.testing.assert_close(target, expected[mean_type], rtol=1e-12, atol=1e-12)
+    single = SHORT.training_pair(x_0.float(), t, noise.float(), mean_type)
+    assert {part.dtype for part in single} == {torch.float32}
 
 
-def test_loss_of_half_precision_output_is_float32() -> None:
-    x_0, t = torch.zeros(2, 1, 2, 2), torch.tensor([1, 2])
-    value = loss(lambda x, t: x.bfloat16(), x_0, t, torch.ones(2, 1, 2, 2), SHORT)
-    assert value.dtype == torch.float32
+@pytest.mark.parametrize("data", [0.5, 0.2])
+def test_the_training_pair_of_edm_is_its_loss(data: float) -> None:
+    levels = EDMSchedule(1000, sigma_data=data)
+    x_0, noise, output = (unit(6, 2, 4, 4, seed=seed) for seed in range(3))
+    t = torch.tensor([0, 100, 300, 500, 800, 999])
+    shown, target = levels.training_pair(x_0, t, noise)
+    sigma = torch.from_numpy(levels.sigmas)[t].view(-1, 1, 1, 1)
+    y = x_0 + sigma * noise
+    c_skip = data**2 / (sigma**2 + data**2)
+    c_out = sigma * data / (sigma**2 + data**2).sqrt()
+    denoised = c_skip * y + c_out * output
+    weight = (sigma**2 + data**2) / (sigma * data) ** 2
+    torch.testing.assert_close((output - target) ** 2, weight * (denoised - x_0) ** 2)
+    torch.testing.assert_close(shown, y / (sigma**2 + data**2).sqrt())
+    for i, level in enumerate(t.tolist()):
+        found = levels.denoised(output[i], shown[i], level, "epsilon", False)
+        torch.testing.assert_close(found, denoised[i])
+        assert levels.scale_in(level) == pytest.approx(float(shown[i, 0, 0, 0] / y[i, 0, 0, 0]))
 
 
-# --- The published chains
+def test_timesteps_to_train_at() -> None:
+    t = SHORT.sample_timesteps(200_000, torch.Generator().manual_seed(0))
+    assert t.dtype == torch.long
+    assert torch.bincount(t, minlength=100).double().numpy() == pytest.approx(2000, rel=0.12)
+    t = EDM.sample_timesteps(200_000, torch.Generator().manual_seed(0))
+    assert t.dtype == torch.long
+    known = np.log(EDM.sigmas)
+    assert known[t.numpy()].mean() == pytest.approx(-1.2, abs=0.01)
+    assert known[t.numpy()].std() == pytest.approx(1.2, abs=0.01)
+    # How often the levels up to one are drawn: the normal distribution between neighbours.
+    for level in (200, 400, 600, 800):
+        edge = (known[level] + known[level + 1]) / 2
+        expected = 0.5 * (1 + math.erf((edge + 1.2) / 1.2 / 2**0.5))
+        assert float((t <= level).double().mean()) == pytest.approx(expected, abs=0.004)
+    assert EDMSchedule(10).sample_timesteps(1000, torch.Generator()).max() <= 9
 
 
-@pytest.mark.parametrize("var_type", diffusion.VAR_TYPES)
+# --- the published chains -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("var_type", VAR_TYPES)
 @torch.no_grad()
 def test_golden_chain(var_type: str) -> None:
     with np.load(GOLDEN / "slimmable_g16_ch64.npz", allow_pickle=False) as file:
         golden = dict(file)
-    widths = golden["strategy"].tolist()
-    networks = sampling_networks(golden_network(), set(widths))
-    x = torch.from_numpy(golden["x"])
+    widths, x = golden["strategy"].tolist(), torch.from_numpy(golden["x"])
+    denoise = StepAwareDenoiser(sampling_networks(golden_network(), set(widths)), widths, 50, "cpu")
     noise = fixed_noise(x.shape)
     out = sample_ddpm(
-        StepAwareDenoiser(networks, widths, 50, "cpu"),
-        x,
-        NoiseSchedule(1e-4, 0.02, 50),
-        noise=lambda t: noise(t).float(),
+        denoise, x, NoiseSchedule(1e-4, 0.02, 50), noise=lambda t: noise(t).float(),
         var_type=var_type,
-    )
+    )  # fmt: skip
     expected = torch.from_numpy(golden[f"ddpm_{var_type}"])
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-4 * float(expected.std()))
 
 
-# --- Gaussian data, whose best denoiser is known
+# --- Gaussian data, whose best denoiser is known --------------------------------------------------
 
 
-def affine_moments(run: Callable, steps: int) -> tuple[float, float]:
-    """Mean and variance of what a sampler makes of Gaussian noise, without drawing any.
+def impulses(steps: int, h: float = 1e-3) -> tuple[Tensor, Callable[[int], Tensor]]:
+    """x_T and noise by which an affine chain tells its mean and variance without drawing any.
 
-    With an affine denoiser the result is affine in x_T and in each step's noise. Image 0 gets no
-    noise: it is the mean. Image 1 gets x_T = h; image 2 + t gets h at step t alone.
+    Image 0 gets no noise: it is the mean. Image 1 gets x_T = h; image 2 + t gets h at step t alone.
     """
-    h = 1e-3
     x_T = torch.zeros(steps + 2, 1, 1, 1, dtype=torch.float64)
     x_T[1] = h
 
@@ -222,181 +244,121 @@ def affine_moments(run: Callable, steps: int) -> tuple[float, float]:
         out[2 + t] = h
         return out
 
-    out = run(x_T, noise).flatten()
-    return float(out[0]), float((((out[1:] - out[0]) / h) ** 2).sum())
+    return x_T, noise
 
 
-@pytest.mark.parametrize("mean_type", diffusion.MEAN_TYPES)
-@pytest.mark.parametrize("var_type", diffusion.VAR_TYPES)
+def moments(x: Tensor, h: float = 1e-3) -> tuple[float, float]:
+    """Mean and variance of what a chain made of `impulses`."""
+    x = x.flatten()
+    return float(x[0]), float((((x[1:] - x[0]) / h) ** 2).sum())
+
+
+@pytest.mark.parametrize("var_type", VAR_TYPES)
 @pytest.mark.parametrize("T", [250, 1000, 4000])
-def test_ddpm_moments(T: int, var_type: str, mean_type: str) -> None:
+def test_ddpm_moments(T: int, var_type: str) -> None:
     # The same forward process in more and more steps: what is amiss falls as 1/T.
-    schedule = NoiseSchedule(0.1 / T, 20 / T, T)
-    mean, variance = affine_moments(
-        lambda x, noise: sample_ddpm(
-            exact(schedule, mean_type),
-            x,
-            schedule,
-            noise=noise,
-            var_type=var_type,
-            mean_type=mean_type,
-        ),
-        T,
-    )
+    levels, (x_T, noise) = NoiseSchedule(0.1 / T, 20 / T, T), impulses(T)
+    out = sample_ddpm(exact(levels), x_T, levels, noise=noise, var_type=var_type)
+    mean, variance = moments(out)
     assert mean == pytest.approx(MEAN, rel=0.01)
     assert variance == pytest.approx(DEVIATION**2, rel=50 / T)
 
 
 def test_fixedlarge_is_exact_for_unit_gaussian_data() -> None:
     # x_t has variance 1 at every t; only the last step, without noise, takes β_0 of it.
-    mean, variance = affine_moments(
-        lambda x, noise: sample_ddpm(exact(SHORT, m=0, s=1), x, SHORT, noise=noise), 100
-    )
+    x_T, noise = impulses(100)
+    mean, variance = moments(sample_ddpm(exact(SHORT, m=0, s=1), x_T, SHORT, noise=noise))
     assert mean == 0
     assert variance == pytest.approx(1 - SHORT.beta_1, rel=1e-9)
 
 
 def test_fixedsmall_is_exact_for_a_single_image() -> None:
     # q(x_s | x_t, x_0) is then the whole truth, so x_t has mean √ᾱ·m and variance 1 − ᾱ.
-    h, seen = 1e-3, {}
-    abar = SHORT.alpha_bars
-    x_T = torch.zeros(102, 1, 1, 1, dtype=torch.float64)
-    x_T += math.sqrt(abar[99]) * MEAN
-    x_T[1] += h * math.sqrt(1 - abar[99])
-
-    def noise(t: int) -> Tensor:
-        out = torch.zeros_like(x_T)
-        out[2 + t] = h
-        return out
-
-    def observe(t: int, x: Tensor) -> None:
-        x = x.flatten()
-        seen[t] = float(x[0]), float((((x[1:] - x[0]) / h) ** 2).sum())
-
+    abar, (x_T, noise), seen = SHORT.alpha_bars, impulses(100), {}
     out = sample_ddpm(
-        exact(SHORT, m=MEAN, s=0),
-        x_T,
-        SHORT,
-        noise=noise,
-        var_type="fixedsmall",
-        steps=range(0, 100, 3),
-        observe=observe,
-    )
+        exact(SHORT, s=0), math.sqrt(abar[99]) * MEAN + math.sqrt(1 - abar[99]) * x_T, SHORT,
+        noise=noise, var_type="fixedsmall", steps=range(0, 100, 3),
+        observe=lambda t, x: seen.update({t: moments(x)}),
+    )  # fmt: skip
     assert list(seen) == list(range(99, -1, -3))
-    for t, (mean, variance) in seen.items():
-        assert mean == pytest.approx(math.sqrt(abar[t]) * MEAN)
-        assert variance == pytest.approx(1 - abar[t])
+    for t, found in seen.items():
+        assert found == pytest.approx((math.sqrt(abar[t]) * MEAN, 1 - abar[t]))
     torch.testing.assert_close(out, torch.full_like(out, MEAN))
 
 
-def flow(schedule: NoiseSchedule, x: Tensor, high: int, low: int) -> Tensor:
-    """Where the probability flow takes x = x_0 + σ·noise from σ(high) to σ(low): by the closed
-    form, x − m grows with √(s² + σ²)."""
-    a, b = (schedule.sigmas[t] ** 2 + DEVIATION**2 for t in (high, low))
-    return MEAN + (x - MEAN) * math.sqrt(b / a)
-
-
-def orders(errors: list[float]) -> np.ndarray:
-    return np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
-
-
-@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("euler", 1), ("heun", 2)])
-def test_order_of_convergence(sampler: str, order: int) -> None:
-    x_T, denoise = unit(1, 1, 8, 8).clamp(-2, 2), exact(FINE)
-    # The last step, to σ = 0, is one Euler step: x̂_0. All before it is the integrator's.
-    x = flow(FINE, x_T * FINE.sigmas[-1], FINE.T - 1, 0)
-    truth = exact(FINE, "xstart")(x * math.sqrt(FINE.abar(0)), 0)
-    assert float(truth.abs().max()) < 0.6
-    errors = []
-    for steps in (20, 40, 80, 160):
-        if sampler == "ddim":
-            # DDIM is Euler's method in σ, too; its x_T is √ᾱ times the other's.
-            start = x_T * FINE.sigmas[-1] * math.sqrt(FINE.abar(FINE.T - 1))
-            kept = FINE.edm_timesteps(steps)
-            out = sample_ddim(denoise, start, FINE, steps=kept)
-        else:
-            out = sample_edm(denoise, x_T, FINE, steps=steps, heun=sampler == "heun")
-        errors.append(float((out - truth).abs().max()))
-    assert orders(errors) == pytest.approx(order, abs=0.2)
-    assert errors[-1] < (0.01, 1e-3)[order - 1]
-
-
-@pytest.mark.parametrize("spacing", diffusion.SPACINGS)
-def test_ddim_moments(spacing: str) -> None:
-    mean, variance = affine_moments(
-        lambda x, _: sample_ddim(exact(STANDARD), x, STANDARD, steps=500, spacing=spacing), 1000
-    )
-    # Quadratic spacing starts at 0.8·T, where x_T is not quite pure noise.
-    assert mean == pytest.approx(MEAN, rel=0.05)
-    assert variance == pytest.approx(DEVIATION**2, rel=0.05)
-
-
+@pytest.mark.parametrize("levels", [STANDARD, EDM])
 @pytest.mark.parametrize("churn", [0.0, 20.0, 1000.0])
-def test_edm_moments(churn: float) -> None:
-    mean, variance = affine_moments(
-        lambda x, noise: sample_edm(
-            exact(STANDARD), x, STANDARD, steps=200, S_churn=churn, noise=noise
-        ),
-        1000,
-    )
+def test_edm_moments(levels: NoiseLevels, churn: float) -> None:
+    x_T, noise = impulses(1000)
+    out = sample_edm(exact(levels), x_T, levels, steps=200, S_churn=churn, noise=noise)
+    mean, variance = moments(out)
     # Churned or not, an exact denoiser keeps the moments.
     assert mean == pytest.approx(MEAN, rel=0.01)
     assert variance == pytest.approx(DEVIATION**2, rel=0.02)
 
 
 @pytest.mark.parametrize(
-    "run",
-    [
-        lambda x, noise: sample_ddpm(exact(SHORT), x, SHORT, noise=noise),
-        lambda x, noise: sample_ddim(exact(SHORT), x, SHORT, steps=50, eta=1.0, noise=noise),
-        lambda x, noise: sample_edm(exact(SHORT), x, SHORT, steps=50, S_churn=10.0, noise=noise),
-    ],
-)
-def test_moments_of_drawn_samples(run: Callable) -> None:
-    shape = (20_000, 1, 1, 1)
-    out = run(unit(*shape), fixed_noise(shape))
-    mean, variance = affine_moments(run, SHORT.T)
-    # Four standard errors.
-    assert float(out.mean()) == pytest.approx(mean, abs=4 * math.sqrt(variance / 20_000))
-    assert float(out.var()) == pytest.approx(variance, rel=4 * math.sqrt(2 / 20_000))
+    ("levels", "sampler", "order"),
+    [(FINE, "ddim", 1), (FINE, "euler", 1), (FINE, "heun", 2), (FINE_EDM, "euler", 1),
+     (FINE_EDM, "heun", 2)],
+)  # fmt: skip
+def test_order_of_convergence(levels: NoiseLevels, sampler: str, order: int) -> None:
+    """To the probability flow, along which (x − m)/√(s² + σ²) does not change. The last step, to
+    σ = 0, is one Euler step: x̂_0. All before it is the integrator's."""
+    x_T, (bottom, top) = unit(1, 1, 8, 8).clamp(-2, 2), levels.sigmas[[0, -1]]
+    z = (top * x_T - MEAN) / math.hypot(top, DEVIATION)
+    truth, errors = MEAN + DEVIATION**2 / math.hypot(bottom, DEVIATION) * z, []
+    assert float(truth.abs().max()) < 0.6
+    for steps in (20, 40, 80, 160):
+        if sampler == "ddim":
+            # DDIM is Euler's method in σ, too; its x_T is √ᾱ times the other's.
+            start, kept = x_T * top * levels.scale_in(levels.T - 1), levels.edm_timesteps(steps)
+            out = sample_ddim(exact(levels), start, levels, steps=kept)
+        else:
+            out = sample_edm(exact(levels), x_T, levels, steps=steps, heun=sampler == "heun")
+        errors.append(float((out - truth).abs().max()))
+    orders = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
+    assert orders == pytest.approx(order, abs=0.2 if levels is FINE else 0.35)
+    assert errors[-1] < (0.01, 1e-3)[order - 1]
 
 
-# --- Samplers against each other, and against other libraries
+# --- loops against each other, and against other libraries ----------------------------------------
 
 
-def chain(sampler: Callable, *args: object, **settings: object) -> dict[int, Tensor]:
+def chain(loop: Callable, *args: object, **settings: object) -> dict[int, Tensor]:
     """Every x of a run by its timestep; the result under −1."""
     seen: dict[int, Tensor] = {}
-    seen[-1] = sampler(*args, **settings, observe=lambda t, x: seen.__setitem__(t, x.clone()))
+    seen[-1] = loop(*args, **settings, observe=lambda t, x: seen.update({t: x.clone()}))
     return seen
 
 
-def assert_same_chain(a: dict, b: dict, **tolerance: float) -> None:
+def assert_same_chain(a: dict, b: dict, tolerance: float) -> None:
     assert a.keys() == b.keys()
     for t, x in a.items():
-        torch.testing.assert_close(x, b[t], msg=lambda m, t=t: f"at {t}: {m}", **tolerance)
+        torch.testing.assert_close(
+            x, b[t], rtol=tolerance, atol=tolerance, msg=lambda m, t=t: f"at {t}: {m}"
+        )
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_parameterisations_give_the_same_chain(sampler: str) -> None:
-    x_T, run = unit(2, 3, 4, 4), SAMPLERS[sampler]
-    settings = {"steps": [0, 5, 6, 40, 80, 99]}
+@pytest.mark.parametrize("loop", LOOPS)
+def test_parameterisations_give_the_same_chain(loop: str) -> None:
+    x_T, run, settings = unit(2, 3, 4, 4), LOOPS[loop], {"steps": [0, 5, 6, 40, 80, 99]}
     expected = chain(run, exact(SHORT), x_T, SHORT, **settings)
-    for mean_type in ("xstart", "xprev"):
+    for mean_type in MEAN_TYPES[1:]:
         found = chain(run, exact(SHORT, mean_type), x_T, SHORT, mean_type=mean_type, **settings)
-        assert_same_chain(found, expected, rtol=1e-9, atol=1e-9)
+        assert_same_chain(found, expected, 1e-9)
 
 
 def test_ddim_with_eta_one_is_ancestral_fixedsmall() -> None:
-    shape = (2, 3, 4, 4)
-    common = {"noise": fixed_noise(shape), "steps": SHORT.T}
-    ddim = chain(sample_ddim, exact(SHORT), unit(*shape), SHORT, eta=1.0, **common)
-    ddpm = chain(sample_ddpm, exact(SHORT), unit(*shape), SHORT, var_type="fixedsmall", **common)
-    assert_same_chain(ddim, ddpm, rtol=1e-10, atol=1e-10)
+    x_T = unit(2, 3, 4, 4)
+    common = {"noise": fixed_noise(x_T.shape), "steps": SHORT.T}
+    ddim = chain(sample_ddim, exact(SHORT), x_T, SHORT, eta=1.0, **common)
+    ddpm = chain(sample_ddpm, exact(SHORT), x_T, SHORT, var_type="fixedsmall", **common)
+    assert_same_chain(ddim, ddpm, 1e-10)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("mean_type", ["epsilon", "xstart", "v"])
+@pytest.mark.parametrize("mean_type", DIFFUSERS)
 def test_ddim_agrees_with_diffusers(mean_type: str, eta: float) -> None:
     x = unit(2, 3, 4, 4).float()
     noise, denoise = fixed_noise(x.shape), exact(STANDARD, mean_type)
@@ -404,11 +366,7 @@ def test_ddim_agrees_with_diffusers(mean_type: str, eta: float) -> None:
         sample_ddim, denoise, x, STANDARD, steps=20, eta=eta, noise=noise, mean_type=mean_type
     )
     theirs = DDIMScheduler(
-        beta_start=1e-4,
-        beta_end=0.02,
-        clip_sample=False,
-        set_alpha_to_one=True,
-        prediction_type={"epsilon": "epsilon", "xstart": "sample", "v": "v_prediction"}[mean_type],
+        beta_start=1e-4, beta_end=0.02, clip_sample=False, prediction_type=DIFFUSERS[mean_type]
     )
     theirs.set_timesteps(20)
     assert theirs.timesteps.tolist() == STANDARD.timesteps(20)[::-1]
@@ -419,30 +377,19 @@ def test_ddim_agrees_with_diffusers(mean_type: str, eta: float) -> None:
 
 
 @pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("var_type", diffusion.VAR_TYPES)
+@pytest.mark.parametrize("var_type", VAR_TYPES)
 @pytest.mark.parametrize("kept", [None, [0, 7, 8, 30, 55, 99]])
 def test_ddpm_agrees_with_diffusers(kept: list | None, var_type: str, clip: bool) -> None:
-    x = unit(2, 3, 4, 4).float()
-    # Data so wide that clipping x̂_0 acts.
-    denoise = exact(SHORT, s=1)
+    x, denoise = unit(2, 3, 4, 4).float(), exact(SHORT, s=1)  # so wide that clipping x̂_0 acts
     generator = torch.Generator().manual_seed(3)
     ours = chain(
-        sample_ddpm,
-        denoise,
-        x,
-        SHORT,
-        noise=lambda t: torch.randn(x.shape, generator=generator),
-        var_type=var_type,
-        clip_denoised=clip,
-        steps=kept,
-    )
+        sample_ddpm, denoise, x, SHORT, noise=lambda t: torch.randn(x.shape, generator=generator),
+        var_type=var_type, clip_denoised=clip, steps=kept,
+    )  # fmt: skip
     theirs = DDPMScheduler(
-        num_train_timesteps=100,
-        beta_start=1e-3,
-        beta_end=0.2,
-        clip_sample=clip,
+        num_train_timesteps=100, beta_start=1e-3, beta_end=0.2, clip_sample=clip,
         variance_type=var_type.replace("fixed", "fixed_"),
-    )
+    )  # fmt: skip
     timesteps = sorted(kept or range(100), reverse=True)
     theirs.set_timesteps(timesteps=timesteps)
     generator.manual_seed(3)
@@ -472,114 +419,75 @@ def transcribed(x: Tensor, D: Callable, ramp: list[float], round_sigma: Callable
 @pytest.mark.parametrize("heun", [True, False])
 @pytest.mark.parametrize(
     "churn",
-    [
-        {},
-        {"S_churn": 5.0},
-        {"S_churn": 1e3, "S_min": 0.05, "S_max": 50.0, "S_noise": 1.007},
-        {"S_churn": 3.0, "S_min": 1.0},
-    ],
+    [{}, {"S_churn": 5.0}, {"S_churn": 1e3, "S_min": 0.05, "S_max": 50.0, "S_noise": 1.007}],
 )
 def test_edm_is_its_algorithm(churn: dict, heun: bool) -> None:
-    x_T, denoise, sigmas = unit(2, 3, 4, 4), exact(STANDARD), STANDARD.sigmas
-    # x̂_0 of x = x_0 + σ·noise, for any σ: no timestep, no scaling.
-    s2 = DEVIATION**2
+    x_T, sigmas, s2 = unit(2, 3, 4, 4), STANDARD.sigmas, DEVIATION**2
 
     def D(x: Tensor, sigma: float) -> Tensor:
+        """x̂_0 of x = x_0 + σ·noise, for any σ: no timestep, no scaling."""
         return (s2 * x + sigma**2 * MEAN) / (s2 + sigma**2)
 
     def round_sigma(sigma: float) -> float:
         return min(sigmas.tolist(), key=lambda trained: abs(trained - sigma))
 
-    rho, N = 5.0, 12
+    rho, N, noise = 5.0, 12, fixed_noise(x_T.shape)
     a, b = sigmas[-1] ** (1 / rho), sigmas[0] ** (1 / rho)
     ramp = [round_sigma((a + i / (N - 1) * (b - a)) ** rho) for i in range(N)]
-    noise = fixed_noise(x_T.shape)
     settings = {"S_churn": 0.0, "S_min": 0.0, "S_max": math.inf, "S_noise": 1.0, **churn}
-    expected = transcribed(
-        x_T,
-        D,
-        ramp,
-        round_sigma,
-        noise=[noise(STANDARD.nearest(sigma)) for sigma in ramp],
-        heun=heun,
-        **settings,
+    noises = [noise(STANDARD.nearest(sigma)) for sigma in ramp]
+    expected = transcribed(x_T, D, ramp, round_sigma, noise=noises, heun=heun, **settings)
+    out = sample_edm(
+        exact(STANDARD), x_T, STANDARD, steps=N, rho=rho, heun=heun, noise=noise, **churn
     )
-    out = sample_edm(denoise, x_T, STANDARD, steps=N, rho=rho, heun=heun, noise=noise, **churn)
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_edm_calls_and_observations() -> None:
-    calls, exact_one = [], exact(STANDARD)
+    x_T, inputs = unit(2, 3, 4, 4), []
 
     def denoise(x: Tensor, t: int) -> Tensor:
-        calls.append(t)
-        return exact_one(x, t)
+        inputs.append((t, x))
+        return exact(STANDARD)(x, t)
 
-    x_T = unit(2, 3, 4, 4)
-    kept = STANDARD.edm_timesteps(4)
-    d, c, b, a = kept
+    d, c, b, a = STANDARD.edm_timesteps(4)
     seen = chain(sample_edm, denoise, x_T, STANDARD, steps=4, noise=no_noise)
-    assert calls == [a, b, b, c, c, d, d]
+    assert [t for t, _ in inputs] == [a, b, b, c, c, d, d]
     assert list(seen) == [a, b, c, d, -1]
     assert torch.equal(seen[a], x_T * STANDARD.sigmas[a])
-    calls.clear()
-    sample_edm(denoise, x_T, STANDARD, steps=4, heun=False)
-    assert calls == [a, b, c, d]
-    # The network's input at σ is x/√(1 + σ²).
-    inputs = {}
-
-    def watch(x: Tensor, t: int) -> Tensor:
-        inputs[t] = x
-        return exact_one(x, t)
-
-    seen = chain(sample_edm, watch, x_T, STANDARD, steps=4, heun=False)
-    for t in kept:
-        expected = seen[t] / math.sqrt(1 + STANDARD.sigmas[t] ** 2)
-        torch.testing.assert_close(inputs[t], expected)
-
-
-def test_edm_euler_is_ddim() -> None:
-    x_T, kept = unit(2, 3, 4, 4), [0, 10, 50, 400, 999]
-    edm = chain(sample_edm, exact(STANDARD), x_T, STANDARD, steps=kept, heun=False)
-    scale = {t: math.sqrt(STANDARD.abar(t)) for t in [*kept, -1]}
-    ddim = chain(sample_ddim, exact(STANDARD), edm[999] * scale[999], STANDARD, steps=kept)
-    assert_same_chain({t: x * scale[t] for t, x in edm.items()}, ddim, rtol=1e-10, atol=1e-10)
+    inputs.clear()
+    seen = chain(sample_edm, denoise, x_T, STANDARD, steps=4, heun=False)
+    assert [t for t, _ in inputs] == [a, b, c, d]
+    for t, x in inputs:  # the network's input at σ is x/√(1 + σ²)
+        torch.testing.assert_close(x, seen[t] / math.sqrt(1 + STANDARD.sigmas[t] ** 2))
 
 
 def test_edm_leaves_out_steps_that_meet_after_rounding() -> None:
-    schedule = NoiseSchedule(1e-3, 0.2, 10)
-    kept = schedule.edm_timesteps(10)
-    assert len(kept) == 10
-    assert len(set(kept)) < 10
-    x_T = unit(2, 3, 4, 4)
-    seen = chain(sample_edm, exact(schedule), x_T, schedule, steps=10)
+    levels, x_T = NoiseSchedule(1e-3, 0.2, 10), unit(2, 3, 4, 4)
+    kept = levels.edm_timesteps(10)
+    assert len(set(kept)) < len(kept) == 10
+    seen = chain(sample_edm, exact(levels), x_T, levels, steps=10)
     assert list(seen) == [*sorted(set(kept), reverse=True), -1]
-    again = sample_edm(exact(schedule), x_T, schedule, steps=sorted(set(kept)))
+    again = sample_edm(exact(levels), x_T, levels, steps=sorted(set(kept)))
     assert torch.equal(again, seen[-1])
 
 
-# --- Which timesteps are visited, and what comes out
+# --- which timesteps are visited, and what comes out ----------------------------------------------
 
 
-def test_steps_given_as_timesteps() -> None:
-    x_T = unit(2, 3, 4, 4)
-    for name, run in SAMPLERS.items():
-        seen = chain(run, exact(SHORT), x_T, SHORT, steps=[40, 0, 7, 40])
-        assert list(seen) == [40, 7, 0, -1], name
-        if name != "edm":
-            by_number = run(exact(SHORT), x_T, SHORT, steps=10)
-            by_name = run(exact(SHORT), x_T, SHORT, steps=range(0, 100, 10))
-            assert torch.equal(by_number, by_name)
-
-
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_a_run_split_in_two_is_the_same_run(sampler: str) -> None:
-    x_T, run = unit(2, 3, 4, 4).float(), SAMPLERS[sampler]
-    kept = SHORT.timesteps(25)
-    seen = chain(run, exact(SHORT), x_T, SHORT, steps=kept)
-    for t in (kept[20], kept[3], kept[0]):
-        rest = run(exact(SHORT), seen[t], SHORT, steps=[s for s in kept if s <= t])
-        assert torch.equal(rest, seen[-1])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_steps_given_as_timesteps(loop: str) -> None:
+    x_T, run = unit(2, 3, 4, 4), LOOPS[loop]
+    seen = chain(run, exact(SHORT), x_T, SHORT, steps=[40, 0, 7, 40])
+    assert list(seen) == [40, 7, 0, -1]
+    if loop == "edm":
+        return
+    by_number = chain(run, exact(SHORT), x_T, SHORT, steps=10)
+    by_name = run(exact(SHORT), x_T, SHORT, steps=range(0, 100, 10))
+    assert torch.equal(by_number[-1], by_name)
+    for t in (80, 30, 0):  # a chain goes on from any x, bit for bit
+        rest = run(exact(SHORT), by_number[t], SHORT, steps=range(0, t + 1, 10))
+        assert torch.equal(rest, by_number[-1])
 
 
 def test_noise_is_asked_for_where_it_is_used() -> None:
@@ -587,65 +495,55 @@ def test_noise_is_asked_for_where_it_is_used() -> None:
 
     def noise(t: int) -> Tensor:
         asked.append(t)
-        return torch.zeros(1, 1, 1, 1)
+        return X
 
-    x_T = torch.zeros(1, 1, 1, 1)
-    sample_ddpm(exact(SHORT), x_T, SHORT, noise=noise, steps=[0, 5, 9])
-    assert asked == [9, 5]
-    asked.clear()
-    sample_ddim(exact(SHORT), x_T, SHORT, noise=noise, steps=[0, 5, 9], eta=0.5)
-    assert asked == [9, 5]
-    sample_ddim(exact(SHORT), x_T, SHORT, noise=no_noise, steps=[0, 5, 9])
+    sample_ddpm(exact(SHORT), X, SHORT, noise=noise, steps=[0, 5, 9])
+    sample_ddim(exact(SHORT), X, SHORT, noise=noise, steps=[0, 5, 9], eta=0.5)
+    assert asked == [9, 5, 9, 5]
+    sample_ddim(exact(SHORT), X, SHORT, noise=no_noise, steps=[0, 5, 9])
     asked.clear()
     # Nothing is noisier than the largest trained σ, so the first step cannot be churned.
-    sample_edm(exact(SHORT), x_T, SHORT, noise=noise, steps=[50, 90, 99], S_churn=3.0)
+    sample_edm(exact(SHORT), X, SHORT, noise=noise, steps=[50, 90, 99], S_churn=3.0)
     assert asked == [90, 50]
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_result_is_clipped_and_of_the_same_kind(sampler: str) -> None:
-    x_T = unit(4, 3, 4, 4)
-    out = SAMPLERS[sampler](exact(SHORT, m=0, s=3), x_T, SHORT, steps=20)
-    assert out.shape == x_T.shape
-    assert out.dtype == x_T.dtype
+@pytest.mark.parametrize("loop", LOOPS)
+def test_clipping(loop: str) -> None:
+    x_T, run = unit(4, 3, 4, 4), LOOPS[loop]
+    wide = exact(SHORT, m=0, s=3)
+    out = run(wide, x_T, SHORT, steps=20)
+    assert (out.shape, out.dtype) == (x_T.shape, x_T.dtype)
     assert (float(out.min()), float(out.max())) == (-1, 1)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_clip_denoised(sampler: str) -> None:
+    free = run(wide, x_T, SHORT, steps=20, limit=math.inf)
+    assert float(free.abs().max()) > 1
+    assert torch.equal(free.clamp(-1, 1), out)
     # A denoiser that puts x̂_0 at 3 everywhere is held to 1.
-    x_T = unit(2, 3, 4, 4)
     settings = {"mean_type": "xstart", "steps": [0, 50]}
-    wild = chain(SAMPLERS[sampler], lambda x, t: x * 0 + 3, x_T, SHORT, **settings)
-    held = chain(
-        SAMPLERS[sampler], lambda x, t: x * 0 + 3, x_T, SHORT, clip_denoised=True, **settings
-    )
-    one = chain(SAMPLERS[sampler], lambda x, t: x * 0 + 1, x_T, SHORT, **settings)
-    assert_same_chain(held, one, rtol=0, atol=0)
+    wild = chain(run, lambda x, t: x * 0 + 3, x_T, SHORT, **settings)
+    held = chain(run, lambda x, t: x * 0 + 3, x_T, SHORT, clip_denoised=True, **settings)
+    assert_same_chain(held, chain(run, lambda x, t: x * 0 + 1, x_T, SHORT, **settings), 0)
     assert float((wild[0] - held[0]).min()) > 0.1
 
 
-# --- Errors
+# --- mistakes -------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ((1e-4, 0.02, 0), "--T=0"),
-        ((0, 0.02, 10), "--beta_1=0"),
-        ((0.02, 1e-4, 10), "--beta_1"),
-        ((1e-4, 1.0, 10), "--beta_T=1"),
-        ((float("nan"), 0.02, 10), "--beta_1=nan"),
-    ],
-)
-def test_schedule_errors(settings: tuple, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        NoiseSchedule(*settings)
+X = torch.zeros(1, 1, 1, 1)
+D, Z = exact(SHORT), lambda t: X
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: NoiseSchedule(1e-4, 0.02, 0), "--T=0"),
+        (lambda: NoiseSchedule(0, 0.02, 10), "--beta_1=0"),
+        (lambda: NoiseSchedule(0.02, 1e-4, 10), "--beta_1"),
+        (lambda: NoiseSchedule(1e-4, 1.0, 10), "--beta_T=1"),
+        (lambda: NoiseSchedule(float("nan"), 0.02, 10), "--beta_1=nan"),
+        (lambda: NoiseSchedule(1e-4, 0.02, 10, "cubic"), "--beta_schedule=cubic"),
+        (lambda: EDMSchedule(1), "--T=1"),
+        (lambda: EDMSchedule(10, P_std=0.0), "--P_std=0.0"),
+        (lambda: EDMSchedule(10, P_mean=math.nan), "--P_mean=nan"),
+        (lambda: EDMSchedule(10, sigma_data=-1.0), "--sigma_data=-1.0"),
         (lambda: SHORT.timesteps(0), "--sample_steps=0"),
         (lambda: SHORT.timesteps(101), "--sample_steps=101.*T=100"),
         (lambda: SHORT.timesteps(5, "cubic"), "--timestep_spacing=cubic"),
@@ -653,15 +551,15 @@ def test_schedule_errors(settings: tuple, message: str) -> None:
         (lambda: SHORT.edm_timesteps(101), "--sample_steps=101"),
         (lambda: SHORT.edm_timesteps(5, 0.0), "--rho=0"),
         (lambda: SHORT.edm_timesteps(5, float("nan")), "--rho=nan"),
-        (lambda: sample_ddpm(exact(SHORT), X, SHORT, noise=Z, var_type="fixed"), "--var_type"),
-        (lambda: sample_ddpm(exact(SHORT), X, SHORT, noise=Z, mean_type="x"), "--mean_type=x"),
-        (lambda: sample_ddpm(exact(SHORT), X, SHORT, noise=Z, steps=[]), "at least one"),
-        (lambda: sample_ddim(exact(SHORT), X, SHORT, steps=5, eta=-1.0), "--eta=-1"),
-        (lambda: sample_ddim(exact(SHORT), X, SHORT, steps=[]), "at least one"),
-        (lambda: sample_edm(exact(SHORT), X, SHORT, steps=5, S_churn=-1.0), "--S_churn=-1"),
-        (lambda: sample_edm(exact(SHORT), X, SHORT, steps=5, S_noise=-1.0), "--S_noise=-1"),
-        (lambda: sample_edm(exact(SHORT), X, SHORT, steps=5, mean_type="x"), "--mean_type=x"),
-        (lambda: loss(lambda x, t: x, X, torch.tensor([1]), X, SHORT, "x"), "--mean_type=x"),
+        (lambda: sample_ddpm(D, X, SHORT, noise=Z, var_type="fixed"), "--var_type"),
+        (lambda: sample_ddpm(D, X, SHORT, noise=Z, mean_type="x"), "--mean_type=x"),
+        (lambda: sample_ddpm(D, X, SHORT, noise=Z, steps=[]), "at least one"),
+        (lambda: sample_ddim(D, X, SHORT, steps=5, eta=-1.0), "--eta=-1"),
+        (lambda: sample_ddim(D, X, SHORT, steps=[]), "at least one"),
+        (lambda: sample_edm(D, X, SHORT, steps=5, S_churn=-1.0), "--S_churn=-1"),
+        (lambda: sample_edm(D, X, SHORT, steps=5, S_noise=-1.0), "--S_noise=-1"),
+        (lambda: sample_edm(D, X, SHORT, steps=5, mean_type="x"), "--mean_type=x"),
+        (lambda: SHORT.training_pair(X, torch.tensor([1]), X, "x"), "--mean_type=x"),
     ],
 )
 def test_user_errors(call: Callable, message: str) -> None:
@@ -672,13 +570,6 @@ def test_user_errors(call: Callable, message: str) -> None:
 
 def test_missing_noise() -> None:
     with pytest.raises(ValueError, match="needs `noise`"):
-        sample_ddim(exact(SHORT), X, SHORT, steps=5, eta=0.1)
+        sample_ddim(D, X, SHORT, steps=5, eta=0.1)
     with pytest.raises(ValueError, match="needs `noise`"):
-        sample_edm(exact(SHORT), X, SHORT, steps=5, S_churn=0.1)
-
-
-X = torch.zeros(1, 1, 1, 1)
-
-
-def Z(t: int) -> Tensor:
-    return X
+        sample_edm(D, X, SHORT, steps=5, S_churn=0.1)

@@ -1,6 +1,5 @@
 """One small run through every command, as a user would make it."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import torch
 from conftest import TRAIN, run_main
 from PIL import Image
 
-import main
 import score
 from model import SlimmableUNet
 
@@ -34,7 +32,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(main, "latency", functools.partial(main.latency, seconds=0.05))
+        patch.setattr("commands.search.latency", lambda *arguments: 0.001)
         for arguments in commands:
             result = run_main(*arguments)
             assert result.status == 0, (arguments, result.out, result.err)

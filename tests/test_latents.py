@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import shutil
@@ -19,11 +18,13 @@ from PIL import Image
 
 import dataset as data
 import diffusion
-import main
 from dataset import latents
 from dataset.latents import Autoencoder
 from model import checkpoint
 from runtime.errors import UserError
+from sampling.generate import Generator
+from sampling.samplers import make_sampler
+from settings import SamplingSettings
 
 Refused = Callable[..., str]
 BLOCKS = dict(
@@ -169,20 +170,28 @@ def test_decoder_flops_are_those_of_its_layers(autoencoders: Path) -> None:
     assert 0 < autoencoder.decoder_parameters() < parameters
 
 
-def test_latents_are_not_clipped() -> None:
-    schedule = diffusion.NoiseSchedule(1e-3, 0.2, 10)
-    x = torch.full((1, 1, 2, 2), 3.0)
-
-    def denoise(x: torch.Tensor, t: int) -> torch.Tensor:
+class Nothing(torch.nn.Module):
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(x)
 
+
+def test_latents_are_not_clipped() -> None:
+    levels = diffusion.NoiseSchedule(1e-3, 0.2, 10)
     for name in ("ddpm", "ddim", "edm", "dpm_solver"):
         for limit in (1.0, float("inf")):
-            sampler = diffusion.Sampler(name, sample_steps=8, limit=limit)
-            x_0 = sampler(denoise, x, schedule, lambda t: torch.zeros_like(x))
-            assert (float(x_0.max()) > 2.9) == (limit > 1)
+            settings = SamplingSettings(sampler=name, sample_steps=8)
+            generator = Generator(
+                networks={1.0: Nothing()},
+                sampler=make_sampler(settings, levels, "epsilon", limit),
+                image_shape=(1, 2, 2),
+                device=torch.device("cpu"),
+                batch_size=1,
+                to_images=lambda x: x,
+                x_T=torch.full((1, 1, 2, 2), 30.0),
+            )
+            assert (float(generator.images([1.0] * 10, 1).max()) > 2.9) == (limit > 1)
     with pytest.raises(UserError, match="--clip_denoised is for pixels"):
-        diffusion.Sampler(clip_denoised=True, limit=float("inf"))
+        make_sampler(SamplingSettings(clip_denoised=True), levels, "epsilon", float("inf"))
 
 
 def test_fingerprints(autoencoders: Path, vae: Path) -> None:
@@ -315,7 +324,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, autoencoders: Path) -> Path:
     few = ["--num_generation=2", "--pop_size=3"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(main, "latency", functools.partial(main.latency, seconds=0.01))
+        patch.setattr("commands.search.latency", lambda *arguments: 0.001)
         for arguments in (
             [*LATENT, "--dry_run"],
             [*LATENT, "--total_steps=3", "--eval_step=3", "--num_images=20", "--num_classes=10"],

@@ -6,8 +6,11 @@ import os
 import pickle
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +22,12 @@ from conftest import ROOT, TINY, TRAIN, UPSTREAM, contents, process_main, run_ma
 from torchvision.io import write_png
 
 import dataset as data
-import main
+import options
 import score
 from model import SlimmableUNet, WidthSchedule, average
 from runtime import files
+from runtime.settings import Settings, option
+from settings import GROUPS, OPTIONS, Configuration, owners
 
 Refused = Callable[..., str]
 EVAL = ["--logdir=run", "--device=cpu", "--num_images=70", "--batch_size=70"]
@@ -50,30 +55,44 @@ DEFAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_published_defaults(name: str) -> None:
-    assert flags.FLAGS[name].default == DEFAULTS[name]
-    assert type(flags.FLAGS[name].default) is type(DEFAULTS[name])
-
-
-@pytest.mark.parametrize("name", ["mean_type", "var_type"])
-def test_published_choices(name: str) -> None:
-    choices = {
-        "mean_type": ["epsilon", "xprev", "xstart"],
-        "var_type": ["fixedlarge", "fixedsmall"],
+def test_published_defaults_and_choices() -> None:
+    defaults = {name: flags.FLAGS[name].default for name in DEFAULTS}
+    assert {n: (v, type(v)) for n, v in defaults.items()} == {
+        n: (v, type(v)) for n, v in DEFAULTS.items()
     }
-    assert set(choices[name]) <= set(flags.FLAGS[name].parser.enum_values)
-
-
-def test_a_flag_that_does_nothing_says_so() -> None:
+    for name, choices in (("mean_type", "epsilon xprev xstart"), ("var_type", "fixedlarge "
+                          "fixedsmall")):  # fmt: skip
+        assert set(choices.split()) <= set(flags.FLAGS[name].parser.enum_values)
     assert "no longer" in flags.FLAGS["fid_use_torch"].help
 
 
-def test_help_lists_every_flag(here: Path) -> None:
-    result = process_main(here, "--help")
-    assert "Traceback" not in result.err
-    for name in main.OWN_FLAGS:
-        assert re.search(rf"--(\[no\])?{name}\b", result.out), name
+def test_an_option_has_one_owner() -> None:
+    """--rho of the sampler once changed the levels that a network was told it was trained at."""
+
+    @dataclass(frozen=True)
+    class Second(Settings):
+        rho: float = option(7.0, "of something else")
+
+    with pytest.raises(ValueError, match="rho has a second owner, Second"):
+        owners({**GROUPS, "More": (Second,)})
+    assert len(OPTIONS) == len({f.name for c in GROUPS.values() for s in c for f in fields(s)})
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_is_grouped_and_lists_every_flag(here: Path, word: str) -> None:
+    result = run_main(word)
+    assert result.status == 0
+    for name in (*OPTIONS, *options.MODES):
+        assert re.search(rf"--{name}\b", result.out), name
+    headings = [line for line in result.out.splitlines() if re.fullmatch(r"[A-Z]\w+:", line)]
+    assert headings == ["Modes:", *(f"{name}:" for name in GROUPS)]
+    assert result.out.count("python main.py --") >= 3  # examples
+
+
+def test_flags_that_are_absls_own(refused: Refused) -> None:
+    assert "--logdir" in refused("--log_dir", "--train", "--log_dir=run")
+    released = f"--flagfile={UPSTREAM / 'flagfile_eval.txt'}"  # it has an empty --log_dir
+    refused("no checkpoint", released, "--eval", "--logdir=nowhere")
 
 
 # --- modes ----------------------------------------------------------------------------------------
@@ -81,7 +100,7 @@ def test_help_lists_every_flag(here: Path) -> None:
 
 def test_no_mode(refused: Refused) -> None:
     line = refused("no mode")
-    assert all(f"--{mode}" in line for mode in main.MODES)
+    assert all(f"--{mode}" in line for mode in options.MODES)
 
 
 def test_two_modes(refused: Refused) -> None:
@@ -122,8 +141,8 @@ def test_two_modes_in_a_flagfile(refused: Refused, here: Path) -> None:
 
 def parsed(*arguments: object) -> dict:
     with flagsaver.flagsaver():
-        main.parse(["main.py", *map(str, arguments)])
-        return {name: flags.FLAGS[name].value for name in main.OWN_FLAGS}
+        options.parse(["main.py", *map(str, arguments)])
+        return {name: flags.FLAGS[name].value for name in OPTIONS}
 
 
 @pytest.mark.parametrize("name", ["slimmable_CIFAR10.txt", "flagfile_eval.txt"])
@@ -145,6 +164,37 @@ def test_released_flagfiles_load(name: str, here: Path) -> None:
 
 
 MULTI = ("ch_mult", "attn", "candidate_width")
+
+
+def test_the_command_line_wins_wherever_it_stands(here: Path) -> None:
+    (here / "flags.txt").write_text("--ch_mult=1\n--ch_mult=2\n--lr=0.5\n--nosandwich\n--T=9\n")
+    for words in (["--flagfile=flags.txt"], ["--flagfile", "flags.txt"], ["-flagfile=flags.txt"]):
+        for place in (0, 3):
+            said = ["--ch_mult=3", "--lr", "0.1", "--sandwich"]
+            said[place:place] = words
+            values = parsed(*said)
+            assert (values["ch_mult"], values["lr"], values["sandwich"]) == ([3], 0.1, True)
+            assert values["T"] == 9
+    with flagsaver.flagsaver():
+        _, notices = options.parse(["main.py", "--flagfile=flags.txt", "--ch_mult=3", "--T=9"])
+    assert len(notices) == 1
+    assert "--ch_mult=3 (there 1, 2)" in notices[0]
+    assert "--T" not in notices[0]
+
+
+def test_flagfiles_in_flagfiles(here: Path) -> None:
+    (here / "a.txt").write_text("--flagfile=b.txt\n--T=5\n")
+    (here / "b.txt").write_text("--lr=0.25\n")
+    values = parsed("--flagfile=a.txt")
+    assert (values["T"], values["lr"]) == (5, 0.25)
+
+
+def test_home_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(here / "home"))
+    paths = [name for name, o in OPTIONS.items() if o.path]
+    assert {"logdir", "search_dir", "fid_cache", "schedule", "large_logdir"} <= set(paths)
+    config = Configuration.of(**dict.fromkeys(paths, "~/x"))
+    assert {config[name] for name in paths} == {str(here / "home" / "x")}
 
 
 def test_mode_of_a_released_flagfile_gives_way(refused: Refused) -> None:
@@ -170,7 +220,7 @@ def test_released_schedule_and_network() -> None:
 def test_flagfile_of_a_run(run_folder: Path) -> None:
     lines = (run_folder / "flagfile.txt").read_text().splitlines()
     names = {line.removeprefix("--").partition("=")[0] for line in lines}
-    for mode in main.MODES:
+    for mode in options.MODES:
         assert not {mode, f"no{mode}"} & names
     assert "flagfile" not in names
     again = parsed("--flagfile=run/flagfile.txt")
@@ -183,8 +233,8 @@ def test_flagfile_of_a_run(run_folder: Path) -> None:
 def test_flagfile_of_a_run_with_every_kind_of_value(here: Path) -> None:
     odd = ["--data_root=a b", "--eta=1e-05", "--ch_mult=3", "--nosandwich", "--schedule=", "--lr=1"]
     with flagsaver.flagsaver():
-        main.parse(["main.py", "--train", *odd])
-        main.write_flagfile(here / "flagfile.txt")
+        options.parse(["main.py", "--train", *odd])
+        (here / "flagfile.txt").write_text(options.flagfile_text(options.configuration()))
     again = parsed("--flagfile=flagfile.txt")
     assert again == parsed(*odd)
     assert again["data_root"] == "a b"
@@ -200,11 +250,11 @@ def test_unknown_flag(refused: Refused) -> None:
 
 
 def test_flagfile_of_another_kind(refused: Refused, run_folder: Path) -> None:
-    refused("codec can't decode", "--flagfile=run/ckpt.pt", "--train")
-
-
-def test_missing_flagfile(refused: Refused) -> None:
+    refused(r"--flagfile=run/ckpt\.pt", "--flagfile=run/ckpt.pt", "--train")
+    Path("utf16.txt").write_text("--train", encoding="utf-16")
+    refused(r"utf16\.txt.*UTF-8", "--flagfile=utf16.txt")
     refused(r"missing\.txt", "--train", "--flagfile=missing.txt")
+    refused(r"missing\.txt", "--train", "--flagfile", "missing.txt")
 
 
 def test_stray_argument(refused: Refused) -> None:
@@ -314,12 +364,12 @@ def test_plan_of_a_plain_network(here: Path) -> None:
 @pytest.mark.parametrize("width", ["0", "-0.25", "1.5", "nan"])
 @pytest.mark.parametrize("flag", ["min_width", "candidate_width"])
 def test_training_widths_outside(refused: Refused, flag: str, width: str) -> None:
-    refused(r"width .*in \(0, 1\]", *TRAIN, "--logdir=run", f"--{flag}={width}")
+    refused(f"--{flag}=", *TRAIN, "--logdir=run", f"--{flag}={width}")
 
 
 @pytest.mark.parametrize("width", ["0", "-0.25", "1.5", "nan"])
 def test_assigned_width_outside(refused: Refused, run_folder: Path, width: str) -> None:
-    refused(r"width .*in \(0, 1\]", *EVAL, "--eval", f"--assigned_width={width}")
+    refused("--assigned_width=", *EVAL, "--eval", f"--assigned_width={width}")
 
 
 def test_groups_that_do_not_divide(refused: Refused) -> None:
@@ -388,9 +438,9 @@ def test_settings_of_another_kind(
     state = torch.load(run_folder / "ckpt.pt", weights_only=True)
     state["settings"][name] = value
     torch.save(state, run_folder / "ckpt.pt")
-    refused(rf"run/ckpt\.pt: its settings have {name}=", *EVAL, "--eval")
+    refused(rf"run/ckpt\.pt: .*--{name}=", *EVAL, "--eval")
     torch.save(state | {"settings": [1]}, run_folder / "ckpt.pt")
-    refused("settings are no table", *EVAL, "--eval")
+    refused("run/ckpt.pt: its settings", *EVAL, "--eval")
 
 
 def test_flags_that_contradict_the_checkpoint(refused: Refused, run_folder: Path) -> None:
@@ -676,6 +726,28 @@ def test_real_processes_end_without_traceback(run_folder: Path, here: Path) -> N
     assert contents(here) == before
 
 
+def test_what_nobody_foresaw_is_one_line_too(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise ZeroDivisionError("of a\nlibrary")
+
+    monkeypatch.setattr("build.load_model", broken)
+    result = run_main(*EVAL, "--eval")
+    assert result.status == 1
+    assert result.error.endswith("of a library; the traceback is in run/error.log")
+    assert "in broken" in (run_folder / "error.log").read_text()
+    elsewhere = run_main(*EVAL, "--eval", "--logdir=missing")
+    assert "error.log" in elsewhere.error
+    assert not Path("missing").exists()
+
+
+def test_a_reader_that_leaves(here: Path) -> None:
+    command = f"{sys.executable} {ROOT / 'main.py'} --help | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("python main.py --MODE [flags]\n", "")
+
+
 def test_a_run_is_alone_in_its_folder(refused: Refused, run_folder: Path, here: Path) -> None:
     first = start_main(here, *TRAIN, "--total_steps=100000", "--logdir=first")
     try:
@@ -699,6 +771,6 @@ def test_a_run_is_alone_in_its_folder(refused: Refused, run_folder: Path, here: 
 def test_recipes_hold_neither_modes_nor_machines() -> None:
     for path in (ROOT / "config").glob("*.txt"):
         lines = path.read_text().splitlines()
-        assert not {f"--{mode}" for mode in main.MODES} & set(lines), path
+        assert not {f"--{mode}" for mode in options.MODES} & set(lines), path
         assert not any(re.search(r"=(/|~)", line) for line in lines), path
         assert parsed(f"--flagfile={path}")

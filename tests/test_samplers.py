@@ -1,9 +1,8 @@
 """Every sampler behind --sampler: diffusers' schedulers against themselves, closed forms, counts of
-network passes, restarts, and the table of docs/samplers.md, cell by cell."""
+network calls, restarts, and the table of docs/samplers.md, cell by cell."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import sys
@@ -14,16 +13,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, run_main, tiny_network
+from test_diffusion import exact
 from torch import Tensor
 
-import diffusion
-import score
-from diffusion import EDMSchedule, NoiseSchedule, Sampler
-from evaluate import Evaluator, SharedStates
+import build
+from diffusion import EDMSchedule, NoiseLevels, NoiseSchedule
 from model import StepAwareDenoiser, WidthSchedule, average, entries_for_calls, sampling_networks
 from runtime.errors import UserError
-from sampling import noise as rng
 from sampling import schedulers
+from sampling.noise import SAMPLING, ImageNoise
+from sampling.protocol import OURS, Sampler, timesteps
+from sampling.samplers import make_sampler
+from settings import Configuration, SamplingSettings
 
 STANDARD = NoiseSchedule(1e-4, 0.02, 1000)
 SHORT = NoiseSchedule(1e-3, 0.3, 10)
@@ -32,17 +33,13 @@ STOCHASTIC = (
     "DDPMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
     "LCMScheduler", "SASolverScheduler",
 )  # fmt: skip
+EXACT = exact(STANDARD, m=MEAN, s=DEVIATION)
 
 
-def exact(schedule: NoiseSchedule) -> Callable[[Tensor, int], Tensor]:
-    """ε of the best denoiser for x_0 ~ N(MEAN, DEVIATION²)."""
-
-    def denoise(x: Tensor, t: int) -> Tensor:
-        abar = schedule.abar(t)
-        variance = abar * DEVIATION**2 + 1 - abar
-        return (1 - abar) ** 0.5 * (x - abar**0.5 * MEAN) / variance
-
-    return denoise
+def sampler(
+    name: str = "ddpm", levels: NoiseLevels = STANDARD, mean_type: str = "epsilon", **more: object
+) -> Sampler:
+    return make_sampler(SamplingSettings(sampler=name, **more), levels, mean_type)
 
 
 def noise_of(shape: tuple) -> Callable[[int], Tensor]:
@@ -64,14 +61,14 @@ def driven(name: str, x: Tensor, steps: int, patch: pytest.MonkeyPatch, **option
     import diffusers
 
     scheduler_class = getattr(diffusers, name)
-    options["beta_schedule"] = "linear"
+    options |= {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
     if name.startswith("DDPM"):
         options["variance_type"] = "fixed_large"
-    scheduler = scheduler_class(beta_start=1e-4, beta_end=0.02, **options)
+    scheduler = scheduler_class(**options)
     if "clip_sample" in scheduler.config:
-        scheduler = scheduler_class(beta_start=1e-4, beta_end=0.02, clip_sample=False, **options)
+        scheduler = scheduler_class(clip_sample=False, **options)
     scheduler.set_timesteps(steps)
-    noise, denoise, at, draws = noise_of(tuple(x.shape)), exact(STANDARD), [0], {}
+    noise, at, draws = noise_of(tuple(x.shape)), [0], {}
 
     def drawn(*arguments, **kwargs) -> Tensor:
         draws[at[0]] = draws.get(at[0], -1) + 1
@@ -85,7 +82,7 @@ def driven(name: str, x: Tensor, steps: int, patch: pytest.MonkeyPatch, **option
     for time in scheduler.timesteps:
         at[0] = min(round(time.item()), 999)
         seen.append(x)
-        output = denoise(scheduler.scale_model_input(x, time), at[0])
+        output = EXACT(scheduler.scale_model_input(x, time), at[0])
         x = scheduler.step(output, time, x, **eta).prev_sample
     return [*seen, x]
 
@@ -93,29 +90,28 @@ def driven(name: str, x: Tensor, steps: int, patch: pytest.MonkeyPatch, **option
 @pytest.mark.parametrize("name", schedulers.names())
 def test_a_scheduler_is_diffusers_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, seen, calls = unit(2, 1, 4, 4), [], []
-    ours = Sampler(name, sample_steps=12)
+    ours = sampler(name, sample_steps=12)
 
     def denoise(x: Tensor, t: int) -> Tensor:
         calls.append(t)
-        return exact(STANDARD)(x, t)
+        return EXACT(x, t)
 
-    x_0 = ours(denoise, x, STANDARD, noise_of((2, 1, 4, 4)), observe=lambda t, x: seen.append(x))
+    noise = noise_of((2, 1, 4, 4))
+    x_0 = ours.sample(denoise, x, noise, observe=lambda t, x: seen.append(x))
     theirs = driven(name, x, 12, monkeypatch)
     order = 2 if name.startswith(("Heun", "KDPM2")) else 1
-    assert len(seen) == len(theirs[:-1:order])
-    for here, there in zip(seen, theirs[:-1:order], strict=True):
+    for here, there in zip([*seen, x_0], [*theirs[:-1:order], theirs[-1]], strict=True):
         torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(x_0, theirs[-1].clamp(-1, 1), rtol=1e-4, atol=1e-4)
-    assert [t for _, t in ours.evaluations(STANDARD)] == calls
+    assert [call.t for call in ours.calls()] == calls
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_images_do_not_depend_on_the_batch(name: str) -> None:
-    sampler, shape = Sampler(name, sample_steps=5), (1, 4, 4)
+    ours, shape = sampler(name, sample_steps=5), (1, 4, 4)
 
     def images(indices: list[int], seed: int = 0) -> Tensor:
-        noise = rng.ImageNoise(seed, rng.SAMPLING, torch.tensor(indices), shape)
-        return sampler(exact(STANDARD), noise.initial(), STANDARD, noise)
+        noise = ImageNoise(seed, SAMPLING, torch.tensor(indices), shape)
+        return ours.sample(EXACT, noise.initial(), noise)
 
     together = images([0, 1, 2])
     assert torch.equal(images([2]), together[2:])
@@ -127,43 +123,35 @@ def test_images_do_not_depend_on_the_batch(name: str) -> None:
 
 def test_a_scheduler_draws_new_noise_each_time() -> None:
     """Also where two of its timesteps round to the same trained one."""
-    asked_for = []
+    drawn = []
 
     def noise(t: int) -> Tensor:
-        asked_for.append(t)
+        drawn.append(t)
         return torch.zeros(1, 1, 2, 2)
 
     options = '{"use_karras_sigmas": true, "algorithm_type": "sde-dpmsolver++"}'
-    sampler = Sampler("dpm_solver", sample_steps=10, scheduler_options=options)
-    sampler(exact(SHORT), unit(1, 1, 2, 2), SHORT, noise)
-    assert len(sampler.timesteps(SHORT)) < len(sampler.entries(SHORT)) == 10
-    assert len(set(asked_for)) == len(asked_for) == 10
-
-
-def flow(x_T: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """Where the probability flow of N(MEAN, DEVIATION²) takes x_T."""
-    abar = schedule.abar(schedule.T - 1)
-    z = (x_T - abar**0.5 * MEAN) / (abar * DEVIATION**2 + 1 - abar) ** 0.5
-    return MEAN + DEVIATION * z
+    ours = sampler("dpm_solver", SHORT, sample_steps=10, scheduler_options=options)
+    drawn.clear()  # of the run on one pixel
+    ours.sample(exact(SHORT), unit(1, 1, 2, 2), noise)
+    assert len(timesteps(ours)) < len(ours.entries()) == 10
+    assert len(set(drawn)) == len(drawn) == 10
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "dpm_solver",
-        "DPMSolverSinglestepScheduler",
-        "HeunDiscreteScheduler",
-        "KDPM2DiscreteScheduler",
-    ],
-)
+    ["dpm_solver", "DPMSolverSinglestepScheduler", "HeunDiscreteScheduler",
+     "KDPM2DiscreteScheduler"],
+)  # fmt: skip
 def test_solvers_converge_to_the_closed_form(name: str) -> None:
     """Second order: half the step, a quarter of the error. DDIM's halves."""
     x_T = torch.linspace(-1.5, 1.5, 16, dtype=torch.float64).view(1, 1, 4, 4)
+    abar = STANDARD.abar(999)
+    z = (x_T - abar**0.5 * MEAN) / (abar * DEVIATION**2 + 1 - abar) ** 0.5
 
-    def error(sampler: str, steps: int, options: str = "") -> float:
-        chain = Sampler(sampler, sample_steps=steps, scheduler_options=options)
-        x_0 = chain(exact(STANDARD), x_T, STANDARD, noise_of(()))
-        return float((x_0 - flow(x_T, STANDARD)).abs().max())
+    def error(name: str, steps: int, options: str = "") -> float:
+        ours = sampler(name, sample_steps=steps, scheduler_options=options)
+        x_0 = ours.sample(EXACT, x_T, noise_of(()))
+        return float((x_0 - (MEAN + DEVIATION * z)).abs().max())
 
     karras = '{"use_karras_sigmas": true}'
     coarse, fine = error(name, 32, karras), error(name, 64, karras)
@@ -173,89 +161,88 @@ def test_solvers_converge_to_the_closed_form(name: str) -> None:
     assert fine < 0.3 * error("ddim", 64)
 
 
-@pytest.mark.parametrize("mean_type", ["epsilon", "xstart", "v"])
-def test_every_prediction_gives_the_same_chain(mean_type: str) -> None:
-    x_T, epsilon = unit(1, 1, 4, 4), exact(STANDARD)
-
-    def denoise(x: Tensor, t: int) -> Tensor:
-        abar, e = STANDARD.abar(t), epsilon(x, t)
-        x_0 = (x - (1 - abar) ** 0.5 * e) / abar**0.5
-        return {"epsilon": e, "xstart": x_0, "v": abar**0.5 * e - (1 - abar) ** 0.5 * x_0}[
-            mean_type
-        ]
-
-    for name in ("dpm_solver", "UniPCMultistepScheduler", "edm", "ddim"):
-        found = Sampler(name, sample_steps=8, mean_type=mean_type)(
-            denoise, x_T, STANDARD, noise_of(x_T.shape)
+@pytest.mark.parametrize("name", ["dpm_solver", "UniPCMultistepScheduler", "edm", "ddim"])
+def test_every_prediction_gives_the_same_chain(name: str) -> None:
+    x_T = unit(1, 1, 4, 4)
+    epsilon, xstart, v = (
+        sampler(name, mean_type=mean_type, sample_steps=8).sample(
+            exact(STANDARD, mean_type, MEAN, DEVIATION), x_T, noise_of(x_T.shape)
         )
-        same = Sampler(name, sample_steps=8)(epsilon, x_T, STANDARD, noise_of(x_T.shape))
-        torch.testing.assert_close(found, same, rtol=1e-3, atol=1e-3)
+        for mean_type in ("epsilon", "xstart", "v")
+    )
+    torch.testing.assert_close(xstart, epsilon, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(v, epsilon, rtol=1e-3, atol=1e-3)
 
 
-# --- network passes -------------------------------------------------------------------------------
+# --- calls of the network -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("settings", "passes"),
+    ("name", "settings", "count"),
     [
-        ({"sampler": "ddpm"}, 10),
-        ({"sampler": "ddim", "sample_steps": 4}, 4),
-        ({"sampler": "edm", "sample_steps": 4}, 7),
-        ({"sampler": "edm", "sample_steps": 4, "heun": False}, 4),
-        ({"sampler": "edm", "sample_steps": 4, "S_churn": 4.0}, 7),
-        ({"sampler": "edm", "sample_steps": 4, "S_churn": 4.0, "S_tmin": 0.1, "S_tmax": 1.0}, 7),
-        ({"sampler": "dpm_solver", "sample_steps": 4}, 4),
-        ({"sampler": "HeunDiscreteScheduler", "sample_steps": 4}, 7),
-        ({"sampler": "KDPM2DiscreteScheduler", "sample_steps": 4}, 7),
+        ("ddpm", {}, 10),
+        ("ddim", {"sample_steps": 4}, 4),
+        ("edm", {"sample_steps": 4}, 7),
+        ("edm", {"sample_steps": 4, "heun": False}, 4),
+        ("edm", {"sample_steps": 4, "S_churn": 4.0}, 7),
+        ("edm", {"sample_steps": 4, "S_churn": 4.0, "S_tmin": 0.1, "S_tmax": 1.0}, 7),
+        ("dpm_solver", {"sample_steps": 4}, 4),
+        ("HeunDiscreteScheduler", {"sample_steps": 4}, 7),
+        ("KDPM2DiscreteScheduler", {"sample_steps": 4}, 7),
     ],
 )
-def test_evaluations_are_what_happens(settings: dict, passes: int) -> None:
-    sampler, happened, step = Sampler(**settings), [], []
+def test_calls_are_what_happens(name: str, settings: dict, count: int) -> None:
+    ours, happened = sampler(name, SHORT, **settings), []
 
-    class Denoiser:
-        def begin(self, t: int) -> None:
-            step[:] = [t]
+    def denoise(x: Tensor, t: int, step: int | None = None) -> Tensor:
+        happened.append((t if step is None else step, t))
+        return exact(SHORT)(x, t)
 
-        def __call__(self, x: Tensor, t: int) -> Tensor:
-            happened.append((step[0], t))
-            return exact(SHORT)(x, t)
-
-    x = unit(1, 1, 2, 2)
-    sampler(Denoiser(), x, SHORT, noise_of((1, 1, 2, 2)))
-    assert sampler.evaluations(SHORT) == happened
-    assert len(happened) == passes
-    assert sorted({step for step, _ in happened}) == sampler.timesteps(SHORT)
+    x, noise = unit(1, 1, 2, 2), noise_of((1, 1, 2, 2))
+    x_0 = ours.sample(denoise, x, noise)
+    assert ours.calls() == happened
+    assert len(happened) == count
+    assert sorted({step for step, _ in happened}) == timesteps(ours)
+    # A denoiser of two arguments is called alike, and is not told the step.
+    two = []
+    again = ours.sample(lambda x, t: two.append(t) or exact(SHORT)(x, t), x, noise)
+    assert torch.equal(again, x_0)
+    assert two == [t for _, t in happened]
 
 
 @pytest.mark.parametrize("name", ["edm", "HeunDiscreteScheduler"])
-def test_an_entry_a_step_counts_for_both_passes(name: str) -> None:
-    sampler, ran = Sampler(name, sample_steps=4), []
-    steps = sampler.timesteps(SHORT)
+def test_an_entry_per_step_counts_for_both_calls(name: str) -> None:
+    ours, ran = sampler(name, SHORT, sample_steps=4), []
     widths = [0.25, 0.5, 0.75, 1.0]
     networks = {w: lambda x, t, w=w: ran.append(w) or torch.zeros_like(x) for w in widths}
-    costs = {w: 100 * w for w in widths}
 
-    def run(schedule: WidthSchedule) -> list[float]:
+    def run(schedule: WidthSchedule, told: bool = True) -> list[float]:
         ran.clear()
-        denoiser = StepAwareDenoiser(networks, schedule, SHORT.T, "cpu")
-        sampler(denoiser, unit(1, 1, 2, 2), SHORT, noise_of((1, 1, 2, 2)))
-        cost = average(schedule, entries_for_calls(schedule, sampler.evaluations(SHORT)), costs)
-        assert cost == pytest.approx(100 * sum(ran) / len(ran))
+        denoise = StepAwareDenoiser(networks, schedule, SHORT.T, "cpu")
+        x, noise = unit(1, 1, 2, 2), noise_of((1, 1, 2, 2))
+        ours.sample(denoise if told else lambda x, t: denoise(x, t), x, noise)
+        if told:
+            entries = entries_for_calls(schedule, ours.calls())
+            cost = average(schedule, entries, {w: 100 * w for w in widths})
+            assert cost == pytest.approx(100 * sum(ran) / len(ran))
         return list(ran)
 
-    a_step = WidthSchedule(widths, steps)
-    assert run(a_step) == [1.0, 1.0, 0.75, 0.75, 0.5, 0.5, 0.25]
-    # The second pass of a step is at the next step's timestep, and T entries say what that has.
-    assert run(a_step.expanded(SHORT.T)) == [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]
+    per_step = WidthSchedule(widths, timesteps(ours))
+    assert run(per_step) == [1.0, 1.0, 0.75, 0.75, 0.5, 0.5, 0.25]
+    # The second call of a step is at the next step's timestep, and T entries say what that has. So
+    # it goes for whoever is not told the step, too.
+    by_timestep = [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]
+    assert run(per_step.expanded(SHORT.T)) == by_timestep
+    assert run(per_step, told=False) == by_timestep
 
 
 # --- restarts -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", [SHORT, EDMSchedule(10)])
+@pytest.mark.parametrize("levels", [SHORT, EDMSchedule(10)])
 @pytest.mark.parametrize("churn", [0.0, 5.0])
-def test_edm_goes_on_from_a_step_bit_for_bit(schedule: diffusion.Schedule, churn: float) -> None:
-    sampler = Sampler("edm", sample_steps=6, S_churn=churn)
+def test_edm_goes_on_from_a_step_bit_for_bit(levels: NoiseLevels, churn: float) -> None:
+    ours = sampler("edm", levels, sample_steps=6, S_churn=churn)
     net = sampling_networks(tiny_network(in_ch=1), [0.5])[0.5]
 
     @torch.no_grad()
@@ -263,94 +250,75 @@ def test_edm_goes_on_from_a_step_bit_for_bit(schedule: diffusion.Schedule, churn
         return net(x, torch.full((len(x),), t))
 
     x, seen, noise = unit(2, 1, 8, 8), [], noise_of((2, 1, 8, 8))
-    whole = sampler(denoise, x, schedule, noise, observe=lambda t, x: seen.append(x))
-    assert len(seen) == len(sampler.timesteps(schedule))
+    whole = ours.sample(denoise, x, noise, observe=lambda t, x: seen.append(x))
+    assert len(seen) == len(timesteps(ours))
     for start in range(1, len(seen)):
-        assert torch.equal(sampler(denoise, seen[start], schedule, noise, start=start), whole)
-
-
-@pytest.mark.parametrize("churn", [0.0, 5.0])
-@pytest.mark.parametrize("per_step", [True, False])
-def test_shared_states_of_edm_change_nothing(churn: float, per_step: bool) -> None:
-    factor = np.random.default_rng(0).standard_normal((64, 64)) / 8
-    evaluator = Evaluator(
-        networks=sampling_networks(tiny_network(in_ch=1), [0.25, 0.5, 1.0]),
-        noise_schedule=SHORT,
-        sampler=Sampler("edm", sample_steps=5, S_churn=churn),
-        encoder=score.encoder("pixels", "cpu"),
-        reference=score.Gaussian(np.zeros(64), factor @ factor.T),
-        image_shape=(1, 8, 8),
-        device=torch.device("cpu"),
-        num_images=4,
-        batch_size=4,
-        progress=False,
-    )
-    steps = evaluator.timesteps()
-    schedules = [
-        WidthSchedule(widths, steps)
-        for widths in itertools.islice(itertools.product((0.25, 1.0), repeat=len(steps)), 0, 32, 6)
-    ]
-    if not per_step:
-        schedules = [schedule.expanded(SHORT.T) for schedule in schedules]
-    alone = [evaluator.score(schedule)[0] for schedule in schedules]
-    evaluator.states = SharedStates(2**20)
-    saved = 0
-    for index, found in evaluator.score_all(schedules):
-        assert found.distance == alone[index].distance
-        assert found.passes + found.passes_saved == alone[index].passes
-        saved += found.passes_saved
-    assert saved > 0
+        assert torch.equal(ours.sample(denoise, seen[start], noise, start=start), whole)
 
 
 def test_a_multistep_solver_has_no_restart() -> None:
-    sampler = Sampler("dpm_solver", sample_steps=4)
-    assert not sampler.restartable
+    ours = sampler("dpm_solver", SHORT, sample_steps=4)
+    assert not ours.resumes
     with pytest.raises(ValueError, match="from its start to its end"):
-        sampler(exact(SHORT), unit(1, 1, 2, 2), SHORT, noise_of(()), start=1)
+        ours.sample(exact(SHORT), unit(1, 1, 2, 2), noise_of(()), start=1)
 
 
-# --- mistakes -------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
+
+
+def test_rho_spaces_the_sampler_and_not_the_networks_levels() -> None:
+    """What an EDM network is told that it was trained at is no matter of a sampling flag."""
+
+    def model(**options: object) -> build.Model:
+        config = Configuration.of(precond="edm", T=10, sample_steps=4, **options)
+        return build.Model(tiny_network(), build.settled(config), torch.device("cpu"))
+
+    usual, other = model(), model(rho=3.0)
+    assert other.levels == usual.levels
+    assert other.levels.sigmas[1] == pytest.approx(0.0205, abs=1e-4)  # ρ = 3 would make it 0.206
+    assert other.sampler.entries() == usual.levels.edm_timesteps(4, 3.0) != usual.sampler.entries()
+    assert other.sampler.as_json() == {**usual.sampler.as_json(), "rho": 3.0}
+
+
+def test_a_sampler_says_what_it_heeds() -> None:
+    common = {"sampler", "sample_steps", "timestep_spacing", "eta", "var_type", "clip_denoised"}
+    common |= {"mean_type"}
+    churn = {"S_churn", "S_tmin", "S_tmax", "S_noise"}
+    for name, more in {
+        "ddpm": set(), "ddim": set(), "edm": churn | {"rho", "heun"},
+        "dpm_solver": churn | {"scheduler_options"},
+    }.items():  # fmt: skip
+        said = sampler(name, SHORT, "v", sample_steps=4).with_steps(3).as_json()
+        assert said.keys() == common | more
+        assert (said["sampler"], said["sample_steps"], said["mean_type"]) == (name, 3, "v")
+        assert json.loads(json.dumps(said, allow_nan=False)) == said
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("name", "settings", "message"),
     [
-        ({"sampler": "unipc"}, "no such sampler; near names: UniPCMultistepScheduler"),
-        ({"sampler": "DPMSolverMultistepInverseScheduler"}, "cannot run here.*DPMSolverMultistep"),
-        ({"sampler": "FlowMatchEulerDiscreteScheduler"}, "cannot run here"),
-        ({"sampler": "dpm_solver", "mean_type": "xprev"}, "--mean_type=xprev"),
-        ({"sampler": "dpm_solver", "clip_denoised": True}, "--clip_denoised"),
-        ({"sampler": "dpm_solver", "scheduler_options": "{"}, "not JSON"),
-        ({"sampler": "dpm_solver", "scheduler_options": '{"order": 3}'}, "entries among"),
-        ({"sampler": "dpm_solver", "scheduler_options": '{"beta_end": 3}'}, "entries among"),
-        ({"sampler": "ddim", "scheduler_options": "{}"}, "for schedulers of diffusers"),
-        ({"sampler": "edm", "timestep_spacing": "quadratic"}, "--timestep_spacing=quadratic"),
-        ({"sampler": "edm", "S_churn": -1.0}, "--S_churn=-1.0"),
-        ({"sampler": "edm", "rho": 0.0}, "--rho=0.0"),
-        ({"sampler": "dpm_solver", "sample_steps": 11}, "--sample_steps=11"),
-        ({"sampler": "HeunDiscreteScheduler", "scheduler_options": '{"timestep_spacing": "x"}'},
+        ("unipc", {}, "no such sampler; near names: UniPCMultistepScheduler"),
+        ("DPMSolverMultistepInverseScheduler", {}, "cannot run here.*DPMSolverMultistep"),
+        ("FlowMatchEulerDiscreteScheduler", {}, "cannot run here"),
+        ("dpm_solver", {"mean_type": "xprev"}, "--mean_type=xprev"),
+        ("dpm_solver", {"clip_denoised": True}, "--clip_denoised"),
+        ("dpm_solver", {"scheduler_options": "{"}, "not JSON"),
+        ("dpm_solver", {"scheduler_options": '{"order": 3}'}, "entries among"),
+        ("dpm_solver", {"scheduler_options": '{"beta_end": 3}'}, "entries among"),
+        ("ddim", {"scheduler_options": "{}"}, "--scheduler_options"),
+        ("edm", {"timestep_spacing": "quadratic"}, "--timestep_spacing=quadratic"),
+        ("edm", {"S_churn": -1.0}, "--S_churn=-1.0"),
+        ("edm", {"rho": 0.0}, "--rho=0.0"),
+        ("dpm_solver", {"sample_steps": 11}, "--sample_steps=11"),
+        ("ddim", {"levels": EDMSchedule(10)}, "--precond=edm"),
+        ("HeunDiscreteScheduler", {"scheduler_options": '{"timestep_spacing": "x"}'},
          "cannot run 10 steps"),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_line(settings: dict, message: str) -> None:
+def test_mistakes_are_one_line(name: str, settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        Sampler(**settings).timesteps(SHORT)
+        sampler(name, **{"levels": SHORT, **settings})
     assert "\n" not in str(error.value)
-
-
-def test_the_program_suggests_names(refused: Callable) -> None:
-    line = refused(
-        "--sampler=EulerScheduler: there is no such sampler", "--eval", "--sampler=EulerScheduler"
-    )
-    assert "EulerDiscreteScheduler" in line
-
-
-def test_a_schedule_for_another_sampler(run_folder: Path, refused: Callable) -> None:
-    (run_folder / "search.txt").write_text("[1, 1, 1, 0.5]")
-    flags = [*TINY, "--eval_stepaware", "--logdir=run", "--sampler=edm"]
-    refused(
-        r"4 entries; expected 10 .* or 3 \(one for each sampler step\)", *flags, "--sample_steps=3"
-    )
 
 
 # --- what works with what -------------------------------------------------------------------------
@@ -368,8 +336,9 @@ def precond(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny supernet trained with --precond=edm."""
     folder = tmp_path_factory.mktemp("precond")
     result = run_main(
-        *TINY, "--train", "--sandwich", "--precond=edm", "--batch_size=4", "--total_steps=1",
-        "--save_step=1", "--sample_step=0", f"--logdir={folder}",
+        *TINY, "--train", "--sandwich", "--precond=edm", "--batch_size=32", "--total_steps=40",
+        "--log_step=10", "--warmup=5", "--lr=0.002", "--sample_step=40", "--sample_size=4",
+        "--sample_steps=6", "--dropout=0", f"--logdir={folder}",
     )  # fmt: skip
     assert result.status == 0, result.err
     return folder
@@ -397,7 +366,7 @@ def test_the_table_of_what_works_with_what(
         (run_folder / "ckpt.pt").write_bytes((precond / "ckpt.pt").read_bytes())
     (run_folder / "search.txt").write_text(str([0.5] * 5 + [1] * 5))
     # Neither times nor exact FLOPs nor pictures matter here, and they take long.
-    monkeypatch.setattr("main.latency", lambda *arguments: 0.001)
+    monkeypatch.setattr("commands.search.latency", lambda *arguments: 0.001)
     monkeypatch.setattr("score.flops", lambda net, width, shape: int(1e6 * width**2))
     monkeypatch.setattr("report.draw_front", lambda folder, front: None)
     monkeypatch.setattr("report.plot_fronts", lambda *arguments: None)
@@ -423,6 +392,35 @@ def test_the_table_of_what_works_with_what(
 
 
 def test_the_table_has_every_sampler() -> None:
-    assert {*diffusion.SAMPLERS, *schedulers.SHORT} <= {row[0] for row in TABLE[1:]}
+    assert {*OURS, *schedulers.SHORT} <= {row[0] for row in TABLE[1:]}
     text = (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8")
     assert all(f"{name}," in text or f"{name}." in text for name in schedulers.names())
+
+
+def test_a_network_of_edm(precond: Path, here: Path, refused: Callable) -> None:
+    """It learns; its checkpoint says how it was trained, and that it is sampled with edm."""
+    lines = [json.loads(line) for line in (precond / "train.jsonl").read_text().splitlines()]
+    for width in ("0.25", "1"):
+        assert lines[-1]["loss"][width] < 0.8 * lines[0]["loss"][width]
+    assert (precond / "sample" / "40_width_0.25.png").exists()
+    (here / "run").mkdir()
+    (here / "run" / "ckpt.pt").write_bytes((precond / "ckpt.pt").read_bytes())
+    (here / "run" / "search.txt").write_text("[0.5, 0.25, 0.5, 1]")
+    result = run_main(*SCORE, "--eval_stepaware", "--sample_steps=4")
+    assert result.status == 0, result.err
+    found = json.loads(Path("run/eval_stepaware.json").read_text())
+    assert (found["sampler"]["sampler"], found["passes"]) == ("edm", 4 * 7)
+    refused(
+        r"4 entries; expected 10 .* or 3 \(one for each sampler step\)", *SCORE,
+        "--eval_stepaware", "--sample_steps=3",
+    )  # fmt: skip
+    refused("--sampler=ddim", *SCORE, "--eval", "--sampler=ddim")
+    refused("--precond: edm there, none here", *SCORE, "--eval", "--precond=none")
+    refused("--export_diffusers.*--precond=edm", *SCORE, "--export_diffusers=out")
+    refused("--allow_skip", *SCORE, "--search", "--allow_skip")
+    refused("--sampler=EulerScheduler.*EulerDiscreteScheduler", *SCORE, "--eval",
+            "--sampler=EulerScheduler")  # fmt: skip
+    train = [*TINY, "--train", "--precond=edm", "--logdir=new"]
+    refused("--mean_type=xstart", *train, "--mean_type=xstart")
+    refused("--sampler=ddpm", *train, "--sampler=ddpm")
+    refused("--distill", *train, "--distill")

@@ -50,7 +50,9 @@ def true_distance(widths: Sequence[float]) -> float:
 
 
 def make(folder: Path, score: Landscape | None = None, **changes: object) -> Search:
-    extra = {k: changes.pop(k) for k in ("genome", "ladder", "say", "start") if k in changes}
+    extra = {
+        k: changes.pop(k) for k in ("genome", "ladder", "say", "start", "seed") if k in changes
+    }
     settings = dict(
         search_method="sensitivity", search_objective="pareto", num_generation=10, pop_size=8
     )

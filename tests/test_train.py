@@ -16,39 +16,42 @@ from conftest import ROOT, TRAIN, contents, run_main, start_main
 from torch import nn
 from torchvision.io import read_image, write_png
 
-import dataset as data
+import dataset
 import diffusion
 import train
 from model import SlimmableUNet, checkpoint
 from runtime.errors import UserError
-from train import Trainer, TrainSettings
+from sampling.noise import SAMPLING, ImageNoise
+from settings import RunSettings, TrainSettings, WidthSettings
+from train import Milestone, Trainer
 
 SHAPE = (1, 8, 8)
 
 
-def trainer(folder: Path, **changes: object) -> Trainer:
+def trainer(folder: Path, seed: int = 0, widths: dict | None = None, **changes: object) -> Trainer:
     """A trainer of a tiny supernet on the digits."""
     settings = dict(
-        batch_size=8, total_steps=4, save_step=4, sample_step=0, log_step=1, warmup=0, lr=1e-3,
-        ema_decay=0.9, sample_size=4, num_workers=0, sandwich=True,
+        total_steps=4, save_step=4, sample_step=0, log_step=1, warmup=0, lr=1e-3, ema_decay=0.9,
+        sample_size=4, sandwich=True,
     )  # fmt: skip
     torch.manual_seed(0)
     return Trainer(
         settings=TrainSettings(**{**settings, **changes}),
+        run=RunSettings(logdir=str(folder), batch_size=8, seed=seed),
+        widths=WidthSettings(**widths or {}),
         net=SlimmableUNet(10, 16, (1, 2), (1,), 1, 0.1, num_groups=4, in_ch=1),
-        dataset=data.load("digits", "", 8),
-        noise_schedule=diffusion.NoiseSchedule(1e-3, 0.3, 10),
-        sampler=diffusion.Sampler(),
+        data=dataset.load("digits", "", 8),
+        levels=diffusion.NoiseSchedule(1e-3, 0.3, 10),
+        mean_type="epsilon",
         image_shape=SHAPE,
-        logdir=folder,
         device=torch.device("cpu"),
         identity={"lr": 1e-3},
     )
 
 
 def batch(trained: Trainer, step: int = 0) -> torch.Tensor:
-    s = trained.settings
-    return next(data.batches(trained.dataset, s.batch_size, seed=s.seed, start_step=step))
+    seed = trained.run.seed
+    return next(dataset.batches(trained.data, 8, seed=seed, start_step=step))
 
 
 def copy(net: nn.Module) -> dict[str, torch.Tensor]:
@@ -73,51 +76,27 @@ def read_lines(path: Path) -> list[dict]:
 # --- settings -------------------------------------------------------------------------------------
 
 
-def test_sandwich_widths() -> None:
-    settings = TrainSettings(sandwich=True, num_sandwich_sampling=4, candidate_width=(0.75, 0.5))
+def test_sandwich_widths(tmp_path: Path) -> None:
+    every = trainer(tmp_path, num_sandwich_sampling=4)
     for step in range(20):
-        widths = settings.widths(step)
+        widths = every.widths_of(step)
         assert widths[:2] == [1.0, 0.25]
         assert sorted(widths[2:]) == [0.5, 0.75]  # two of two, without replacement
-        assert settings.widths(step) == widths
+        assert every.widths_of(step) == widths
+    more = trainer(tmp_path, num_sandwich_sampling=6).widths_of(0)
+    assert len(more) == 6
+    assert set(more[2:]) <= {0.5, 0.75}
+    assert trainer(tmp_path, num_sandwich_sampling=2).widths_of(3) == [1.0, 0.25]
+    assert trainer(tmp_path, sandwich=False).widths_of(3) == [1.0]
 
 
-def test_sandwich_draws_every_width_equally_and_by_seed() -> None:
-    settings = TrainSettings(sandwich=True, seed=1)
-    drawn = [settings.widths(step)[2] for step in range(2000)]
-    assert all(len(settings.widths(step)) == 3 for step in range(5))
+def test_sandwich_draws_every_width_equally_and_by_seed(tmp_path: Path) -> None:
+    one, two = (trainer(tmp_path, seed=seed) for seed in (1, 2))
+    drawn = [one.widths_of(step)[2] for step in range(2000)]
     # Of 2000 fair draws, 1000 ± 22; five deviations are never left.
     assert abs(drawn.count(0.5) - 1000) < 112
     assert set(drawn) == {0.5, 0.75}
-    assert drawn != [TrainSettings(sandwich=True, seed=2).widths(step)[2] for step in range(2000)]
-
-
-def test_sandwich_with_more_draws_than_widths_repeats() -> None:
-    settings = TrainSettings(sandwich=True, num_sandwich_sampling=6)
-    assert len(settings.widths(0)) == 6
-    assert set(settings.widths(0)[2:]) <= {0.5, 0.75}
-
-
-def test_smallest_sandwich_and_plain_training() -> None:
-    assert TrainSettings(sandwich=True, num_sandwich_sampling=2).widths(3) == [1.0, 0.25]
-    assert TrainSettings().widths(3) == [1.0]
-    assert TrainSettings().shown_widths() == [1.0]
-    assert TrainSettings(sandwich=True).shown_widths() == [1.0, 0.25]
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"batch_size": 0}, {"total_steps": 0}, {"save_step": -1}, {"sample_size": 0},
-        {"log_step": 0}, {"warmup": -1}, {"sample_step": -1}, {"eval_step": -1}, {"lr": 0.0},
-        {"lr": float("nan")}, {"lr": float("inf")}, {"grad_clip": 0.0},
-        {"grad_clip": float("nan")}, {"ema_decay": 1.0}, {"ema_decay": -0.1}, {"amp": "fp16"},
-        {"sandwich": True, "num_sandwich_sampling": 1},
-    ],
-)  # fmt: skip
-def test_wrong_settings(wrong: dict) -> None:
-    with pytest.raises(UserError, match=f"--{list(wrong)[-1]}="):
-        TrainSettings(**wrong)
+    assert drawn != [two.widths_of(step)[2] for step in range(2000)]
 
 
 # --- one step -------------------------------------------------------------------------------------
@@ -151,11 +130,11 @@ def test_gradients_of_all_widths_add_up_and_are_clipped(tmp_path: Path) -> None:
                                 if p.grad is not None})
     )  # fmt: skip
     trained.train_step(network, x_0)
-    norm = trained.norm
+    norm = trained.grad_norm
     assert [width for *_, width in calls] == [1.0, 0.25]
     assert not torch.equal(calls[0][1], calls[1][1])  # each pass has its own timesteps
     trained.net.load_state_dict(before)
-    abars = torch.from_numpy(trained.noise_schedule.alpha_bars).float()
+    abars = torch.from_numpy(trained.levels.alpha_bars).float()
     for x_t, t, width in calls:
         abar = abars[t][:, None, None, None]
         noise = (x_t - abar.sqrt() * x_0) / (1 - abar).sqrt()
@@ -193,16 +172,16 @@ def test_plain_training_uses_one_width(tmp_path: Path) -> None:
 
 
 def test_bf16_trains(tmp_path: Path) -> None:
-    trained = trainer(tmp_path, amp="bf16", total_steps=2, save_step=2)
-    trained.run()
-    state = checkpoint.load(tmp_path / "ckpt.pt")
-    assert {v.dtype for v in state["ema_model"].values()} == {torch.float32}
+    trained = trainer(tmp_path)
+    trained.choose_arithmetic = lambda: "bfloat16"
+    trained.train_step(trained.wrapped(), batch(trained))
+    assert {v.dtype for v in trained.ema.model.state_dict().values()} == {torch.float32}
 
 
 def test_training_learns_the_digits(tmp_path: Path) -> None:
-    trained = trainer(tmp_path, total_steps=60, batch_size=16, lr=2e-3, save_step=60)
-    trained.run()
-    records = read_lines(tmp_path / "train.jsonl")
+    trained, records = trainer(tmp_path, total_steps=60, lr=2e-3), []
+    trained.log = records.append
+    trained.train(0, [])
     assert [record["step"] for record in records] == list(range(1, 61))
     for width in ("1", "0.25"):
         losses = [record["loss"][width] for record in records]
@@ -219,7 +198,7 @@ def test_loss_that_is_not_finite(tmp_path: Path) -> None:
 
     trained.train_step = poisoned
     with pytest.raises(UserError, match=r"not finite at step 4; lower --lr"):
-        trained.run()
+        trained.train(0, [trained.checkpoints()])
     # What was saved is from before.
     state = checkpoint.load(tmp_path / "ckpt.pt")
     assert state["step"] == 2
@@ -277,12 +256,12 @@ def test_grids_are_the_ema_network_at_each_width(trained: Path) -> None:
             return net(x, torch.full((len(x),), t), width)
 
         with torch.no_grad():
-            images = data.to_uint8(
+            images = dataset.to_uint8(
                 diffusion.sample_ddpm(
                     denoise,
                     state["x_T"],
                     diffusion.NoiseSchedule(1e-3, 0.3, 10),
-                    noise=train.rng.ImageNoise(0, train.rng.SAMPLING, torch.arange(4), SHAPE),
+                    noise=ImageNoise(0, SAMPLING, torch.arange(4), SHAPE),
                 )
             )
         # make_grid: two by two, two pixels between.
@@ -360,7 +339,7 @@ def ends_the_same(folder: Path, expected: dict) -> None:
 
 def signalled(monkeypatch: pytest.MonkeyPatch, when: int, signum: int, sampling: bool) -> None:
     """Send this process a signal in step `when`, or in the midst of the samples drawn after it."""
-    name = "_show" if sampling else "train_step"
+    name = "give_way" if sampling else "train_step"
     original = getattr(Trainer, name)
 
     def patched(self: Trainer, *arguments: object) -> object:
@@ -399,12 +378,13 @@ import os, signal, sys
 sys.argv = ["main.py", *sys.argv[2:]]
 import main
 from train import Trainer
-log = Trainer._log
+record = Trainer._record
 def dies(self, *arguments):
-    log(self, *arguments)
+    losses = record(self, *arguments)
     if self.step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-Trainer._log = dies
+    return losses
+Trainer._record = dies
 main.start()
 """
 
@@ -463,17 +443,24 @@ def test_what_the_last_step_owes_is_made_up_for(here: Path) -> None:
     assert "nothing to do" in run_main(*command).out
 
 
-def test_scores_in_training_give_way_to_a_signal(tmp_path: Path) -> None:
-    trained = trainer(tmp_path, eval_step=2)
+def test_milestones_give_way_to_a_signal(tmp_path: Path) -> None:
+    trained = trainer(tmp_path)
 
-    def scores(net: nn.Module, width: float, each_step: Callable[[], None]) -> dict:
-        trained.signum = signal.SIGTERM
-        each_step()
+    def make() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        trained.give_way()
         raise AssertionError("not left")
 
-    trained.evaluate = scores
     with pytest.raises(train.Interrupted, match="saved at step 2 of 4"):
-        trained.run()
+        trained.train(0, [Milestone(2, False, make, lambda step: False)])
+
+
+def test_the_end_says_what_comes_next(here: Path) -> None:
+    said = run_main(*TRAIN, "--logdir=run").out
+    assert "run/ckpt.pt, step 6 of 6" in said
+    assert "--search --flagfile run/flagfile.txt" in said
+    plain = [a for a in TRAIN if a not in ("--sandwich", "--slimmable_unet")]
+    assert "--eval --flagfile" in run_main(*plain, "--logdir=plain").out
 
 
 def test_another_run_in_the_folder_is_left_alone(run_folder: Path, refused: Callable) -> None:

@@ -1,0 +1,602 @@
+"""From settings and checkpoints to what runs: networks, samplers, data, generators, evaluators.
+
+Benchmarks and notebooks build with these functions what the modes of main.py run. No flag is known
+here; what a user should hear of is logged to the logger "ddsm".
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import dataset
+import score
+from diffusion import EDMSchedule, NoiseLevels, NoiseSchedule
+from evaluate import Evaluator
+from model import SlimmableUNet, WidthSchedule, arithmetic, check_compiler, checkpoint
+from model.networks import sampling_networks
+from runtime import processes
+from runtime.errors import UserError
+from runtime.files import writable_folder
+from sampling import conditioning
+from sampling.conditioning import Classes
+from sampling.generate import Generator
+from sampling.noise import SAMPLING
+from sampling.protocol import Sampler
+from sampling.samplers import check_name, make_sampler
+from settings import CIFAR10_STATISTICS, OPTIONS, Configuration
+
+log = logging.getLogger("ddsm")
+
+
+@functools.cache
+def log_once(text: str) -> None:
+    log.info(text)
+
+
+# --- devices --------------------------------------------------------------------------------------
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU where there is one. Under torchrun, "cuda" is this
+    process's own GPU."""
+    asked = name
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device={asked}: not usable here ({reason})") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def use_parallel(config: Configuration, device: torch.device) -> bool:
+    """Whether DataParallel is asked for and there is more than one GPU for it."""
+    if not config.run.parallel or processes.launched():
+        return False
+    count = torch.cuda.device_count()
+    if count < 2:
+        log_once(f"--parallel: {count} GPUs are visible, so the work stays on one device")
+    elif device.index != 0:
+        log_once(
+            f"--parallel begins at the first GPU: --device={config.run.device} is the only one at "
+            "work"
+        )
+        return False
+    return count > 1
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def open_autoencoder(folder: str, device: torch.device):
+    """The autoencoder in `folder`; None for "", where diffusion is in pixels."""
+    if not folder:
+        return None
+    from dataset.latents import Autoencoder  # diffusers takes seconds to import
+
+    return Autoencoder(folder, device)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network, and the configuration as its checkpoint settles it.
+
+    step: the training step that its weights are of. source: where they come from, for people.
+    class_names: in the order of the classes' numbers, where they are known.
+    """
+
+    net: nn.Module
+    config: Configuration
+    device: torch.device
+    step: int = 0
+    source: str = ""
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def autoencoder(self):
+        return open_autoencoder(self.config.data.latent_vae, self.device)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """What the network is shown, (C, H, W)."""
+        return _network_shape(self.config, self.device, self.net.settings.in_ch)
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """What is scored and shown, (C, H, W)."""
+        vae, side = self.autoencoder, self.config.data.img_size
+        return (vae.image_channels if vae else self.net.settings.in_ch), side, side
+
+    @functools.cached_property
+    def levels(self) -> NoiseLevels:
+        """The noise levels that the network was or will be trained at."""
+        d = self.config.diffusion
+        if d.precond == "none":
+            return NoiseSchedule(d.beta_1, d.beta_T, d.T, d.beta_schedule)
+        if d.mean_type != "epsilon":
+            raise UserError(
+                f"--mean_type={d.mean_type}: with --precond=edm the network's answer is EDM's"
+            )
+        return EDMSchedule(d.T, d.P_mean, d.P_std, d.sigma_data)
+
+    @functools.cached_property
+    def sampler(self) -> Sampler:
+        """The sampler that the settings describe, for these noise levels."""
+        limit = math.inf if self.autoencoder else 1.0
+        settings = self.config.sampling
+        sampler = make_sampler(settings, self.levels, self.config.diffusion.mean_type, limit)
+        if self.config.search.allow_skip and not sampler.skips:
+            raise UserError(
+                f"--allow_skip: --sampler={settings.sampler} leaves no step out; use ddpm or ddim"
+            )
+        return sampler
+
+    @functools.cached_property
+    def classes(self) -> Classes | None:
+        """Which classes images are asked to show; None where the network has none."""
+        s, settings = self.config.sampling, self.net.settings
+        if not getattr(self.net.settings, "num_classes", 0):
+            for name in ("guidance_scale", "classes"):
+                if self.config[name] != OPTIONS[name].default:
+                    raise UserError(
+                        f"--{name}={self.config[name]}: the network has no classes; train one "
+                        "with --num_classes"
+                    )
+            return None
+        trained_without = getattr(settings, "null_class", True)
+        if s.guidance_scale != 1 and not (trained_without or self.config.training.label_dropout):
+            raise UserError(
+                f"--guidance_scale={s.guidance_scale}: guidance needs a network that was also "
+                "trained without classes; train it with --label_dropout"
+            )
+        shares = self.net.class_embedding.frequencies.tolist()
+        fixed = conditioning.parse(s.classes, self.class_names)
+        classes = Classes(tuple(shares), s.guidance_scale, fixed, self.config.run.seed)
+        if fixed and self.class_names:
+            named = ", ".join(f"{self.class_names[n]} ({n})" for n in fixed)
+            log_once(f"--classes: {named}")
+        return classes
+
+    @property
+    def passes_per_call(self) -> int:
+        """Network passes that one call of the denoiser takes, for an image."""
+        return self.classes.passes if self.classes else 1
+
+    def flops(self, widths: Sequence[float]) -> dict[float, int]:
+        """FLOPs of one image's step at each width, or of half of a second-order step; leaving a
+        step out costs nothing."""
+        shape, passes = self.image_shape, self.passes_per_call
+        return {0.0: 0} | {width: passes * score.flops(self.net, width, shape) for width in widths}
+
+    def schedule(self, path: str | Path) -> WidthSchedule:
+        """The width schedule in a file, for this sampler."""
+        widths = self.config.widths.all
+        widths = [0.0, *widths] if self.config.search.allow_skip else widths
+        return WidthSchedule.load(path, self.levels.T, widths, self.sampler.entries())
+
+
+ADOPTED = ("network", "model", "default", "sampling")  # kinds of options: see settings.py
+
+
+def checkpoint_path(config: Configuration, logdir: str | None = None) -> Path:
+    return Path(logdir or config.run.logdir) / f"{config.run.ckpt_name}.pt"
+
+
+def adopt(config: Configuration, stored: Mapping[str, object], path: str | Path) -> Configuration:
+    """`config` with what a checkpoint says of its network; UserError where options that were given
+    differ from it."""
+    values = {}
+    for name, option in OPTIONS.items():
+        if option.stored in ADOPTED and name in stored:
+            try:
+                values[name] = option.parse(stored[name])
+            except UserError as error:
+                raise UserError(f"{path}: in its settings, {error}") from error
+    differing = [
+        f"--{name}: {_shown(value)} there, {_shown(config[name])} here"
+        for name, value in values.items()
+        if name in config.given
+        and OPTIONS[name].stored in ("network", "model")
+        and value != config[name]
+    ]
+    if differing:
+        raise UserError(f"{path} is for other settings ({'; '.join(differing)})")
+    return settled(config.changed(**{n: v for n, v in values.items() if n not in config.given}))
+
+
+def _shown(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def settled(config: Configuration) -> Configuration:
+    """With the sampler that belongs to --precond=edm, where none was given."""
+    if config.diffusion.precond == "edm" and "sampler" not in config.given:
+        return config.changed(sampler="edm")
+    return config
+
+
+def _network_shape(
+    config: Configuration, device: torch.device, channels: int
+) -> tuple[int, int, int]:
+    """What a network of so many channels is shown: images of --img_size, or their latents."""
+    vae, side = open_autoencoder(config.data.latent_vae, device), config.data.img_size
+    if vae is None:
+        return channels, side, side
+    if channels != vae.channels:
+        raise UserError(
+            f"--latent_vae: latents of {vae.folder} have {vae.channels} channels and the network "
+            f"{channels}"
+        )
+    return channels, *vae.shape(side)[1:]
+
+
+def _checked(net: nn.Module, config: Configuration, device: torch.device) -> nn.Module:
+    """`net`, if it can run at --img_size and at every width that it is to run at."""
+    side = _network_shape(config, device, net.settings.in_ch)[1]
+    try:
+        net.settings.check_image_size(side)
+    except UserError as error:
+        if not config.data.latent_vae:
+            raise
+        raise UserError(
+            f"--img_size={config.data.img_size} makes latents of {side} per side: {error}"
+        ) from error
+    for width in config.widths.all:
+        net.check_width(width)
+    return net
+
+
+def own_network(
+    config: Configuration, device: torch.device, in_ch: int, ch: int | None = None
+) -> SlimmableUNet:
+    """A network of this project as the settings describe it, with fresh weights."""
+    torch.manual_seed(config.run.seed)
+    settings = {**vars(config.network), "in_ch": in_ch, "T": config.diffusion.T}
+    net = SlimmableUNet(**settings | ({} if ch is None else {"ch": ch}))
+    return _checked(net, config, device)
+
+
+def _from_diffusers(config: Configuration, device: torch.device) -> Model:
+    """The UNet in --init_diffusers as a supernet; its scheduler settles the diffusion."""
+    # diffusers takes seconds to import.
+    from model.diffusers import importance, loading, supernet, trained
+
+    folder = Path(config.training.init_diffusers)
+    found = trained.trained_diffusion(folder)
+    if found:
+        found.check(config.given)
+        clips = found.sampling.get("clip_denoised") and "clip_denoised" not in config.given
+        if clips and config.data.latent_vae:
+            raise UserError(
+                f"{found.path}: clip_sample is true, and latents are not clipped here: give "
+                "--clip_denoised=false to sample without"
+            )
+        config = adopt(config, {**found.flags, **found.sampling}, found.path)
+        log.info(found.table(config.values, config.given))
+    else:
+        _check_told(config, folder, trained.NEEDED)
+    if config.diffusion.precond != "none":
+        raise UserError("--init_diffusers: such a model was trained with --precond=none")
+    net = supernet.SlimmableDiffusersUNet.from_pretrained(
+        folder, config.diffusion.T, config.network.norm_groups, config.network.num_classes
+    )
+    theirs = net.settings.config
+    _check_suits(net, folder)
+    taken = {} if "slimmable_unet" in config.given else {"slimmable_unet": True}
+    if "img_size" not in config.given:
+        size, vae = loading.image_size(theirs), open_autoencoder(config.data.latent_vae, device)
+        if size is None:
+            raise UserError(f"{folder}: its config.json has no sample_size: give --img_size")
+        taken["img_size"] = size * (vae.factor if vae else 1)
+    config = config.changed(**taken)
+    log.info(f"{folder}: sample_size {theirs['sample_size']}, --img_size={config.data.img_size}")
+    importance.order_by_importance(net)
+    return Model(_checked(net, config, device), config, device, source=str(folder))
+
+
+def _check_suits(net: nn.Module, folder: Path) -> None:
+    """Refuse a model of diffusers that needs or makes what there is not here."""
+    config, needs = net.settings.config, net.conditioning()
+    if needs == ["class_labels"] and config["num_class_embeds"]:
+        count = config["num_class_embeds"]
+        raise UserError(
+            f"{folder}: the model has embeddings of {count} classes: give --num_classes={count}, "
+            f"or {count - 1} if the last one stands for images without a class"
+        )
+    if needs:
+        raise UserError(f"{folder}: the model needs {needs[0]}; images have none here")
+    reads, makes = config["in_channels"], config["out_channels"]
+    if makes != reads:
+        reason = "it does more than denoise, such as upscale or inpaint"
+        if makes == 2 * reads:
+            reason = "it also predicts a variance"
+        raise UserError(
+            f"{folder}: the model reads {reads} channels and makes {makes}: {reason}; only a "
+            "model whose output is like its noisy input can be used"
+        )
+
+
+def _check_told(config: Configuration, folder: Path, names: Sequence[str]) -> None:
+    """Refuse a model without a scheduler unless the options say what it was trained for."""
+    if config.diffusion.beta_schedule == "squaredcos_cap_v2":
+        names = [name for name in names if name not in ("beta_1", "beta_T")]
+    missing = [f"--{name}" for name in names if name not in config.given]
+    if missing:
+        raise UserError(
+            f"{folder} has no scheduler_config.json, beside the model or in scheduler/, that says "
+            f"what the model was trained for: copy it there, or give {', '.join(missing)}"
+        )
+
+
+def _from_settings(
+    config: Configuration, device: torch.device, stored: Mapping[str, object], path: Path
+) -> Model:
+    """A diffusers network with fresh weights, as a checkpoint's settings describe it."""
+    from model.diffusers.supernet import SlimmableDiffusersUNet
+
+    config = adopt(config, stored, path)
+    net = _checked(SlimmableDiffusersUNet.from_settings(stored), config, device)
+    if config.network.num_classes != net.settings.num_classes:
+        raise UserError(
+            f"--num_classes={config.network.num_classes}: the network has "
+            f"{net.settings.num_classes} classes"
+        )
+    return Model(net, config, device)
+
+
+def model_to_train(
+    config: Configuration, state: Mapping[str, object] | None
+) -> tuple[Model, dataset.AnySet]:
+    """A network as training starts with it, and the images. state: of the checkpoint that the run
+    goes on from, whose weights are not filled in here."""
+    device, config = choose_device(config.run.device), settled(config)
+    stored = checkpoint.settings(state) if state else {}
+    if stored.get("kind") == "diffusers":
+        model = _from_settings(config, device, stored, checkpoint_path(config))
+    elif config.training.init_diffusers:
+        model = _from_diffusers(config, device)
+    else:
+        model = None
+    config = model.config if model else config
+    if config.training.sandwich and not config.widths.slimmable:
+        raise UserError("--sandwich trains several widths: add --slimmable_unet")
+    images = training_set(config, device, stored)
+    if model is None:
+        model = Model(own_network(config, device, images.channels), config, device)
+    if config.network.num_classes:
+        shares = conditioning.shares(images.labels, config.network.num_classes)
+        model.net.class_embedding.frequencies.copy_(shares)
+        model = replace(model, class_names=tuple(images.classes))
+    if model.net.settings.in_ch != images.channels:
+        raise UserError(
+            f"--dataset={config.data.dataset} has {images.channels} channels and the model "
+            f"{model.net.settings.in_ch}; see --channels"
+        )
+    return model, images
+
+
+def load_model(config: Configuration, logdir: str | None = None, ch: int | None = None) -> Model:
+    """The EMA network of LOGDIR/CKPT_NAME.pt.
+
+    logdir, ch: where they are not those of `config`, as for the small network of an ensemble.
+    """
+    check_name(config.sampling.sampler)  # an unknown name should not wait for a checkpoint
+    device, path = choose_device(config.run.device), checkpoint_path(config, logdir)
+    state = checkpoint.load(path)
+    stored = checkpoint.settings(state)
+    if ch is not None:
+        stored.pop("ch", None)
+    config = adopt(config, stored, path)
+    _check_autoencoder(open_autoencoder(config.data.latent_vae, device), stored, path)
+    if stored.get("kind") == "diffusers":
+        net = _from_settings(config, device, stored, path).net
+    else:
+        head = checkpoint.entries(state["ema_model"], path).get("head.weight")
+        in_ch = 3 if head is None or head.ndim != 4 else head.shape[1]
+        net = own_network(config, device, in_ch, ch)
+    checkpoint.fill(net, state["ema_model"], path)
+    step, names = int(state.get("step", 0)), _class_names(stored, path)
+    return Model(net.to(device).eval(), config, device, step, f"{path}, step {step}", names)
+
+
+def _class_names(stored: Mapping[str, object], path: Path) -> tuple[str, ...]:
+    """The classes' names in a checkpoint's settings, in the order of their numbers."""
+    names = stored.get("class_names") or ()
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: its settings have class_names={names!r}, which are not names")
+    return tuple(names)
+
+
+def _check_autoencoder(vae: object, stored: Mapping[str, object], path: Path) -> None:
+    """Refuse to use a network in other latents than those that it was trained in."""
+    theirs = stored.get("autoencoder")
+    if vae and not theirs:
+        raise UserError(f"{path} was trained in pixels: leave --latent_vae out")
+    if theirs and not vae:
+        raise UserError(f"{path} was trained in latents: name its --latent_vae")
+    if vae and vae.fingerprint != theirs:
+        raise UserError(
+            f"{path} was trained in the latents of another VAE ({theirs}) than {vae.folder} "
+            f"({vae.fingerprint}): name that one with --latent_vae"
+        )
+
+
+def load_model_or_untrained(config: Configuration) -> Model:
+    """The trained network, or an untrained one for questions that weights do not matter to."""
+    path = checkpoint_path(config)
+    if path.exists():
+        return load_model(config)
+    device, config = choose_device(config.run.device), settled(config)
+    if config.training.init_diffusers:
+        model = _from_diffusers(config, device)
+        return Model(model.net.to(device).eval(), model.config, device, 0, model.source)
+    vae = open_autoencoder(config.data.latent_vae, device)
+    named, options = config.data.dataset, image_options(config)
+    channels = vae.channels if vae else dataset.channels(named, options)
+    net = own_network(config, device, channels).to(device).eval()
+    about = f"there is no {path}; this is the network that the flags describe, untrained"
+    return Model(net, config, device, 0, about)
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def image_options(config: Configuration) -> dataset.ImageOptions:
+    d = config.data
+    return dataset.ImageOptions(background=d.background, channels=d.channels, flip=d.flip)
+
+
+def load_images(config: Configuration) -> dataset.AnySet:
+    """The data set, in pixels."""
+    d = config.data
+    return dataset.load(d.dataset, d.data_root, d.img_size, options=image_options(config))
+
+
+def training_set(
+    config: Configuration, device: torch.device, stored: Mapping[str, object]
+) -> dataset.AnySet:
+    """The data set, in latents where --latent_vae says so; with as many classes as the network, in
+    the order of the checkpoint's settings `stored` where training goes on from one."""
+    images, d, batch_size = load_images(config), config.data, config.run.batch_size
+    conditioning.check(config.network.num_classes, d.dataset, images.labels, images.classes)
+    if stored.get("num_classes") and stored["num_classes"] == len(images.classes):
+        # Without names it is from when folders were numbered in the order of their names as text.
+        text_order = sorted(images.classes) if d.dataset == "image_folder" else images.classes
+        names = _class_names(stored, checkpoint_path(config)) or text_order
+        images = dataset.in_class_order(images, names)
+    log.info(dataset.describe(images))
+    vae = open_autoencoder(d.latent_vae, device)
+    if vae is None:
+        return images
+    if d.flip == "on":
+        raise UserError("--flip=on: a mirrored latent is not the latent of the mirrored image")
+    from dataset import latents
+
+    usual = Path(d.data_root) / "latents" / f"{d.dataset}{d.img_size}.npy"
+    path = Path(d.latent_cache or usual)
+    if config.run.dry_run and not path.exists():
+        log.info(f"before training, {len(images)} images are encoded into {path}")
+        return latents.sample(images, vae, batch_size)
+    return latents.encoded(images, vae, d.img_size, path, batch_size, d.num_workers)
+
+
+# --- images and scores ----------------------------------------------------------------------------
+
+
+def candidates(
+    model: Model, widths: Sequence[float], path: Path | None = None
+) -> dict[float, nn.Module]:
+    """Dense networks of these widths, ready to sample with.
+
+    path: where the arithmetic that --amp=auto picks is kept; see arithmetic.chosen.
+    """
+    config, device = model.config, model.device
+    if config.run.compile:
+        check_compiler(device)
+    shape, amp = model.image_shape, config.run.amp
+    chosen = arithmetic.chosen(model.net, widths, amp, shape, device, path)
+    if amp == "auto" or set(chosen.values()) != {arithmetic.AMP[amp]}:
+        log.info(f"arithmetic by width: {arithmetic.describe(chosen)}")
+    return sampling_networks(model.net, widths, chosen, config.run.compile)
+
+
+def kept_arithmetic(config: Configuration, name: str = "arithmetic") -> Path | None:
+    """Where a run keeps what --amp=auto picked, so that two equal evaluations agree."""
+    return Path(config.run.logdir) / f"{name}.json" if config.run.amp == "auto" else None
+
+
+def generator(
+    model: Model, networks: Mapping[Hashable, nn.Module], stream: int = SAMPLING
+) -> Generator:
+    """What makes images with these networks, which are `model`'s. stream: of the noise."""
+    run, vae = model.config.run, model.autoencoder
+    return Generator(
+        networks=networks,
+        sampler=model.sampler,
+        image_shape=model.image_shape,
+        device=model.device,
+        batch_size=run.batch_size,
+        to_images=vae.to_images if vae else dataset.to_uint8,
+        seed=run.seed,
+        stream=stream,
+        classes=model.classes,
+        parallel=use_parallel(model.config, model.device),
+        compiled=run.compile,
+    )
+
+
+def encoder(config: Configuration, device: torch.device) -> score.Encoder:
+    e = config.evaluation
+    return score.encoder(e.fid_encoder, device, e.fid_weights or None)
+
+
+def reference(model: Model, encoder: score.Encoder) -> score.Gaussian:
+    """The data set's features in short, computed and saved where --fid_cache has no file."""
+    config, shape = model.config, model.picture_shape
+    name, size = config.data.dataset, config.data.img_size
+
+    @functools.cache
+    def images() -> score.Images:
+        try:
+            loaded = load_images(config)
+        except UserError as error:
+            raise score.UnavailableError(str(error)) from error
+        if loaded.channels != shape[0]:
+            raise UserError(
+                f"--dataset={name} has {loaded.channels} channels and the network {shape[0]}; "
+                f"name the data set that it was trained on, or --channels={shape[0]}"
+            )
+        batches = functools.partial(
+            dataset.everything, loaded, config.run.batch_size, config.data.num_workers
+        )
+        return score.Images(len(loaded), dataset.fingerprint(loaded), batches)
+
+    path, usual = config.evaluation.fid_cache, (name, size, encoder.name)
+    if path == CIFAR10_STATISTICS and usual != ("cifar10", 32, "inception"):
+        path = score.default_path("./stats", name, size, encoder.name, images().content)
+    return score.load_or_compute(
+        path,
+        encoder,
+        encoder.dim or math.prod(shape),
+        {"dataset": name, "img_size": size, "split": "train"},
+        images,
+        f"statistics of {name} ({encoder.name})",
+        log.info,
+    )
+
+
+def evaluator(
+    model: Model, networks: Mapping[Hashable, nn.Module], stream: int = SAMPLING
+) -> Evaluator:
+    """What scores schedules of these networks, with encoder and statistics loaded."""
+    config = model.config
+    count = config.evaluation.num_images
+    if count < 2:
+        raise UserError(f"--num_images={count}: a covariance needs at least 2 images")
+    making = generator(model, networks, stream)  # a mistake here need not wait for statistics
+    writable_folder(config.run.logdir)
+    features = encoder(config, model.device)
+    statistics = reference(model, features)
+    if count <= statistics.dim:
+        log.info(
+            f"warning: {count} images cannot fill a covariance of {statistics.dim} features "
+            f"({features.name}); the distance is biased upwards and can only be compared with "
+            "distances of as many images"
+        )
+    return Evaluator(making, features, statistics, count)

@@ -1,0 +1,193 @@
+"""--eval, --eval_stepaware, --eval_ensemble: scores of a width, of a schedule, of two networks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import build
+from build import Model
+from commands import plan
+from evaluate import Evaluator, Scores
+from model import WidthSchedule, average, checkpoint, entries_for_calls
+from runtime import processes
+from runtime.errors import UserError
+from runtime.files import Unfinished, save_grid, writable_folder, write_json
+from runtime.processes import say
+from sampling.prefixes import StepSchedule
+from sampling.protocol import timesteps
+from settings import Configuration
+
+
+def evaluate_width(config: Configuration) -> None:
+    """Score the supernet at --assigned_width, or a plain network."""
+    width = config.evaluation.assigned_width
+    if config.run.dry_run:
+        model = plan.planned_model(config)
+        plan.plan_scoring(model, WidthSchedule([width] * model.levels.T))
+        return
+    model = build.load_model(config)
+    schedule = uniform_schedule(model, width)
+    name = "eval" if width == 1 else f"eval_width_{width:g}"
+    _score(name, model, schedule, {"width": width, "step": model.step})
+
+
+def uniform_schedule(model: Model, width: float) -> WidthSchedule:
+    """--assigned_width at every step; UserError where the network does not have it."""
+    if width != 1 and not model.config.widths.slimmable:
+        raise UserError(f"--assigned_width={width}: add --slimmable_unet; a plain network has 1")
+    model.net.check_width(width)
+    return WidthSchedule([width] * model.levels.T)
+
+
+def schedule_path(config: Configuration) -> Path:
+    return Path(config.evaluation.schedule or Path(config.run.logdir) / "search.txt")
+
+
+def evaluate_schedule(config: Configuration) -> None:
+    """Score the width schedule of LOGDIR/search.txt, or of --schedule."""
+    path = schedule_path(config)
+    if config.run.dry_run:
+        model = plan.planned_model(config)
+        plan.plan_scoring(model, model.schedule(path))
+        return
+    model = build.load_model(config)
+    schedule = model.schedule(path)
+    about = {"step": model.step, "schedule": list(schedule.widths)}
+    _score("eval_stepaware", model, schedule, about)
+
+
+def _score(name: str, model: Model, schedule: WidthSchedule, about: Mapping) -> None:
+    """Score a schedule of the supernet's widths."""
+    used = sorted(set(schedule.widths) - {0.0})
+    costs = model.flops(sorted({1.0, *used}))
+    networks = build.candidates(model, used, build.kept_arithmetic(model.config))
+    report_scores(name, model, build.evaluator(model, networks), schedule, costs, about)
+
+
+def evaluate_ensemble(config: Configuration) -> None:
+    """Score a large network that a small one relieves where --end < t < --start."""
+    e = config.ensemble
+    small = build.load_model(config, e.small_logdir, e.small_ch)
+    large = build.load_model(config, e.large_logdir)
+    theirs, ours = (_shared_settings(model) for model in (small, large))
+    differing = [f"{n}: {theirs[n]} small, {ours[n]} large" for n in ours if theirs[n] != ours[n]]
+    if differing:
+        raise UserError(f"the two networks cannot take turns ({'; '.join(differing)})")
+    # Two networks are candidates like any others; the keys are but names.
+    models = {"large": large, "small": small}
+    paths = {name: build.kept_arithmetic(config, f"arithmetic_{name}") for name in models}
+    networks = {
+        name: build.candidates(model, [1.0], paths[name])[1.0] for name, model in models.items()
+    }
+    T = large.levels.T
+    schedule = ["small" if e.end < t < e.start else "large" for t in range(T)]
+    costs = {name: model.flops([1.0])[1.0] for name, model in models.items()}
+    about = {"step": large.step, "start": e.start, "end": e.end}
+    evaluator = build.evaluator(large, networks)
+    report_scores("eval_ensemble", large, evaluator, schedule, costs | {1.0: costs["large"]}, about)
+
+
+def _shared_settings(model: Model) -> dict[str, object]:
+    """What two networks that take turns must have in common."""
+    shared = model.config.stored("model") | {
+        name: model.config[name] for name in ("T", "num_classes", "latent_vae")
+    }
+    return {"channels": model.net.settings.in_ch} | shared
+
+
+def report_scores(
+    name: str,
+    model: Model,
+    evaluator: Evaluator,
+    schedule: StepSchedule,
+    costs: Mapping,
+    about: Mapping,
+) -> None:
+    """Score, save LOGDIR/NAME.json and LOGDIR/NAME.png, and print."""
+    config, sampler = model.config, model.sampler
+    logdir = writable_folder(config.run.logdir)
+    partial = logdir / f".{name}.unfinished-{processes.rank()}.pt"
+    unfinished = Unfinished(partial, score_identity(model, evaluator, schedule))
+    scores, images = evaluator.score(schedule, min(256, evaluator.num_images), unfinished)
+    calls, steps = sampler.calls(), len(timesteps(sampler))
+    flops, full = average(schedule, entries_for_calls(schedule, calls), costs), costs[1.0]
+    rate = scores.images * processes.world() / scores.sampling_seconds
+    result = {
+        "mode": name,
+        "checkpoint": config.run.ckpt_name,
+        **about,
+        **asdict(scores),
+        "average_gflops": flops / 1e9,
+        "full_width_gflops": full / 1e9,
+        "saving": 1 - flops / full,
+        "images_per_second": rate,
+        "processes": processes.world(),
+        "sampler": sampler.as_json(),
+        "seed": config.run.seed,
+        "device": str(model.device),
+        **conditions(model),
+        **_decoder(model, scores),
+        "arithmetic": {
+            str(key): network.arithmetic for key, network in evaluator.generator.networks.items()
+        },
+    }
+    if processes.is_main():
+        write_json(logdir / f"{name}.json", result)
+        save_grid(logdir / f"{name}.png", images)
+    say(f"{scores.label}: {scores.distance:.6g}")
+    if scores.inception_score:
+        mean, deviation = scores.inception_score
+        say(f"Inception Score ({scores.encoder}): {mean:.3f} ± {deviation:.3f}")
+    unit = "step" if len(calls) == steps else "pass"
+    say(
+        f"average {flops / 1e9:.4f} GFLOPs per {unit}, full width {full / 1e9:.4f} "
+        f"({100 * (1 - flops / full):.1f} % saved)"
+    )
+    passes = "" if len(calls) == steps else f" of {len(calls)} network passes"
+    say(f"{rate:.3g} images/s sampled over {steps} steps{passes}")
+    if "decoder" in result:
+        say("the decoder, once per image and apart from all that: {gflops:.4g} GFLOPs, "
+            "{ms_per_image:.4g} ms".format(**result["decoder"]))  # fmt: skip
+    say(f"saved {logdir / name}.json and {name}.png")
+    unfinished.remove()
+
+
+def score_identity(model: Model, evaluator: Evaluator, schedule: StepSchedule) -> str:
+    """What the features of a schedule's images depend on, and how processes share them."""
+    generator = evaluator.generator
+    networks = generator.networks.items()
+    about = {
+        **model.config.stored("network", "model"),
+        "networks": {str(key): checkpoint.fingerprint(network) for key, network in networks},
+        "schedule": [str(schedule[t]) for t in range(model.levels.T)],
+        "entries": getattr(schedule, "timesteps", None),
+        "sampler": generator.sampler.as_json(),
+        "encoder": evaluator.encoder.name,
+        "images": (evaluator.num_images, generator.batch_size, generator.seed, generator.stream),
+        "processes": processes.world(),
+        **conditions(model),
+    }
+    return json.dumps(about, sort_keys=True)
+
+
+def conditions(model: Model) -> dict[str, object]:
+    """What images depend on where there are classes, or latents to decode."""
+    about: dict[str, object] = {}
+    if model.classes:
+        about["classes"] = list(model.classes.fixed) or "as in the training set"
+        about["guidance_scale"] = model.classes.guidance
+    if model.autoencoder:
+        about["autoencoder"] = model.autoencoder.fingerprint
+    return about
+
+
+def _decoder(model: Model, scores: Scores) -> dict[str, object]:
+    """What making images of latents costs."""
+    if not model.autoencoder:
+        return {}
+    gflops = model.autoencoder.decoder_flops(model.config.data.img_size) / 1e9
+    milliseconds = 1000 * scores.decoding_seconds / scores.images
+    return {"decoder": {"gflops": gflops, "ms_per_image": milliseconds}}

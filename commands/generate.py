@@ -1,0 +1,122 @@
+"""--generate: from a checkpoint to images, with neither statistics nor an encoder."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+
+import torch
+
+import build
+from build import Model
+from commands import plan
+from commands.evaluate import conditions, uniform_schedule
+from model import WidthSchedule, average, checkpoint, entries_for_calls
+from report import labelled_grid
+from runtime import processes
+from runtime.errors import UserError
+from runtime.files import alone_in, read_image, read_json, save_image, writable_folder, write_json
+from runtime.identity import agree
+from runtime.processes import say
+from settings import Configuration
+
+SHOWN = 64  # images in the grid, at most
+
+
+def generate(config: Configuration) -> None:
+    """Write --num_images images to --out; those that are there already are kept."""
+    if config.run.dry_run:
+        model = plan.planned_model(config)
+        plan.plan_scoring(model, chosen_schedule(model), encode=False)
+        return
+    out = Path(config.evaluation.out or Path(config.run.logdir) / "generated")
+    with alone_in(out, wait=False) if processes.is_main() else contextlib.nullcontext():
+        model = build.load_model(config)
+        run(model, chosen_schedule(model), writable_folder(out))
+
+
+def chosen_schedule(model: Model) -> WidthSchedule:
+    """That of --schedule, or --assigned_width at every step."""
+    config = model.config
+    if config.evaluation.schedule:
+        if "assigned_width" in config.given and config.evaluation.assigned_width != 1:
+            raise UserError("--schedule and --assigned_width: give one of them")
+        return model.schedule(config.evaluation.schedule)
+    return uniform_schedule(model, config.evaluation.assigned_width)
+
+
+def run(model: Model, schedule: WidthSchedule, out: Path) -> None:
+    """Make the images that are missing in `out`, which is refused where it has others."""
+    config, count = model.config, model.config.evaluation.num_images
+    used = sorted(set(schedule.widths) - {0.0})
+    networks = build.candidates(model, used, build.kept_arithmetic(config))
+    identity = {
+        **config.stored("model"),
+        "weights": checkpoint.fingerprint(model.net),
+        "schedule": list(schedule.widths),
+        "timesteps": schedule.timesteps,
+        "sampler": model.sampler.as_json(),
+        "seed": config.run.seed,
+        "arithmetic": {str(width): network.arithmetic for width, network in networks.items()},
+        **conditions(model),
+    }
+    about = out / "images.json"
+    claim(about, identity, out)
+    generator = build.generator(model, networks)
+
+    def path(index: int) -> Path:
+        return out / f"{index:06d}.png"
+
+    shares = generator.shares(count)
+    # An earlier run may have left some batches whole.
+    left = [share for share in shares if not all(path(i).exists() for i in range(*share))]
+    for indices, images in generator.batches(schedule, left, len(shares) - len(left)):
+        for index, image in zip(indices.tolist(), images, strict=True):
+            save_image(path(index), image)
+    processes.gather(None)  # all images are there
+    if not processes.is_main():
+        return
+    first = torch.stack([read_image(path(i)) for i in range(min(count, SHOWN))])
+    costs, calls = model.flops(sorted({1.0, *used})), model.sampler.calls()
+    mean = average(schedule, entries_for_calls(schedule, calls), costs)
+    write_json(
+        about,
+        identity
+        | {
+            "images": max(count, len(list(out.glob("[0-9]*.png")))),
+            "checkpoint": str(build.checkpoint_path(config)),
+            "step": model.step,
+            "average_gflops": mean / 1e9,
+            "full_width_gflops": costs[1.0] / 1e9,
+        },
+    )
+    classes = model.classes
+    labels = [*map(str, range(len(first)))]
+    if classes:
+        numbers, names = classes.labels(torch.arange(len(first))).tolist(), model.class_names
+        labels = [names[n] if names else str(n) for n in numbers]
+    title = (
+        f"{model.source}, {config.sampling.sampler}, {len(calls)} network calls, "
+        f"{100 * mean / costs[1.0]:.0f} % of full width's FLOPs"
+    )
+    columns = math.ceil(math.sqrt(len(first)))
+    labelled_grid(out / "grid.png", first, labels, title, columns)
+    say(f"{count} images in {out}: {path(0).name} to {path(count - 1).name}, grid.png, images.json")
+
+
+def claim(about: Path, identity: dict[str, object], out: Path) -> None:
+    """Say in `about` how the images of `out` are made. Raises UserError where it has others."""
+    if processes.is_main():
+        stored, images = read_json(about) if about.exists() else None, sorted(out.glob("*.png"))
+        if about.exists() and not (isinstance(stored, dict) and "weights" in stored):
+            raise UserError(f"{about} does not say how images were made; name another --out")
+        if images and stored is None:
+            raise UserError(
+                f"{out} has images that were made otherwise ({images[0].name}); name another --out"
+            )
+        if images:
+            agree(about, stored, identity, "name another --out", defaults=dict.fromkeys(identity))
+        else:  # what a run says that came to no image binds nobody
+            write_json(about, identity)
+    processes.gather(None)

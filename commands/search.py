@@ -1,0 +1,238 @@
+"""--search: a width schedule for the supernet in LOGDIR; --pick: another point of its front."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+import build
+from build import Model
+from commands import plan
+from commands.evaluate import conditions
+from evaluate import Evaluator
+from model import WidthSchedule, checkpoint, latency
+from report import SearchProgress, SearchResult, front_table, pick_point, read_front
+from runtime import processes
+from runtime.errors import UserError
+from runtime.files import alone_in, read_json, save_grid, writable_folder, write_json
+from runtime.identity import agree
+from runtime.processes import say
+from sampling.generate import NotFiniteError
+from sampling.noise import SEARCH
+from sampling.prefixes import SharedStates
+from sampling.protocol import Sampler, timesteps
+from search import SEGMENTS, UNUSABLE, Genome, Rung, Search, warm_start
+from settings import LOOK, Configuration
+
+
+def search(config: Configuration) -> None:
+    """Search a width schedule and write LOGDIR/search.txt, or pick another one of a front."""
+    folder = Path(config.search.search_dir or Path(config.run.logdir) / "search")
+    # Or into a search's own folder.
+    chosen = (folder if config.search.search_dir else Path(config.run.logdir)) / "search.txt"
+    if config.search.pick != -1:
+        pick(config, folder, chosen)
+        return
+    if config.run.dry_run:
+        model = plan.planned_model(config)
+        plan.plan_search(model, search_space(model), parse_ladder(model))
+        return
+    with alone_in(folder, wait=False) if processes.is_main() else contextlib.nullcontext():
+        model = build.load_model(config)
+        if not model.config.widths.slimmable:
+            raise UserError("--search chooses among widths: add --slimmable_unet")
+        run(model, writable_folder(folder), chosen)
+
+
+def run(model: Model, folder: Path, search_txt: Path) -> None:
+    """Search in `folder`, and write what was chosen to `search_txt`."""
+    config, settings, widths = model.config, model.config.search, model.config.widths.all
+    networks = build.candidates(model, widths, folder / "arithmetic.json")
+    flops = model.flops(widths)
+    evaluator = build.evaluator(model, networks, SEARCH)
+    sampler = evaluator.generator.sampler
+    evaluator = evaluator.varied(progress=False, states=shared_states(config, sampler))
+    genome = search_space(model)
+    ladder = [
+        Rung(name, scores_of(evaluator.varied(images, sampler=rung)))
+        for name, images, rung in parse_ladder(model)
+    ]
+    seconds = latency_table(folder, model, evaluator)
+    start = []
+    if settings.search_warm_start:
+        start = warm_start(settings.search_warm_start, genome, settings.pop_size // 2)
+    times = {width: model.passes_per_call * seconds[width] for width in seconds}
+    # Times are put on FLOPs' scale, so that weights and budgets mean the same for both.
+    scaled = {width: times[width] / times[1.0] * flops[1.0] for width in flops}
+    progress = SearchProgress(folder)
+    job = Search(
+        settings=settings,
+        seed=config.run.seed,
+        genome=genome,
+        score=scores_of(evaluator),
+        costs=flops if settings.cost == "flops" else scaled,
+        objective=lambda distance, cost: (
+            settings.fid_weight * distance + settings.macs_weight * cost / 2e6
+        ),
+        folder=folder,
+        identity=search_identity(model),
+        start=start,
+        ladder=ladder,
+        on_generation=progress.note,
+        images=evaluator.num_images,
+        say=say,
+    )
+    candidates = job.run()
+    result = SearchResult(job, candidates, flops, times, evaluator, progress.generations)
+    if processes.is_main():
+        result.save(folder, search_txt)
+        say(result.summary())
+    # All processes draw their share: full width and three points of the front on the same noise.
+    full = WidthSchedule([1.0] * model.levels.T)
+    shown = [full, *(c.schedule for c in (result.front[0], result.chosen, result.front[-1]))]
+    rows = [evaluator.generator.images(schedule, 16) for schedule in shown]
+    grid = folder / "samples.png"
+    if processes.is_main():
+        save_grid(grid, torch.cat(rows), columns=16)
+    say(f"saved {search_txt}, {folder / 'front.json'}, pictures and {grid}")
+
+
+def search_space(model: Model) -> Genome:
+    """The schedules that a search chooses among."""
+    settings, sampler = model.config.search, model.sampler
+    steps, segments = timesteps(sampler), settings.num_segments
+    if settings.search_method == "sensitivity" and not segments:
+        segments = min(SEGMENTS, len(steps))
+    return Genome(
+        ((0.0,) if settings.allow_skip else ()) + tuple(model.config.widths.all),
+        tuple(steps),
+        model.levels.T,
+        segments,
+        tuple(sampler.calls()),
+    )
+
+
+def search_identity(model: Model) -> dict[str, object]:
+    """What a searched distance depends on."""
+    config = model.config
+    return {
+        "checkpoint": config.run.ckpt_name,
+        "step": model.step,
+        "weights": checkpoint.fingerprint(model.net),
+        "num_images": config.evaluation.num_images,
+        "seed": config.run.seed,
+        "amp": config.run.amp,
+        "encoder": config.evaluation.fid_encoder,
+        "dataset": config.data.dataset,
+        "fid_cache": config.evaluation.fid_cache,
+        "sampler": model.sampler.as_json(),
+        "widths": config.widths.all,
+        "ladder": config.search.search_ladder,
+        **conditions(model),
+    }
+
+
+def parse_ladder(model: Model) -> list[tuple[str, int, Sampler]]:
+    """--search_ladder as (name, images, sampler) of each rung."""
+    text, most, rungs = model.config.search.search_ladder, model.config.evaluation.num_images, []
+    for part in filter(None, text.split(",")):
+        match = re.fullmatch(r"(\d+)x(\d+)", part.strip())
+        if not match or not 2 <= int(match[1]) <= most or not int(match[2]):
+            raise UserError(
+                f"--search_ladder={text}: a rung is IMAGESxSTEPS, with 2 to {most} images "
+                "(--num_images) and at least 1 step"
+            )
+        rung = model.sampler.with_steps(int(match[2]))
+        rung.entries()  # refuses more steps than there are
+        rungs.append((part.strip(), int(match[1]), rung))
+    return rungs
+
+
+def shared_states(config: Configuration, sampler: Sampler) -> SharedStates | None:
+    """Where candidates leave the states that others go on from, as --state_memory says."""
+    memory = config.search.state_memory
+    if memory and not sampler.resumes:
+        say(f"--sampler={config.sampling.sampler} cannot go on from a step: no states are shared")
+    if not memory or not sampler.resumes:
+        return None
+    where = torch.device("cpu") if config.search.state_device == "host" else None
+    return SharedStates(int(memory * 2**30), where)
+
+
+def scores_of(evaluator: Evaluator):
+    """What the search calls to score schedules (search.Score)."""
+    steps = timesteps(evaluator.generator.sampler)
+
+    def with_a_step(schedule: WidthSchedule) -> WidthSchedule:
+        """What --allow_skip leaves without any of a rung's steps gets the last one back."""
+        if any(schedule[t] for t in steps):
+            return schedule
+        return WidthSchedule([max(schedule.widths), *(0.0 for _ in steps[1:])], steps)
+
+    def scores(schedules: Sequence[WidthSchedule], noise: int = 0):
+        # Streams below 256 are those of other uses.
+        stream = evaluator.generator.stream + (noise << 8)
+        chosen = evaluator.varied(stream=stream) if noise else evaluator
+        for index, result in chosen.score_all([*map(with_a_step, schedules)]):
+            if isinstance(result, NotFiniteError):
+                say(f"a candidate is left out: {result}")
+                yield index, {"distance": UNUSABLE, "unusable": str(result)}
+                continue
+            names = ("distance", "label", "passes", "passes_saved")
+            yield index, {name: getattr(result, name) for name in names}
+
+    return scores
+
+
+def latency_table(folder: Path, model: Model, evaluator: Evaluator) -> dict[float, float]:
+    """Seconds per image of each width's pass, measured once for the search in `folder`."""
+    path, config, generator = folder / "latency.json", model.config, evaluator.generator
+    batch = config.run.batch_size
+    about = {"device": str(model.device), "batch_size": batch, "amp": config.run.amp}
+    if processes.is_main() and not path.exists():
+        say("measuring the candidates' latency")
+        seconds = {
+            str(width): latency(
+                network, generator.image_shape, min(batch, evaluator.num_images), model.device
+            )
+            for width, network in generator.networks.items()
+        }
+        write_json(path, about | {"seconds_per_image": seconds})
+    processes.gather(None)
+    stored = read_json(path)
+    try:
+        times = {float(w): float(s) for w, s in stored["seconds_per_image"].items()}
+        missing = [w for w in generator.networks if w not in times]
+        conditions_stored: Mapping = {name: stored[name] for name in about}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not a table of latencies; delete it") from error
+    if not all(0 < seconds < math.inf for seconds in times.values()):
+        raise UserError(f"{path} is not a table of latencies; delete it")
+    remedy = "use the same, delete it, or name another --search_dir"
+    agree(path, {"missing": []}, {"missing": missing}, remedy)
+    if config.search.cost == "latency":
+        agree(path, conditions_stored, about, remedy)
+    return {0.0: 0.0} | times
+
+
+def pick(config: Configuration, folder: Path, search_txt: Path) -> None:
+    """Print the front of a finished search, or write another point of it to search.txt."""
+    index, front = config.search.pick, read_front(folder / "front.json")
+    if index == LOOK:
+        say(front_table(front, config.search.flops_budget))
+        return
+    if not 0 <= index < len(front["points"]):
+        raise UserError(f"--pick={index}: the front has points 0 to {len(front['points']) - 1}")
+    point = front["points"][index]
+    WidthSchedule(point["schedule"]).save(search_txt)
+    if processes.is_main():
+        pick_point(folder, front, index)
+    say(
+        f"point {index}: {front['label']} {point['distance']:.6g} at "
+        f"{point['average_gflops']:.4g} GFLOPs per step, now in {search_txt}"
+    )

@@ -1,0 +1,187 @@
+"""--train: train into LOGDIR, or go on with what is there; grids and scores as it goes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import build
+import dataset
+import options
+from build import Model
+from commands import plan
+from evaluate import Evaluator
+from model import arithmetic, check_compiler, checkpoint, sampling_networks
+from report import TrainingLog
+from runtime import processes
+from runtime.errors import UserError
+from runtime.files import alone_in, read_jsonl, save_grid, writable_folder, write_text
+from runtime.processes import say
+from sampling.generate import Generator
+from settings import Configuration
+from train import Milestone, Trainer
+
+
+def train(config: Configuration) -> None:
+    """Train the network that the settings describe, or go on with LOGDIR's."""
+    if config.run.amp == "fp16":
+        raise UserError("--amp=fp16 is for sampling; train with --amp=auto, bf16 or none")
+    logdir = writable_folder(config.run.logdir)
+    alone = processes.is_main() and not config.run.dry_run
+    # Two runs that add to the same files, of which one was forgotten, would spoil them.
+    with alone_in(logdir, wait=False) if alone else contextlib.nullcontext():
+        path = build.checkpoint_path(config)
+        state = checkpoint.load(path) if path.exists() else None
+        model, images = build.model_to_train(config, state)
+        trainer = make_trainer(model, images)
+        if state is not None:
+            trainer.resume(state)  # refuses before anything in the folder changes
+        if config.run.dry_run:
+            say(plan.training_plan(trainer, model))
+            return
+        others = [] if state else sorted(p.stem for p in logdir.glob("[!.]*.pt"))
+        if others:
+            raise UserError(
+                f"{logdir} has no {path.name} but {', '.join(others)}: name the one to go on from "
+                "with --ckpt_name, or another --logdir to start anew"
+            )
+        run(trainer, model, logdir, resumed=state is not None)
+
+
+def run(trainer: Trainer, model: Model, logdir: Path, resumed: bool) -> None:
+    """Train to the end, with logs, grids and scores in `logdir`."""
+    config, total, step = model.config, trainer.settings.total_steps, trainer.step
+    evaluator = functools.cache(lambda: build.evaluator(model, {}))
+    log = TrainingLog(logdir, step if resumed else None)
+    milestones = [
+        trainer.checkpoints(),
+        grids(trainer, model, logdir, log),
+        scores(trainer, evaluator, logdir, log),
+    ]
+    owed = []
+    if resumed and (logdir / "train.jsonl").exists():  # else the checkpoint is from elsewhere
+        owed = trainer.owed(milestones)
+    flagfile = logdir / "flagfile.txt"
+    if processes.is_main():
+        write_text(flagfile, options.flagfile_text(config))
+    if step >= total and not owed:
+        say(f"{trainer.path} is already at step {step} of {total}; nothing to do")
+        return
+    if config.training.eval_step:
+        evaluator()  # what it lacks is said now, not at the first score
+    with log:
+        trainer.log = log.losses
+        trainer.train(config.data.num_workers, milestones, owed)
+    then = "--search" if config.widths.slimmable else "--eval"
+    say(
+        f"trained: {trainer.path}, step {trainer.step} of {total}; look at {logdir / 'sample'}\n"
+        f"and go on with\n  python main.py {then} --flagfile {flagfile}\n"
+        f"  python main.py --generate --flagfile {flagfile} --num_images 16"
+    )
+
+
+def make_trainer(model: Model, images: dataset.AnySet) -> Trainer:
+    """The trainer of a run, as the model's configuration describes it."""
+    config, net, device = model.config, model.net, model.device
+    identity = config.stored("network", "model", "default", "training")
+    if "kind" in net.settings_dict():  # a network of diffusers: its own config shapes it
+        for name in (*config.stored("network"), "dropout"):
+            identity.pop(name)
+        identity |= config.stored("sampling")
+    identity |= net.settings_dict()
+    if config.network.num_classes:
+        identity["class_names"] = list(model.class_names)
+    if model.autoencoder:
+        identity["autoencoder"] = model.autoencoder.fingerprint
+    if config.run.compile:
+        check_compiler(device)
+    _ = model.sampler  # refused now, not at the first grid
+
+    def choose_arithmetic() -> str:
+        chosen = arithmetic.chosen_for_training(net, config.run.amp, model.image_shape, device)
+        if config.run.amp == "auto":
+            say(f"arithmetic: {chosen}")
+        return chosen
+
+    return Trainer(
+        settings=config.training,
+        run=config.run,
+        widths=config.widths,
+        net=net,
+        data=images,
+        levels=model.levels,
+        mean_type=config.diffusion.mean_type,
+        image_shape=model.image_shape,
+        device=device,
+        identity=identity,
+        choose_arithmetic=choose_arithmetic,
+        null_class=model.classes.count if model.classes else None,
+        parallel=build.use_parallel(config, device),
+    )
+
+
+def shown_widths(trainer: Trainer) -> list[float]:
+    """The widths whose samples and scores are shown during training."""
+    least = trainer.widths.min_width if trainer.settings.sandwich else 1.0
+    return sorted({1.0, least}, reverse=True)
+
+
+def grids(trainer: Trainer, model: Model, logdir: Path, log: TrainingLog) -> Milestone:
+    """Samples of the EMA network from x_T, really at each shown width."""
+
+    def path(step: int, width: float) -> Path:
+        return logdir / "sample" / f"{step}_width_{width:g}.png"
+
+    def make() -> None:
+        count, columns, classes = len(trainer.x_T), 0, model.classes
+        if classes:
+            classes, columns = classes.in_rows(count)
+        generator: Generator = replace(
+            build.generator(model, {}),
+            batch_size=-(-count // processes.world()),
+            classes=classes,
+            x_T=trainer.x_T,
+            parallel=False,
+            compiled=False,
+            progress=False,
+            each_step=trainer.give_way,
+        )
+        for width, network in sampling_networks(trainer.ema.model, shown_widths(trainer)).items():
+            shown = replace(generator, networks={width: network})
+            images = shown.images([width] * trainer.levels.T, count)
+            if processes.is_main():
+                grid = save_grid(path(trainer.step, width), images, columns)
+                log.image(f"sample/width_{width:g}", grid, trainer.step)
+
+    def made(step: int) -> bool:
+        return path(step, shown_widths(trainer)[-1]).exists()
+
+    return Milestone(trainer.settings.sample_step, True, make, made)
+
+
+def scores(
+    trainer: Trainer, evaluator: Callable[[], Evaluator], logdir: Path, log: TrainingLog
+) -> Milestone:
+    """Scores of the EMA network at each shown width."""
+
+    def unscored(step: int) -> list[float]:
+        records = read_jsonl(logdir / "train_eval.jsonl")
+        scored = {record["width"] for record in records if record["step"] == step}
+        return [width for width in shown_widths(trainer) if width not in scored]
+
+    def make() -> None:
+        for width in processes.gather(unscored(trainer.step))[0]:
+            networks = sampling_networks(trainer.ema.model, [width])
+            now = evaluator().varied(networks=networks, each_step=trainer.give_way)
+            result, _ = now.score([width] * trainer.levels.T)
+            log.scores(
+                trainer.step, width, {now.encoder.key: result.distance, "images": result.images}
+            )
+
+    def made(step: int) -> bool:
+        return not unscored(step)
+
+    return Milestone(trainer.settings.eval_step, False, make, made)

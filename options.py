@@ -1,0 +1,230 @@
+"""Flags: made from settings.py, read from the command line and flagfiles, and written to flagfiles.
+
+Beside main.py the only file that knows absl.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from absl import flags
+
+from runtime.errors import UserError
+from runtime.settings import Option, options_of
+from settings import GROUPS, LOOK, OPTIONS, Configuration
+
+FLAGS = flags.FLAGS
+MODES = {
+    "train": "train a network, or continue training it",
+    "search": "search a width schedule for a trained supernet",
+    "eval": "score one width (--assigned_width)",
+    "eval_stepaware": "score the schedule in LOGDIR/search.txt (or --schedule)",
+    "eval_ensemble": "score a large and a small network that take turns",
+    "generate": "make images and save them, at --assigned_width or by a --schedule",
+    "profile": "print parameters, GFLOPs and latency of every width",
+    "export_diffusers": OPTIONS["export_diffusers"].help,
+}
+EXAMPLES = """\
+The published experiment:
+  python main.py --train --flagfile config/slimmable_CIFAR10.txt --parallel --logdir work_dir
+  python main.py --search --flagfile work_dir/flagfile.txt --batch_size 2048 --num_images 4096
+  python main.py --eval_stepaware --flagfile work_dir/flagfile.txt --batch_size 1024
+"""
+HELP = ("-h", "-?", "-help", "--help", "-helpshort", "--helpshort", "-helpfull", "--helpfull")
+
+
+def define() -> None:
+    """Define every flag, once per process."""
+    for name, text in MODES.items():
+        if name not in OPTIONS:
+            flags.DEFINE_bool(name, False, text)
+    one = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float,
+           str: flags.DEFINE_string}  # fmt: skip
+    many = {int: flags.DEFINE_multi_integer, float: flags.DEFINE_multi_float}
+    for name, option in OPTIONS.items():
+        if option.many:
+            many[option.kind](name, list(option.default), option.help)
+        elif option.choices:
+            flags.DEFINE_enum(name, option.default, list(option.choices), option.help)
+        else:
+            one[option.kind](name, option.default, option.help)
+
+
+define()
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Read `argv`; what is no flag (the program's name first), and what a user should hear.
+
+    The command line wins over flagfiles, for lists and modes too, and wherever it stands. Raises
+    UserError; SystemExit after --help.
+    """
+    if set(HELP) & set(argv[1:]):
+        print(help_text())
+        raise SystemExit(0)
+    try:
+        command, files = [], []
+        for name, words in _by_flag(argv[1:]):
+            if name == "flagfile":
+                files += _by_flag(_flagfile(words))
+            else:
+                command.append((name, words))
+        said = {name for name, _ in command}
+        if "log_dir" in said:
+            raise UserError("--log_dir is not an option here: did you mean --logdir?")
+        if any(name in MODES and not words[0].lstrip("-").startswith("no") for name, words in
+               command):  # fmt: skip
+            said |= MODES.keys()
+        kept = [words for name, words in files if name not in said]
+        rest = FLAGS(
+            [argv[0], *(w for words in [*kept, *(ws for _, ws in command)] for w in words)]
+        )
+    except (flags.Error, UnicodeDecodeError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    return rest, _overruled(command, files)
+
+
+def _flagfile(words: Sequence[str]) -> list[str]:
+    """The arguments in the file that a --flagfile names, and in those that it names."""
+    path = Path(words[0].partition("=")[2] or words[-1]).expanduser()
+    if not path.is_file():
+        raise UserError(f"--flagfile={path}: there is no such file")
+    try:
+        path.read_text(encoding="utf-8")
+        return FLAGS.read_flags_from_files([f"--flagfile={path}"])
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--flagfile={path}: cannot be read as UTF-8 text ({error})") from error
+
+
+def _by_flag(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """(name, its words) for each flag, and ("", [word]) for what is none."""
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        match = re.fullmatch(r"--?(\w+)(=.*)?", word, re.DOTALL)
+        if not match:
+            yield "", [word]
+            continue
+        name, boolean = match[1], False
+        if name not in FLAGS and name.startswith("no") and name[2:] in FLAGS:
+            name = name[2:]
+        boolean = name in FLAGS and FLAGS[name].boolean
+        takes_next = not match[2] and not boolean and words and (name in FLAGS or
+                                                                 name == "flagfile")  # fmt: skip
+        if name == "pick" and takes_next and not re.fullmatch(r"-?\d+", words[0]):
+            takes_next = False
+        if name == "pick" and not match[2] and not takes_next:
+            word = f"--pick={LOOK}"  # it may stand without a number
+        yield name, [word, words.pop(0)] if takes_next else [word]
+
+
+def _overruled(
+    command: Iterable[tuple[str, list[str]]], files: Iterable[tuple[str, list[str]]]
+) -> list[str]:
+    """One line on what the command line says otherwise than the flagfiles."""
+    said: dict[str, list[str]] = {}
+    for name, words in files:
+        said.setdefault(name, []).append(_value(name, words))
+    ours: dict[str, list[str]] = {}
+    for name, words in command:
+        ours.setdefault(name, []).append(_value(name, words))
+    changed = [
+        f"--{name}={', '.join(values)} (there {', '.join(said[name])})"
+        for name, values in ours.items()
+        if name in OPTIONS and name in said and said[name] != values
+    ]
+    return [f"over the flagfile: {'; '.join(changed)}"] if changed else []
+
+
+def _value(name: str, words: Sequence[str]) -> str:
+    if len(words) > 1:
+        return words[1]
+    text = words[0].lstrip("-")
+    return text.partition("=")[2] if "=" in text else str(not text.startswith(f"no{name}")).lower()
+
+
+def mode() -> str:
+    """The one mode that is on."""
+    modes = [name for name in MODES if FLAGS[name].value]
+    if len(modes) != 1:
+        what = f"{len(modes)} modes at once ({', '.join(modes)})" if modes else "no mode"
+        raise UserError(f"{what}: give exactly one of {', '.join('--' + m for m in MODES)}")
+    return modes[0]
+
+
+def configuration() -> Configuration:
+    """The options as they were read."""
+    values = {name: FLAGS[name].value for name in OPTIONS}
+    given = {name for name in OPTIONS if FLAGS[name].present}
+    if values["slimmable_g16"] and "num_groups" not in given:
+        values["num_groups"] = 16  # counts as given
+        given.add("num_groups")
+    return Configuration(values, given)
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def flagfile_text(config: Configuration) -> str:
+    """The options as a flagfile has them."""
+    lines = []
+    for name in sorted(OPTIONS.keys() - MODES.keys()):
+        value = config[name]
+        if isinstance(value, bool):
+            lines.append(f"--{name}" if value else f"--no{name}")
+        else:
+            lines += [f"--{name}={v}" for v in (value if isinstance(value, tuple) else (value,))]
+    return "\n".join(lines) + "\n"
+
+
+def _groups() -> Iterator[tuple[str, dict[str, tuple[str, str]]]]:
+    """(heading, name -> (default, what it means)) of every group of flags."""
+    yield (
+        "Modes",
+        {name: ("" if name in OPTIONS else "false", text) for name, text in MODES.items()},
+    )
+    for heading, classes in GROUPS.items():
+        options = {n: o for each in classes for n, o in options_of(each).items()}
+        yield heading, {n: (_default(o), _meaning(o)) for n, o in options.items() if n not in MODES}
+
+
+def _default(option: Option) -> str:
+    if option.many:
+        return ", ".join(map(str, option.default))
+    return str(option.default).lower() if option.kind is bool else str(option.default)
+
+
+def _meaning(option: Option) -> str:
+    choices = f"<{'|'.join(option.choices)}>: " if option.choices else ""
+    repeat = "; repeat the flag for a list" if option.many else ""
+    return choices + option.help + repeat
+
+
+def help_text() -> str:
+    """What --help prints."""
+    lines = ["python main.py --MODE [flags]", "", EXAMPLES]
+    for heading, entries in _groups():
+        lines.append(f"{heading}:")
+        for name, (default, meaning) in entries.items():
+            shown = f" [{default}]" if default else ""
+            lines.append(textwrap.fill(f"--{name}{shown}  {meaning}", 96, initial_indent="  ",
+                                       subsequent_indent="      "))  # fmt: skip
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def markdown() -> str:
+    """Every flag by group, as docs/flags.md has them."""
+    lines = []
+    for heading, entries in _groups():
+        lines += ["", f"**{heading}**", "", "| flag | default | meaning |", "|---|---|---|"]
+        for name, (default, meaning) in entries.items():
+            shown = f"`{default}`" if default else ""
+            lines.append(f"| `--{name}` | {shown} | {meaning.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines).strip()

@@ -1,0 +1,207 @@
+"""From a schedule to images: the one chain that training's grids, scores, searches and --generate
+run.
+
+Image i is a function of the seed and i: not of the batch it is in, of the number of processes or
+GPUs, or of where a stopped run went on. Several processes share the batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dataset import to_uint8
+from model.denoiser import StepAwareDenoiser
+from runtime import processes
+from runtime.clock import Clock
+from runtime.errors import UserError
+from runtime.progress import progress
+from sampling.conditioning import Classes
+from sampling.noise import SAMPLING, ImageNoise
+from sampling.prefixes import Chain, SharedStates, StepSchedule
+from sampling.protocol import Sampler
+
+Ticked = Callable[[], None]
+
+
+class NotFiniteError(UserError):
+    """A chain made numbers that are none, or infinite ones."""
+
+
+@dataclass
+class Generator:
+    """Makes images; built once for all schedules of a run.
+
+    networks: the candidates, each called as network(x, t). image_shape: (C, H, W) of x. to_images:
+    what the chain made -> uint8 images, a decoder for latents. stream: of the noise, see noise.py.
+    classes: which class each image is asked to show. x_T: the initial noise of the first images,
+    (N, C, H, W), where it is not that of the stream. states: where chains leave x for others.
+    parallel: DataParallel over the visible GPUs, each of which runs whole chains. compiled: a GPU
+    draws noise by a compiled function. alone: this process makes all images. each_step: called at
+    every step, which it may leave by an exception.
+    """
+
+    networks: Mapping[Hashable, nn.Module]
+    sampler: Sampler
+    image_shape: tuple[int, int, int]
+    device: torch.device
+    batch_size: int
+    to_images: Callable[[Tensor], Tensor] = to_uint8
+    seed: int = 0
+    stream: int = SAMPLING
+    classes: Classes | None = None
+    x_T: Tensor | None = None
+    states: SharedStates | None = None
+    parallel: bool = False
+    compiled: bool = False
+    progress: bool = True
+    alone: bool = False
+    each_step: Ticked | None = None
+
+    def chain(self, schedule: StepSchedule) -> Chain:
+        """The steps of `schedule`'s chain."""
+        return Chain.of(schedule, self.sampler)
+
+    @property
+    def passes_per_call(self) -> int:
+        """Network passes of one call of the denoiser, for an image."""
+        return self.classes.passes if self.classes else 1
+
+    def shares(self, count: int) -> list[tuple[int, int]]:
+        """This process's batches of `count` images, as (first, one past the last)."""
+        rank, world = (0, 1) if self.alone else (processes.rank(), processes.world())
+        starts = range(0, count, self.batch_size)[rank::world]
+        return [(i, min(i + self.batch_size, count)) for i in starts]
+
+    def plan(self, chain: Chain, branches: set[int], count: int) -> tuple[int, set[int]]:
+        """The position where `chain` can start, and those whose states it should keep; `branches`
+        are positions where others will start."""
+        shares = self.shares(count)
+        if self.states is None or not shares or not self.sampler.resumes:
+            return 0, set()
+        start = self.states.deepest(chain)
+        images = sum(end - first for first, end in shares)
+        state_bytes = 4 * images * torch.Size(self.image_shape).numel()
+        return start, self.states.reserve(chain, start, branches, state_bytes)
+
+    def batches(
+        self,
+        schedule: StepSchedule,
+        shares: Sequence[tuple[int, int]],
+        made: int = 0,
+        plan: tuple[int, set[int]] = (0, set()),
+        clock: Clock | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(indices, images) of the batches in `shares`, some of what that method returns; images
+        uint8.
+
+        made: how many others were made before, for the bar. plan: what the method `plan` returned.
+        Raises NotFiniteError.
+        """
+        clock = clock or Clock(self.device)
+        chain = self.chain(schedule)
+        steps = len(chain.steps) - plan[0]
+        bar = progress(
+            (made + len(shares)) * steps, "sample", "step", initial=made * steps, leave=False,
+            disable=not (self.progress and processes.is_main()),
+        )  # fmt: skip
+        with bar:
+            run: nn.Module = _RunChain(self, schedule, chain, plan, bar)
+            if self.parallel:
+                run = nn.DataParallel(run)
+            for first, end in shares:
+                indices = torch.arange(first, end, device=self.device)
+                with clock.running("sampling"), torch.inference_mode():
+                    x_0 = run(indices)
+                if not bool(x_0.isfinite().all()):
+                    raise self._not_finite(schedule, chain, indices)
+                limit = self.sampler.limit
+                with clock.running("decoding"), torch.inference_mode():
+                    images = self.to_images(x_0.clamp(-limit, limit))
+                yield indices.cpu(), images
+
+    def images(self, schedule: StepSchedule, count: int) -> Tensor:
+        """The first `count` images, uint8 (count, C, H, W) on the CPU, in every process."""
+        alone = replace(self, states=None)
+        made = alone.batches(schedule, alone.shares(count))
+        own = [(int(indices[0]), images.cpu()) for indices, images in made]
+        parts = [part for parts in processes.gather(own) for part in parts]
+        return torch.cat([images for _, images in sorted(parts, key=lambda part: part[0])])
+
+    def _not_finite(self, schedule: StepSchedule, chain: Chain, indices: Tensor) -> NotFiniteError:
+        """What to say of such a batch; it is run once more to find the call that is to blame."""
+
+        def check(name: Hashable) -> Callable:
+            def hook(network: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+                if not bool(output.isfinite().all()):
+                    arithmetic = getattr(network, "arithmetic", "float32")
+                    raise NotFiniteError(
+                        f"the network at width {name} makes numbers that are not finite at "
+                        f"timestep {int(arguments[1][0])} in {arithmetic}: use --amp=none or "
+                        "--amp=bf16, or another checkpoint or sampler"
+                    )
+
+            return hook
+
+        hooks = [net.register_forward_hook(check(name)) for name, net in self.networks.items()]
+        try:
+            with torch.inference_mode():
+                _RunChain(replace(self, states=None), schedule, chain, (0, set()), None)(indices)
+        except NotFiniteError as error:
+            return error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return NotFiniteError(
+            f"--sampler={self.sampler.settings.sampler} makes numbers that are not finite, though "
+            "the network's are: use more steps, or another sampler"
+        )
+
+
+class _RunChain(nn.Module):
+    """indices (B,) -> x_0 (B, C, H, W), on whichever device the indices are: what DataParallel
+    wraps, so that weights travel once per batch and not once per step."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        schedule: StepSchedule,
+        chain: Chain,
+        plan: tuple[int, set[int]],
+        bar: tqdm | None,
+    ) -> None:
+        super().__init__()
+        self.generator, self.schedule, self.chain = generator, schedule, chain
+        self.start, self.bar = plan[0], bar
+        self.kept = {chain.steps[p]: chain.key(p) for p in plan[1]}
+        self.names = list(generator.networks)
+        self.networks = nn.ModuleList(generator.networks.values())
+
+    def forward(self, indices: Tensor) -> Tensor:
+        g, device, first = self.generator, indices.device, int(indices[0])
+        networks = dict(zip(self.names, self.networks, strict=True))  # a replica has its own
+        condition = g.classes.condition(indices) if g.classes else None
+        denoise = StepAwareDenoiser(networks, self.schedule, g.sampler.levels.T, device, condition)
+        compiled = g.compiled and device.type == "cuda"
+        noise = ImageNoise(g.seed, g.stream, indices, g.image_shape, compiled)
+        counts = first % g.batch_size == 0  # of several replicas, the first moves the bar
+
+        def observe(t: int, x: Tensor) -> None:
+            if self.bar is not None and counts:
+                self.bar.update()
+            if g.each_step:
+                g.each_step()
+            if t in self.kept:
+                g.states.put(self.kept[t], first, x)
+
+        if self.start:
+            x = g.states.get(self.chain.key(self.start), first, device)
+        elif g.x_T is not None:
+            x = g.x_T[indices.to(g.x_T.device)].to(device)
+        else:
+            x = noise.initial()
+        return g.sampler.sample(denoise, x, noise, self.chain.steps, observe, self.start)
