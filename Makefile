@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/.ready
 OLDEST = .venv-oldest
-QUICK = tests/test_model.py tests/test_diffusion.py tests/test_samplers.py tests/test_train.py
+QUICK = tests/test_model.py tests/test_diffusion.py tests/test_samplers.py tests/test_train.py \
+	tests/test_main.py::test_released_schedule_and_network
 
 .PHONY: demo test oldest lint experiment clean
 
@@ -16,9 +17,9 @@ experiment: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
-# A quick part of the tests: network, FLOPs, samplers, a training step.
+# A quick part of the tests: network, FLOPs, samplers, training steps.
 oldest: $(OLDEST)/.ready
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2 -m "not slow" $(QUICK)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2 $(QUICK) -k "not table and not resumed and not terminated"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Who may import whom, and what no file may do. See the first lines of main.py and README.md."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -128,3 +129,13 @@ def test_importing_touches_no_device() -> None:
 
 def test_no_module_hides_one_of_the_standard_library() -> None:
     assert not {room(path) for path in FILES} & sys.stdlib_module_names
+
+
+def test_the_oldest_versions_are_those_that_are_allowed() -> None:
+    allowed = re.findall(r"^([\w-]+)>=([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M)
+    oldest = (ROOT / "constraints-oldest.txt").read_text()
+    pinned = re.findall(r"^([\w-]+)==([\d.]+)", oldest, re.M)
+    runs_on = dict(allowed[: [name for name, _ in allowed].index("pytest")])
+    assert dict(pinned).keys() == runs_on.keys()
+    for name, version in pinned:
+        assert (version + ".0.0").startswith(runs_on[name] + "."), name
