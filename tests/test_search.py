@@ -450,9 +450,10 @@ def test_search_through_the_program(run_folder: Path, monkeypatch: pytest.Monkey
 
 def test_shared_states_are_of_one_noise(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sensitivity search scores on several noises: each has the distances that it has alone."""
-    monkeypatch.setattr(main, "latency", lambda *arguments: 0.001)
+    monkeypatch.setattr("commands.search.latency", lambda *arguments: 0.001)
     search = [
-        "--search", "--search_method=sensitivity", "--logdir=run", "--device=cpu", "--num_images=8",
+        "--search", "--search_method=sensitivity", "--logdir=run", "--device=cpu",
+        "--num_images=8",
         "--batch_size=8", "--fid_encoder=pixels", "--fid_cache=stats.npz", "--num_generation=1",
         "--pop_size=2", "--num_segments=2",
     ]  # fmt: skip
