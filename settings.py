@@ -35,6 +35,10 @@ DEFAULT_LOGDIR = "./logs/DDPM_CIFAR10_EPS"
 # must have the same.
 
 
+# An option is a row of a table.
+# fmt: off
+
+
 @dataclass(frozen=True, kw_only=True)
 class NetworkSettings(Settings):
     """What shapes a network of this project, but for its timesteps and image channels.
@@ -48,32 +52,21 @@ class NetworkSettings(Settings):
     """
 
     ch: int = option(128, "channels of the first level", least=1, stored="network")
-    ch_mult: tuple[int, ...] = option(
-        (1, 2, 2, 2), "channels of each level over --ch", least=1, stored="network"
-    )
+    ch_mult: tuple[int, ...] = option((1, 2, 2, 2), "channels of each level over --ch", least=1,
+        stored="network")
     attn: tuple[int, ...] = option((1,), "levels with attention", least=0, stored="network")
     num_res_blocks: int = option(2, "residual blocks per level", least=1, stored="network")
-    dropout: float = option(
-        0.1, "dropout rate of the residual blocks", least=0, below=1, stored="default"
-    )
+    dropout: float = option(0.1, "dropout rate of the residual blocks", least=0, below=1,
+        stored="default")
     num_groups: int = option(32, "groups of every group norm", least=1, stored="network")
-    skip_slicing: str = option(
-        "leading",
-        "columns that serve the skip at a narrow width: the leading ones of [h, skip] (published), "
-        "or the leading ones of each segment",
-        choices=SKIP_SLICING,
-        stored="network",
-    )
-    norm_groups: str = option(
-        "fixed",
-        "what a group norm keeps at a narrow width: its number of groups (published), or the "
-        "channels of each group, without which narrow widths are hardly of use",
-        choices=NORM_GROUPS,
-        stored="network",
-    )
-    num_classes: int = option(
-        0, "classes of a class-conditional network; 0: not conditional", least=0, stored="network"
-    )
+    skip_slicing: str = option("leading", "columns that serve the skip at a narrow width: the "
+        "leading ones of [h, skip] (published), or the leading ones of each segment",
+        choices=SKIP_SLICING, stored="network")
+    norm_groups: str = option("fixed", "what a group norm keeps at a narrow width: its number of "
+        "groups (published), or the channels of each group, without which narrow widths are "
+        "hardly of use", choices=NORM_GROUPS, stored="network")
+    num_classes: int = option(0, "classes of a class-conditional network; 0: not conditional",
+        least=0, stored="network")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +74,11 @@ class WidthSettings(Settings):
     """The widths that a network works at."""
 
     slimmable_unet: bool = option(False, "the network works at several widths", stored="default")
-    slimmable_g16: bool = option(
-        False, "slimmable, with 16 groups in every group norm", stored="default"
-    )
+    slimmable_g16: bool = option(False, "slimmable, with 16 groups in every group norm",
+        stored="default")
     min_width: float = option(0.25, "smallest width", above=0, most=1, stored="default")
-    candidate_width: tuple[float, ...] = option(
-        (0.75, 0.5), "widths between", above=0, most=1, stored="default"
-    )
+    candidate_width: tuple[float, ...] = option((0.75, 0.5), "widths between", above=0, most=1,
+        stored="default")
 
     @property
     def slimmable(self) -> bool:
@@ -106,29 +97,18 @@ class DiffusionSettings(Settings):
     T: int = option(1000, "timesteps", least=1, stored="network")
     beta_1: float = option(1e-4, "first β", above=0, below=1, stored="model")
     beta_T: float = option(0.02, "last β", above=0, below=1, stored="model")
-    beta_schedule: str = option(
-        "linear",
-        "how β gets from --beta_1 to --beta_T; the names are diffusers'",
-        choices=BETA_SCHEDULES,
-        stored="model",
-    )
-    mean_type: str = option(
-        "epsilon", "what the network predicts", choices=MEAN_TYPES, stored="model"
-    )
-    precond: str = option(
-        "none",
-        "edm: EDM's preconditioning, noise levels and loss in place of β and --mean_type; --T is "
-        "then the number of noise levels",
-        choices=PRECONDITIONINGS,
-        stored="model",
-    )
+    beta_schedule: str = option("linear", "how β gets from --beta_1 to --beta_T; the names are "
+        "diffusers'", choices=BETA_SCHEDULES, stored="model")
+    mean_type: str = option("epsilon", "what the network predicts", choices=MEAN_TYPES,
+        stored="model")
+    precond: str = option("none", "edm: EDM's preconditioning, noise levels and loss in place of "
+        "β and --mean_type; --T is then the number of noise levels", choices=PRECONDITIONINGS,
+        stored="model")
     P_mean: float = option(-1.2, "--precond=edm: mean of ln σ in training", stored="model")
-    P_std: float = option(
-        1.2, "--precond=edm: deviation of ln σ in training", above=0, stored="model"
-    )
-    sigma_data: float = option(
-        0.5, "--precond=edm: deviation of the data, in [-1, 1]", above=0, stored="model"
-    )
+    P_std: float = option(1.2, "--precond=edm: deviation of ln σ in training", above=0,
+        stored="model")
+    sigma_data: float = option(0.5, "--precond=edm: deviation of the data, in [-1, 1]", above=0,
+        stored="model")
 
     def check(self) -> None:
         if self.beta_1 > self.beta_T:
@@ -139,96 +119,55 @@ class DiffusionSettings(Settings):
 class SamplingSettings(Settings):
     """How a chain of steps makes images; each sampler heeds some of it."""
 
-    sampler: str = option(
-        "ddpm",
-        "ddpm, ddim, edm, dpm_solver, or a scheduler class of diffusers, such as "
-        "UniPCMultistepScheduler; after --precond=edm the default is edm",
-    )
+    sampler: str = option("ddpm", "ddpm, ddim, edm, dpm_solver, or a scheduler class of "
+        "diffusers, such as UniPCMultistepScheduler; after --precond=edm the default is edm")
     sample_steps: int = option(0, "steps of the sampler; 0: one for every timestep", least=0)
-    timestep_spacing: str = option(
-        "uniform", "which timesteps ddpm and ddim keep", choices=SPACINGS
-    )
-    var_type: str = option(
-        "fixedlarge", "variance of an ancestral step", choices=VAR_TYPES, stored="sampling"
-    )
+    timestep_spacing: str = option("uniform", "which timesteps ddpm and ddim keep",
+        choices=SPACINGS)
+    var_type: str = option("fixedlarge", "variance of an ancestral step", choices=VAR_TYPES,
+        stored="sampling")
     eta: float = option(0.0, "DDIM: 0 is deterministic, 1 as noisy as DDPM", least=0)
-    clip_denoised: bool = option(
-        False, "clip the predicted x_0 to [-1, 1] within each step", stored="sampling"
-    )
+    clip_denoised: bool = option(False, "clip the predicted x_0 to [-1, 1] within each step",
+        stored="sampling")
     rho: float = option(7.0, "edm: the larger, the more steps at small noise", above=0)
-    heun: bool = option(
-        True, "edm: second-order steps of two network passes; else Euler steps of one"
-    )
-    S_churn: float = option(
-        0.0, "edm: noise that the whole chain adds; 0 is deterministic", least=0
-    )
+    heun: bool = option(True, "edm: second-order steps of two network passes; else Euler steps of "
+        "one")
+    S_churn: float = option(0.0, "edm: noise that the whole chain adds; 0 is deterministic",
+        least=0)
     S_tmin: float = option(0.0, "edm: smallest noise level at which it is added", least=0)
-    S_tmax: float = option(
-        math.inf, "edm: largest noise level at which it is added", least=0, finite=False
-    )
+    S_tmax: float = option(math.inf, "edm: largest noise level at which it is added", least=0,
+        finite=False)
     S_noise: float = option(1.0, "edm: deviation of the noise that is added", least=0)
-    scheduler_options: str = option(
-        "",
-        "entries for the config of a scheduler of diffusers, as JSON: "
-        "'{\"use_karras_sigmas\": true}'",
-    )
-    guidance_scale: float = option(
-        1.0,
-        "class-conditional: the answer is without + scale·(with − without) the class; 1 is plainly "
-        "conditional, at one network pass per step instead of two",
-        least=0,
-    )
-    classes: str = option(
-        "",
-        "class-conditional: classes of the images, by number or name, as in 3,5 or cat,dog; "
-        "default: drawn like the training set's",
-    )
+    scheduler_options: str = option("", "entries for the config of a scheduler of diffusers, as "
+        'JSON: \'{"use_karras_sigmas": true}\'')
+    guidance_scale: float = option(1.0, "class-conditional: the answer is without + scale·(with − "
+        "without) the class; 1 is plainly conditional, at one network pass per step instead of two",
+        least=0)
+    classes: str = option("", "class-conditional: classes of the images, by number or name, as in "
+        "3,5 or cat,dog; default: drawn like the training set's")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(Settings):
     """The images."""
 
-    dataset: str = option(
-        "cifar10", f"one of {', '.join(DATASETS)}; see docs/datasets.md", stored="default"
-    )
-    data_root: str = option(
-        "./data", "folder of the data set; downloaded to where that is possible", path=True
-    )
+    dataset: str = option("cifar10",
+        f"one of {', '.join(DATASETS)}; see docs/datasets.md", stored="default")
+    data_root: str = option("./data", "folder of the data set; downloaded to where that is "
+        "possible", path=True)
     img_size: int = option(32, "pixels per side", least=1, stored="model")
-    num_workers: int = option(
-        4, "processes that decode images, for data sets of image files", least=0
-    )
-    background: str = option(
-        "white",
-        "what transparent pixels show: a colour name, or #rrggbb",
-        stored="default",
-    )
-    channels: str = option(
-        "auto",
-        "of data sets of image files; auto: 3 where any image has colour",
-        choices=("auto", "1", "3"),
-        stored="default",
-    )
-    flip: str = option(
-        "auto",
-        "mirror images in training; auto: where the data set allows it",
-        choices=("auto", "on", "off"),
-        stored="training",
-    )
-    latent_vae: str = option(
-        "",
-        "diffuse in the latents of the AutoencoderKL or VQModel in this folder, which diffusers "
-        "wrote",
-        path=True,
-        stored="default",
-    )
-    latent_cache: str = option(
-        "",
-        "file of the data set's latents, made where it is missing; default "
-        "DATA_ROOT/latents/NAME.npy",
-        path=True,
-    )
+    num_workers: int = option(4, "processes that decode images, for data sets of image files",
+        least=0)
+    background: str = option("white", "what transparent pixels show: a colour name, or #rrggbb",
+        stored="default")
+    channels: str = option("auto", "of data sets of image files; auto: 3 where any image has "
+        "colour", choices=("auto", "1", "3"), stored="default")
+    flip: str = option("auto", "mirror images in training; auto: where the data set allows it",
+        choices=("auto", "on", "off"), stored="training")
+    latent_vae: str = option("", "diffuse in the latents of the AutoencoderKL or VQModel in this "
+        "folder, which diffusers wrote", path=True, stored="default")
+    latent_cache: str = option("", "file of the data set's latents, made where it is missing; "
+        "default DATA_ROOT/latents/NAME.npy", path=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,36 +175,22 @@ class TrainSettings(Settings):
     """The training loop."""
 
     lr: float = option(2e-4, "learning rate", above=0, stored="training")
-    grad_clip: float = option(
-        1.0, "largest norm of the gradient", above=0, finite=False, stored="training"
-    )
+    grad_clip: float = option(1.0, "largest norm of the gradient", above=0, finite=False,
+        stored="training")
     total_steps: int = option(800000, "training steps", least=1)
-    warmup: int = option(
-        5000, "steps over which the learning rate rises", least=0, stored="training"
-    )
-    ema_decay: float = option(
-        0.9999, "decay of the averaged weights", least=0, below=1, stored="training"
-    )
+    warmup: int = option(5000, "steps over which the learning rate rises", least=0,
+        stored="training")
+    ema_decay: float = option(0.9999, "decay of the averaged weights", least=0, below=1,
+        stored="training")
     sandwich: bool = option(False, "train with the sandwich rule", stored="training")
-    num_sandwich_sampling: int = option(
-        3, "widths per sandwich step: 1, --min_width, and some between", least=2, stored="training"
-    )
-    distill: bool = option(
-        False,
-        "narrower widths of a sandwich step learn the full width's answer",
-        stored="training",
-    )
-    label_dropout: float = option(
-        0.1,
-        "class-conditional: share of training images whose class is not told, which "
-        "--guidance_scale needs",
-        least=0,
-        most=1,
-        stored="training",
-    )
-    init_diffusers: str = option(
-        "", "start from the UNet in this folder that diffusers wrote", path=True
-    )
+    num_sandwich_sampling: int = option(3, "widths per sandwich step: 1, --min_width, and some "
+        "between", least=2, stored="training")
+    distill: bool = option(False, "narrower widths of a sandwich step learn the full width's "
+        "answer", stored="training")
+    label_dropout: float = option(0.1, "class-conditional: share of training images whose class "
+        "is not told, which --guidance_scale needs", least=0, most=1, stored="training")
+    init_diffusers: str = option("", "start from the UNet in this folder that diffusers wrote",
+        path=True)
     sample_size: int = option(64, "images in the grids drawn during training", least=1)
     sample_step: int = option(1000, "steps between these grids; 0: none", least=0)
     save_step: int = option(5000, "steps between checkpoints", least=1)
@@ -285,24 +210,15 @@ class EvaluationSettings(Settings):
     assigned_width: float = option(1.0, "eval, generate: the width of every step", above=0, most=1)
     schedule: str = option("", "width schedule to use; default LOGDIR/search.txt", path=True)
     out: str = option("", "generate: folder of the images; default LOGDIR/generated", path=True)
-    export_diffusers: str = option(
-        "",
-        "write the step-aware model of LOGDIR/search.txt (or --schedule) to this new folder, for "
-        "diffusers' pipelines",
-        path=True,
-    )
-    fid_encoder: str = option(
-        "inception", "features in which the Fréchet distance is taken", choices=ENCODERS
-    )
-    fid_cache: str = option(
-        CIFAR10_STATISTICS,
-        "statistics of the data set (.npz with mu, sigma); computed and saved where missing. For "
-        "other data sets or encoders the default is a name of its own in ./stats",
-        path=True,
-    )
-    fid_weights: str = option(
-        "", "Inception weights file; default: torch hub's checkpoint folder", path=True
-    )
+    export_diffusers: str = option("", "write the step-aware model of LOGDIR/search.txt (or "
+        "--schedule) to this new folder, for diffusers' pipelines", path=True)
+    fid_encoder: str = option("inception", "features in which the Fréchet distance is taken",
+        choices=ENCODERS)
+    fid_cache: str = option(CIFAR10_STATISTICS, "statistics of the data set (.npz with mu, "
+        "sigma); computed and saved where missing. For other data sets or encoders the default is "
+        "a name of its own in ./stats", path=True)
+    fid_weights: str = option("", "Inception weights file; default: torch hub's checkpoint folder",
+        path=True)
     fid_use_torch: bool = option(False, "no longer does anything: the distance always uses torch")
 
 
@@ -310,12 +226,10 @@ class EvaluationSettings(Settings):
 class EnsembleSettings(Settings):
     """--eval_ensemble: a large and a small network that take turns."""
 
-    large_logdir: str = option(
-        DEFAULT_LOGDIR, "eval_ensemble: folder of the large network", path=True
-    )
-    small_logdir: str = option(
-        DEFAULT_LOGDIR, "eval_ensemble: folder of the small network", path=True
-    )
+    large_logdir: str = option(DEFAULT_LOGDIR, "eval_ensemble: folder of the large network",
+        path=True)
+    small_logdir: str = option(DEFAULT_LOGDIR, "eval_ensemble: folder of the small network",
+        path=True)
     small_ch: int = option(64, "eval_ensemble: --ch of the small network", least=1)
     start: int = option(200, "eval_ensemble: the small network runs where end < t < start")
     end: int = option(0, "eval_ensemble: see --start")
@@ -325,84 +239,46 @@ class EnsembleSettings(Settings):
 class SearchSettings(Settings):
     """The search for a width schedule."""
 
-    search_method: str = option(
-        "evolution",
-        "an evolutionary algorithm (published), or a table of what each part of the chain loses at "
-        "each width, and rounds of scoring what an additive model expects",
-        choices=("evolution", "sensitivity"),
-    )
+    search_method: str = option("evolution", "an evolutionary algorithm (published), or a table "
+        "of what each part of the chain loses at each width, and rounds of scoring what an "
+        "additive model expects", choices=("evolution", "sensitivity"))
     num_generation: int = option(1000, "generations, the first population included", least=1)
     pop_size: int = option(10, "candidates per generation", least=2)
     fid_weight: float = option(0.5, "weight of the distance in the weighted objective", least=0)
-    macs_weight: float = option(
-        0.001, "weight of a step's average MMACs (half its MFLOPs) in it", least=0
-    )
-    mutation_prob: float = option(
-        0.001, "probability that a gene mutates, per gene", least=0, most=1
-    )
+    macs_weight: float = option(0.001, "weight of a step's average MMACs (half its MFLOPs) in it",
+        least=0)
+    mutation_prob: float = option(0.001, "probability that a gene mutates, per gene", least=0,
+        most=1)
     random_init: bool = option(False, "a first population without the uniform widths")
-    search_objective: str = option(
-        "weighted",
-        "minimise one weighted sum (published), or distance and cost both",
-        choices=("weighted", "pareto"),
-    )
-    cost: str = option(
-        "flops", "what a step costs: FLOPs, or time measured here", choices=("flops", "latency")
-    )
-    flops_budget: float = option(
-        0.0,
-        "pareto: share of full width's cost that the chosen schedule may have; 0: the front's knee",
-        least=0,
-        most=1,
-    )
-    distance_limit: float = option(
-        0.0,
-        "pareto: the largest distance of interest, as a multiple of the least in the first "
-        "generation; 0: any",
-        least=0,
-    )
-    pick: int = option(
-        -1,
-        "take this point of the finished search's front as search.txt instead; without a number: "
-        "print the front as a table",
-    )
-    num_segments: int = option(
-        0,
-        "genes, each for a run of steps; 0: one gene per step, or with "
-        "--search_method=sensitivity 12",
-        least=0,
-    )
+    search_objective: str = option("weighted", "minimise one weighted sum (published), or "
+        "distance and cost both", choices=("weighted", "pareto"))
+    cost: str = option("flops", "what a step costs: FLOPs, or time measured here",
+        choices=("flops", "latency"))
+    flops_budget: float = option(0.0, "pareto: share of full width's cost that the chosen "
+        "schedule may have; 0: the front's knee", least=0, most=1)
+    distance_limit: float = option(0.0, "pareto: the largest distance of interest, as a multiple "
+        "of the least in the first generation; 0: any", least=0)
+    pick: int = option(-1, "take this point of the finished search's front as search.txt instead; "
+        "without a number: print the front as a table")
+    num_segments: int = option(0, "genes, each for a run of steps; 0: one gene per step, or with "
+        "--search_method=sensitivity 12", least=0)
     level_seeds: bool = option(False, "two- and three-level schedules in the first population")
     allow_skip: bool = option(False, "0 is a width too: the step is left out")
-    search_ladder: str = option(
-        "",
-        "cheap rungs, IMAGESxSTEPS,…, that candidates climb to be scored at the full setting",
-    )
-    ladder_keep: float = option(
-        0.25, "share of a rung's candidates that climb to the next", least=0, most=1
-    )
-    surrogate: int = option(
-        0,
-        "offspring made for each that is scored, screened by a regression on the log; 0: none are "
-        "screened",
-        least=0,
-    )
-    confirm_images: int = option(
-        0,
-        "sensitivity: images on fresh noise, at most, for each schedule that could be on the "
-        "front; 0: twice --num_images",
-        least=0,
-    )
-    search_minutes: float = option(
-        0.0, "stop scoring after so many minutes; 0: when the search is done", least=0
-    )
-    state_memory: float = option(
-        2.0, "GiB for states that chains share; 0: none are shared", least=0
-    )
+    search_ladder: str = option("", "cheap rungs, IMAGESxSTEPS,…, that candidates climb to be "
+        "scored at the full setting")
+    ladder_keep: float = option(0.25, "share of a rung's candidates that climb to the next",
+        least=0, most=1)
+    surrogate: int = option(0, "offspring made for each that is scored, screened by a regression "
+        "on the log; 0: none are screened", least=0)
+    confirm_images: int = option(0, "sensitivity: images on fresh noise, at most, for each "
+        "schedule that could be on the front; 0: twice --num_images", least=0)
+    search_minutes: float = option(0.0, "stop scoring after so many minutes; 0: when the search "
+        "is done", least=0)
+    state_memory: float = option(2.0, "GiB for states that chains share; 0: none are shared",
+        least=0)
     state_device: str = option("device", "where these are kept", choices=("device", "host"))
-    search_warm_start: str = option(
-        "", "log of another search whose best schedules start this one", path=True
-    )
+    search_warm_start: str = option("", "log of another search whose best schedules start this one",
+        path=True)
     search_dir: str = option("", "folder of the search; default LOGDIR/search", path=True)
 
     def check(self) -> None:
@@ -418,22 +294,20 @@ class RunSettings(Settings):
 
     logdir: str = option(DEFAULT_LOGDIR, "folder of the run", path=True)
     ckpt_name: str = option("ckpt", "checkpoint LOGDIR/NAME.pt to write, continue, or use")
-    batch_size: int = option(
-        128, "images per training step, or per sampling batch", least=1, stored="training"
-    )
-    seed: int = option(0, "seed of everything random", least=0, most=2**63 - 1, stored="training")
+    batch_size: int = option(128, "images per training step, or per sampling batch", least=1,
+        stored="training")
+    seed: int = option(0, "seed of everything random", least=0, most=2**63 - 1,
+        stored="training")
     device: str = option("auto", "cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
     parallel: bool = option(False, "DataParallel over the visible GPUs")
-    amp: str = option(
-        "none",
-        "arithmetic of the network; auto: the fastest on this machine, by measurement, kept in the "
-        "run's folder",
-        choices=("none", "auto", "bf16", "fp16"),
-        stored="training",
-    )
+    amp: str = option("none", "arithmetic of the network; auto: the fastest on this machine, by "
+        "measurement, kept in the run's folder", choices=("none", "auto", "bf16", "fp16"),
+        stored="training")
     compile: bool = option(False, "torch.compile, with CUDA graphs where a GPU samples")
     dry_run: bool = option(False, "say what the command would cost, from a short measured burst")
 
+
+# fmt: on
 
 # By heading, as --help and docs/flags.md show them.
 GROUPS: dict[str, tuple[type[Settings], ...]] = {
