@@ -51,42 +51,18 @@ def search(config: Configuration) -> None:
 
 def run(model: Model, folder: Path, search_txt: Path) -> None:
     """Search in `folder`, and write what was chosen to `search_txt`."""
-    config, settings, widths = model.config, model.config.search, model.config.widths.all
+    settings, widths = model.config.search, model.config.widths.all
     networks = build.candidates(model, widths, folder / "arithmetic.json")
-    flops = model.flops(widths)
-    evaluator = build.evaluator(model, networks, SEARCH)
-    sampler = evaluator.generator.sampler
-    evaluator = evaluator.varied(progress=False, states=shared_states(config, sampler))
-    genome = search_space(model)
-    ladder = [
-        Rung(name, scores_of(evaluator.varied(images, sampler=rung)))
-        for name, images, rung in parse_ladder(model)
-    ]
+    evaluator = build.evaluator(model, networks, SEARCH).varied(progress=False)
+    job = make_search(model, evaluator, folder)
     seconds = latency_table(folder, model, evaluator)
-    start = []
-    if settings.search_warm_start:
-        start = warm_start(settings.search_warm_start, genome, settings.pop_size // 2)
+    flops = job.costs
     times = {width: model.passes_per_call * seconds[width] for width in seconds}
-    # Times are put on FLOPs' scale, so that weights and budgets mean the same for both.
-    scaled = {width: times[width] / times[1.0] * flops[1.0] for width in flops}
+    if settings.cost == "latency":
+        # Times are put on FLOPs' scale, so that weights and budgets mean the same for both.
+        job.costs = {width: times[width] / times[1.0] * flops[1.0] for width in flops}
     progress = SearchProgress(folder)
-    job = Search(
-        settings=settings,
-        seed=config.run.seed,
-        genome=genome,
-        score=scores_of(evaluator),
-        costs=flops if settings.cost == "flops" else scaled,
-        objective=lambda distance, cost: (
-            settings.fid_weight * distance + settings.macs_weight * cost / 2e6
-        ),
-        folder=folder,
-        identity=search_identity(model),
-        start=start,
-        ladder=ladder,
-        on_generation=progress.note,
-        images=evaluator.num_images,
-        say=say,
-    )
+    job.on_generation = progress.note
     candidates = job.run()
     result = SearchResult(job, candidates, flops, times, evaluator, progress.generations)
     if processes.is_main():
@@ -100,6 +76,38 @@ def run(model: Model, folder: Path, search_txt: Path) -> None:
     if processes.is_main():
         save_grid(grid, torch.cat(rows), columns=16)
     say(f"saved {search_txt}, {folder / 'front.json'}, pictures and {grid}")
+
+
+def make_search(model: Model, evaluator: Evaluator, folder: Path) -> Search:
+    """The search in `folder` that the settings describe, at the cost of FLOPs.
+
+    evaluator: of the full setting; candidates' chains share states as --state_memory says.
+    """
+    config, settings = model.config, model.config.search
+    evaluator = evaluator.varied(states=shared_states(config, model.sampler))
+    genome = search_space(model)
+    start = []
+    if settings.search_warm_start:
+        start = warm_start(settings.search_warm_start, genome, settings.pop_size // 2)
+    return Search(
+        settings=settings,
+        seed=config.run.seed,
+        genome=genome,
+        score=scores_of(evaluator),
+        costs=model.flops(config.widths.all),
+        objective=lambda distance, cost: (
+            settings.fid_weight * distance + settings.macs_weight * cost / 2e6
+        ),
+        folder=folder,
+        identity=search_identity(model),
+        start=start,
+        ladder=[
+            Rung(name, scores_of(evaluator.varied(images, sampler=rung)))
+            for name, images, rung in parse_ladder(model)
+        ],
+        images=evaluator.num_images,
+        say=say,
+    )
 
 
 def search_space(model: Model) -> Genome:
