@@ -1,14 +1,25 @@
-"""What a number was measured on."""
+"""Times, and the JSON of a result with what it was measured on."""
+
+from __future__ import annotations
 
 import os
 import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
+from model import keep_freed
+from runtime.files import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results" / "benchmark"
+
 
 def describe() -> dict[str, object]:
-    """Processor, cores, GPUs, versions: JSON-friendly."""
+    """Processor, cores, GPUs, versions, the checkout's commit: JSON-friendly."""
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -23,4 +34,49 @@ def describe() -> dict[str, object]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """The checkout's commit, with + where files differ from it; "" outside git."""
+
+    def git(*arguments: str) -> str:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        except OSError:
+            return ""
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def save(path: str | Path, result: Mapping[str, object]) -> None:
+    """Write a result, and what it was measured on, as JSON."""
+    write_json(path, {**result, "machine": describe()})
+    print(f"saved {path}")
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call, the device's work included."""
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def interleaved(
+    works: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each repeat of each, in turn, so that a busy moment meets all alike.
+
+    The naive ones have the C library's usual heap, ours the one of main.py.
+    """
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            keep_freed(not name.startswith("naive"))
+            times[name].append(seconds(work, device))
+    return times

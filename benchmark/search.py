@@ -16,119 +16,93 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 
-import dataset as data
-import diffusion
-import score
-from benchmark.machine import describe
-from evaluate import Evaluator, SharedStates
-from model import SlimmableUNet, WidthSchedule, average, checkpoint, sampling_networks
+import build
+from benchmark import machine
+from commands.search import make_search, search_space
+from evaluate import Evaluator
+from model import WidthSchedule, average
 from report import table
 from runtime.files import read_json, write_json
-from sampling import noise as rng
-from search import Candidate, Genome, Rung, Search, SearchSettings, hypervolume, pareto_front
+from runtime.identity import agree
+from sampling.noise import SAMPLING, SEARCH
+from search import Candidate, Rung, Score, hypervolume, pareto_front
+from settings import Configuration
+
+Arm = Mapping[str, object]  # options of a search
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One way to search. budget: bytes for shared states. ladder: (images, steps) of rungs."""
-
-    name: str
-    settings: SearchSettings
-    budget: int = 0
-    ladder: tuple[tuple[int, int], ...] = ()
-
-
-def arms(generations: int, population: int, images: int, steps: int) -> list[Arm]:
+def arms(generations: int, population: int, images: int, steps: int) -> dict[str, Arm]:
     """The published settings scaled down, then each saving on top of the ones before."""
-    plain = SearchSettings(
-        num_generation=generations, pop_size=population, mutation_prob=1 / steps,
-        search_objective="pareto",
-    )  # fmt: skip
+    plain = {
+        "num_generation": generations, "pop_size": population, "mutation_prob": 1 / steps,
+        "search_objective": "pareto", "state_memory": 0.0,
+    }  # fmt: skip
     # Weights for which distance and cost weigh about the same at full width, as published.
-    weighted = replace(plain, search_objective="weighted", fid_weight=1.0, macs_weight=0.02)
-    states = 2**30
-    segments = replace(plain, num_segments=steps // 2)
-    seeds = replace(segments, level_seeds=True)
-    rung = ((images // 4, steps // 2),)
-    return [
-        Arm("published: weighted, a gene a step", weighted),
-        Arm("plain: two objectives", plain),
-        Arm("+ shared states", plain, states),
-        Arm("+ segments", segments, states),
-        Arm("+ level seeds", seeds, states),
-        Arm("+ ladder", seeds, states, rung),
-        Arm("+ surrogate", replace(seeds, surrogate=64), states),
-        Arm("+ surrogate + limit", replace(seeds, surrogate=64, distance_limit=1.5), states),
-        Arm("+ ladder + surrogate", replace(seeds, surrogate=64), states, rung),
-        Arm("sensitivity", replace(segments, search_method="sensitivity", pop_size=8), states),
-    ]
+    weighted = plain | {"search_objective": "weighted", "fid_weight": 1.0, "macs_weight": 0.02}
+    states = plain | {"state_memory": 1.0}
+    segments = states | {"num_segments": steps // 2}
+    seeds = segments | {"level_seeds": True}
+    ladder = {"search_ladder": f"{images // 4}x{steps // 2}"}
+    surrogate = {"surrogate": 64}
+    return {
+        "published: weighted, one gene per step": weighted,
+        "plain: two objectives": plain,
+        "+ shared states": states,
+        "+ segments": segments,
+        "+ level seeds": seeds,
+        "+ ladder": seeds | ladder,
+        "+ surrogate": seeds | surrogate,
+        "+ surrogate + limit": seeds | surrogate | {"distance_limit": 1.5},
+        "+ ladder + surrogate": seeds | ladder | surrogate,
+        "sensitivity": segments | {"search_method": "sensitivity", "pop_size": 8},
+    }
+
+
+def timed(score: Score) -> Score:
+    """`score`, whose records also have the seconds that each schedule took."""
+
+    def scores(schedules: Sequence[WidthSchedule], noise: int = 0):
+        since = time.perf_counter()
+        for index, record in score(schedules, noise):
+            now = time.perf_counter()
+            yield index, {**record, "seconds": now - since}
+            since = now
+
+    return scores
 
 
 class Bench:
-    """A supernet with everything that scores its schedules."""
+    """A trained supernet with everything that scores its schedules, on the search's noise."""
 
-    def __init__(
-        self,
-        logdir: Path,
-        images: int,
-        sampler: diffusion.Sampler,
-        encoder: str,
-        root: str,
-        statistics: Path | None = None,
-    ) -> None:
-        """statistics: the data's, in a file as --fid_cache names; computed where it is None."""
-        path = logdir / "ckpt.pt"
-        state = checkpoint.load(path)
-        known = state["settings"]
-        names = SlimmableUNet.__init__.__annotations__.keys() - {"return"}
-        # Checkpoints of earlier versions do not know all of them.
-        net = SlimmableUNet(**{name: known[name] for name in names if name in known})
-        checkpoint.fill(net, state["ema_model"], path)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        net = net.to(device).eval()
-        shape = (known["in_ch"], known["img_size"], known["img_size"])
-        self.widths = sorted({1.0, known["min_width"], *known["candidate_width"]})
-        self.costs = {0.0: 0} | {w: score.flops(net, w, shape) for w in self.widths}
-        features = score.encoder(encoder, device)
-        if statistics:
-            dim = features.dim or int(np.prod(shape))
-            mean, covariance = score.load_statistics(statistics, dim, features.name)
-        else:
-            dataset = data.load(known["dataset"], root, known["img_size"])
-            moments = score.statistics_of(
-                data.everything(dataset, 500), features, len(dataset), "statistics"
-            )
-            mean, covariance = moments.mean, moments.covariance
-        self.T, self.step, self.dataset = known["T"], state["step"], known["dataset"]
-        self.evaluator = Evaluator(
-            networks=sampling_networks(net, self.widths),
-            noise_schedule=diffusion.NoiseSchedule(known["beta_1"], known["beta_T"], self.T),
-            sampler=sampler,
-            encoder=features,
-            reference=score.Gaussian(mean, covariance, device),
-            image_shape=shape,
-            device=device,
-            num_images=images,
-            batch_size=min(images, 500),
-            stream=rng.SEARCH,
-            progress=False,
-        )
-        self.timesteps = self.evaluator.timesteps()
-        worst = self.score_all(self.uniform(), self.evaluator)
-        self.reference = (
-            1.1 * max(c.distance for c in worst),
-            1.1 * self.costs[1.0],
-        )
+    def __init__(self, config: Configuration) -> None:
+        self.model = build.load_model(config)
+        widths = self.model.config.widths.all
+        networks = build.candidates(self.model, widths, build.kept_arithmetic(config))
+        evaluator = build.evaluator(self.model, networks, SEARCH)
+        self.evaluator = evaluator.varied(progress=False)
+        self.genome = search_space(self.model)
+        self.widths, self.timesteps = widths, self.genome.timesteps
+        self.costs = self.model.flops(widths)
+
+    def cost(self, schedule: WidthSchedule) -> float:
+        """Mean FLOPs of a network call."""
+        return average(schedule, self.genome.entries_for_calls(schedule), self.costs)
+
+    @cached_property
+    def reference(self) -> tuple[float, float]:
+        """Of hypervolumes: (distance, cost)."""
+        uniform = self.score_all(self.uniform(), self.evaluator)
+        return 1.1 * max(c.distance for c in uniform), 1.1 * self.costs[1.0]
 
     def uniform(self) -> list[WidthSchedule]:
-        return [WidthSchedule([w] * self.T) for w in self.widths]
+        return [WidthSchedule([w] * self.model.levels.T) for w in self.widths]
 
     def switches(self) -> list[WidthSchedule]:
         """Two widths, small first or large first, at every eighth of the chain."""
@@ -149,12 +123,11 @@ class Bench:
         self, schedules: Sequence[WidthSchedule], evaluator: Evaluator
     ) -> list[Candidate]:
         """Each schedule scored; its record holds the passes that it took."""
-        found = {}
+        scored = {}
         for index, scores in evaluator.score_all(schedules):
-            cost = average(schedules[index], self.timesteps, self.costs)
-            record = {"passes": scores.passes, "passes_saved": scores.passes_saved}
-            found[index] = Candidate(schedules[index], scores.distance, cost, 0, record)
-        return [found[i] for i in range(len(schedules))]
+            schedule, record = schedules[index], {"passes": scores.passes}
+            scored[index] = Candidate(schedule, scores.distance, self.cost(schedule), 0, record)
+        return [scored[i] for i in range(len(schedules))]
 
     def search(self, arm: Arm, seed: int, folder: Path) -> dict:
         """Run one search; its front, and its hypervolume over passes."""
@@ -162,101 +135,72 @@ class Bench:
         done = folder / "result.json"
         if done.exists():
             return read_json(done)
-        full = self._scores(self.evaluator, arm.budget)
-        rungs = []
-        for images, steps in arm.ladder:
-            sampler = replace(self.evaluator.sampler, sample_steps=steps)
-            cheaper = replace(self.evaluator, num_images=images, sampler=sampler)
-            rungs.append(Rung(f"{images}x{steps}", self._scores(cheaper, arm.budget)))
+        model = replace(self.model, config=self.model.config.changed(**arm))
+        job = make_search(model, self.evaluator, folder)
+        job.seed = seed  # of the search alone: the noise is the same for all
+        job.score = timed(job.score)
+        job.ladder = [Rung(rung.name, timed(rung.score)) for rung in job.ladder]
         trace: list[tuple[int, float]] = []
-        job = Search(
-            settings=replace(arm.settings, seed=seed),
-            genome=Genome(
-                tuple(self.widths), tuple(self.timesteps), self.T, arm.settings.num_segments
-            ),
-            score=full,
-            costs=self.costs,
-            objective=lambda d, c: arm.settings.fid_weight * d + arm.settings.macs_weight * c / 2e6,
-            folder=folder,
-            identity={"images": self.evaluator.num_images, "step": self.step},
-            ladder=rungs,
-            on_generation=lambda n, seen: trace.append(
-                (sum(r["passes"] for r in job.records.values()), self.volume(seen))
-            ),
-            images=self.evaluator.num_images,
+
+        def total(name: str) -> float:
+            return sum(record[name] for record in job.records.values())
+
+        job.on_generation = lambda number, scored: trace.append(
+            (total("passes"), self.volume(scored))
         )
-        found = job.run()
-        records = list(job.records.values())
-        passes = sum(r["passes"] for r in records)
+        candidates = job.run()
         result = {
-            "passes": passes,
-            "passes_saved": sum(r["passes_saved"] for r in records),
-            "seconds": sum(r["seconds"] for r in records),
-            # A rung's distances are not the full setting's, so only the end counts there. What the
-            # sensitivity search returns is on other noise than the other searches' candidates.
-            "hypervolume": self.volume(found) if rungs else trace[-1][1],
-            "trace": [(passes, self.volume(found))] if rungs else trace,
-            "front": [list(c.schedule.expanded(self.T).widths) for c in pareto_front(found)],
-            "chosen": list(job.best(found).schedule.expanded(self.T).widths),
-            "best_at_half": self.best_at_half(found),
+            "passes": total("passes"),
+            "passes_saved": total("passes_saved"),
+            "seconds": total("seconds"),
+            # A rung's distances are not the full setting's, so only the end counts there.
+            "trace": [(total("passes"), self.volume(candidates))] if job.ladder else trace,
+            "chosen": self._stored(job.best(candidates)),
             "rank_correlations": job.correlations,
+            **self._front(candidates),
         }
         write_json(done, result)
         return result
 
-    def _scores(self, evaluator: Evaluator, budget: int):
-        evaluator = replace(evaluator, states=SharedStates(budget) if budget else None)
+    def _front(self, candidates: Sequence[Candidate]) -> dict:
+        return {
+            "hypervolume": self.volume(candidates),
+            "front": [self._stored(candidate) for candidate in pareto_front(candidates)],
+            "best_at_half": self.best_at_half(candidates),
+        }
 
-        def scores(schedules: Sequence[WidthSchedule], noise: int = 0):
-            since = time.perf_counter()
-            on_noise = replace(evaluator, stream=evaluator.stream + (noise << 8))
-            for index, found in on_noise.score_all(schedules):
-                now = time.perf_counter()
-                yield (
-                    index,
-                    {
-                        "distance": found.distance,
-                        "passes": found.passes,
-                        "passes_saved": found.passes_saved,
-                        "seconds": now - since,
-                    },
-                )
-                since = now
+    def _stored(self, candidate: Candidate) -> list[float]:
+        return list(self.genome.stored(candidate.schedule).widths)
 
-        return scores
+    def volume(self, scored: Sequence[Candidate]) -> float:
+        """The hypervolume as a share of all."""
+        return hypervolume(scored, self.reference) / (self.reference[0] * self.reference[1])
 
-    def volume(self, found: Sequence[Candidate]) -> float:
-        return hypervolume(found, self.reference) / (self.reference[0] * self.reference[1])
-
-    def best_at_half(self, found: Sequence[Candidate]) -> float | None:
+    def best_at_half(self, scored: Sequence[Candidate]) -> float | None:
         """The least distance at no more than half of full width's FLOPs."""
-        cheap = [c.distance for c in found if c.cost <= 0.5 * self.costs[1.0]]
+        cheap = [c.distance for c in scored if c.cost <= 0.5 * self.costs[1.0]]
         return min(cheap, default=None)
 
     def fresh(self, front: Sequence[Sequence[float]], images: int) -> dict:
         """The front's best point at half of full width's FLOPs, on noise that no search has seen
         and on more images. A front begins with its dearest point."""
-        schedules = map(WidthSchedule, front)
-        cheap = (
-            s for s in schedules if average(s, self.timesteps, self.costs) <= 0.5 * self.costs[1.0]
-        )
-        evaluator = replace(self.evaluator, num_images=images, stream=rng.SAMPLING)
-        found = self.score_all([next(cheap)], evaluator)
-        return {"best_at_half": found[0].distance, "cost": found[0].cost, "images": images}
+        T = self.model.levels.T
+        schedules = (WidthSchedule(w, None if len(w) == T else self.timesteps) for w in front)
+        cheap = next(s for s in schedules if self.cost(s) <= 0.5 * self.costs[1.0])
+        (scored,) = self.score_all([cheap], self.evaluator.varied(images, stream=SAMPLING))
+        return {"best_at_half": scored.distance, "cost": scored.cost, "images": images}
 
     def fixed(self, schedules: Sequence[WidthSchedule]) -> dict:
         """A set of schedules that needs no search, as a result like that of a search."""
         start = time.perf_counter()
-        found = self.score_all(schedules, self.evaluator)
-        passes = sum(c.record["passes"] for c in found)
+        scored = self.score_all(schedules, self.evaluator)
+        passes = sum(c.record["passes"] for c in scored)
         return {
             "passes": passes,
             "passes_saved": 0,
             "seconds": time.perf_counter() - start,
-            "hypervolume": self.volume(found),
-            "trace": [(passes, self.volume(found))],
-            "front": [list(c.schedule.expanded(self.T).widths) for c in pareto_front(found)],
-            "best_at_half": self.best_at_half(found),
+            "trace": [(passes, self.volume(scored))],
+            **self._front(scored),
         }
 
 
@@ -266,38 +210,40 @@ def passes_to_reach(trace: Sequence[tuple[int, float]], volume: float) -> int | 
 
 
 def measure(bench: Bench, options: argparse.Namespace, folder: Path) -> dict[str, list[dict]]:
-    """name -> one result a seed, each with its front scored again on fresh noise."""
-    listed = arms(options.generations, options.population, options.images, options.steps)
+    """name -> one result per seed, each with its front scored again on fresh noise."""
     count = options.generations * options.population
-    results: dict[str, list[dict]] = {"uniform widths": [], "two-level switches": []}
-    results["random search"] = []
+
+    def cached(name: str, make: Callable[[], dict]) -> dict:
+        place = folder / f"{name.strip('+ ').replace(' ', '_')}.json"
+        if not place.exists():
+            write_json(place, make())
+        return read_json(place)
+
+    results = {
+        name: [cached(name, lambda schedules=schedules: bench.fixed(schedules))]
+        for name, schedules in (
+            ("uniform widths", bench.uniform()),
+            ("two-level switches", bench.switches()),
+        )
+    }
+    listed = arms(options.generations, options.population, options.images, options.steps)
     for seed in range(options.seeds):
-        for arm in listed:
-            place = folder / f"{arm.name.strip('+ ').replace(' ', '_')}-{seed}"
-            results.setdefault(arm.name, []).append(bench.search(arm, seed, place))
-        place = folder / f"random-{seed}.json"
-        if not place.exists():
-            write_json(place, bench.fixed(bench.random(count, seed)))
-        results["random search"].append(read_json(place))
-    for name, schedules in (
-        ("uniform widths", bench.uniform()),
-        ("two-level switches", bench.switches()),
-    ):
-        place = folder / f"{name}.json"
-        if not place.exists():
-            write_json(place, bench.fixed(schedules))
-        results[name] = [read_json(place)]
+        random = bench.random(count, seed)
+        one = cached(f"random-{seed}", lambda random=random: bench.fixed(random))
+        results.setdefault("random search", []).append(one)
+        for name, arm in listed.items():
+            place = folder / f"{name.strip('+ ').replace(' ', '_')}-{seed}"
+            results.setdefault(name, []).append(bench.search(arm, seed, place))
     for name, runs in results.items():
         for seed, run in enumerate(runs):
-            place = folder / f"{name.strip('+ ').replace(' ', '_')}-{seed}.fresh.json"
-            if not place.exists():
-                write_json(place, bench.fresh(run["front"], options.fresh))
-            run["fresh"] = read_json(place)
+            run["fresh"] = cached(
+                f"{name}-{seed}.fresh", lambda run=run: bench.fresh(run["front"], options.fresh)
+            )
     return results
 
 
 def show(results: dict[str, list[dict]]) -> list[list[str]]:
-    """A row a method: means over seeds."""
+    """A row for each method: means over seeds."""
 
     def mean(runs: Sequence[dict], *path: str) -> str:
         values = runs
@@ -344,29 +290,38 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/benchmark/search.json"))
     options = parser.parse_args()
     bench = Bench(
-        options.logdir,
-        options.images,
-        diffusion.Sampler(options.sampler, sample_steps=options.steps),
-        options.encoder,
-        options.data_root,
+        Configuration.of(
+            logdir=str(options.logdir),
+            sampler=options.sampler,
+            sample_steps=options.steps,
+            num_images=options.images,
+            batch_size=min(options.images, 500),
+            fid_encoder=options.encoder,
+            data_root=options.data_root,
+        )
     )
-    results = measure(bench, options, options.logdir / "search_benchmark")
+    folder = options.logdir / "search_benchmark"
+    about = {name: str(value) for name, value in vars(options).items()}
+    settings = folder / "settings.json"
+    if settings.exists():  # what is there is not done again
+        agree(settings, read_json(settings), about, "delete that folder", ["out", "seeds"])
+    write_json(settings, about)
+    results = measure(bench, options, folder)
     header = [
         "method", "passes", "to plain's volume", "volume", "at <= 50 %", "fresh", "s",
     ]  # fmt: skip
     rows = show(results)
     print(table(header, rows))
-    write_json(
+    machine.save(
         options.out,
         {
-            "dataset": bench.dataset,
-            "training_steps": bench.step,
+            "dataset": bench.model.config.data.dataset,
+            "training_steps": bench.model.step,
             "label": bench.evaluator.encoder.label,
-            "settings": {k: str(v) for k, v in vars(options).items()},
+            "settings": about,
             "reference": bench.reference,
             "table": [header, *rows],
             "results": results,
-            "machine": describe(),
         },
     )
 
