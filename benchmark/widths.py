@@ -1,0 +1,161 @@
+"""Published and better training: the distance at every width, for several seeds.
+
+    python -m benchmark.widths [FOLDER] [--flagfile config/digits.txt] [--seeds 3] [--equal_compute]
+
+Fixed and proportional groups × published and better training, and a plain network of the same size,
+all for the recipe's number of steps. With --equal_compute the cells with cheaper steps then go on,
+each from its own checkpoint, until they have had as many FLOPs as better training.
+
+Runs main.py as a user would; each command and its duration is kept in FOLDER/commands.jsonl. What
+is done is not done again: stop it (Ctrl-C) and start it again at will. After each command
+results/widths/RECIPE.json is written anew, made of what is done so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmark.machine import describe
+from runtime.files import append_jsonl, read_json, read_jsonl, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDTHS = ("1", "0.75", "0.5", "0.25")
+PUBLISHED = ("--skip_slicing=leading", "--num_sandwich_sampling=3")
+BETTER = ("--skip_slicing=segments", "--num_sandwich_sampling=4")
+PLAIN = "plain network"
+CELLS = {
+    "fixed groups, published": ("--norm_groups=fixed", *PUBLISHED),
+    "fixed groups, better": ("--norm_groups=fixed", *BETTER),
+    "proportional groups, published": ("--norm_groups=proportional", *PUBLISHED),
+    "proportional groups, better": ("--norm_groups=proportional", *BETTER),
+    PLAIN: ("--slimmable_unet=false", "--sandwich=false"),
+}
+TABLES = ("equal steps", "equal compute")
+
+
+class Widths:
+    """The trainings and scores of one folder, as commands that are run once."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.log = options.folder / "commands.jsonl"
+
+    def logdir(self, table: str, cell: str, seed: int) -> Path:
+        names = (name.replace(",", "").replace(" ", "_") for name in (table, cell))
+        return self.options.folder.joinpath(*names, str(seed))
+
+    def run(self, *flags: str) -> None:
+        """Run main.py unless it has succeeded before with these flags; stop where it fails."""
+        command = ["main.py", *flags]
+        if any((r["command"], r["status"]) == (command, 0) for r in read_jsonl(self.log)):
+            return
+        print("\n$ python", *command, flush=True)
+        start, cpu = time.perf_counter(), sum(os.times()[2:4])  # of children that have ended
+        process = subprocess.Popen([sys.executable, str(ROOT / "main.py"), *flags])
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            status = process.wait()  # it was interrupted too, and saves what it has
+        record = {"command": command, "status": status, "seconds": time.perf_counter() - start}
+        append_jsonl(self.log, record | {"cpu_seconds": sum(os.times()[2:4]) - cpu})
+        self.save()
+        if status:
+            sys.exit(status)
+
+    def train_and_score(self, table: str, cell: str, seed: int) -> None:
+        """One training, and its scores at every width on fresh noise."""
+        o, logdir = self.options, self.logdir(table, cell, seed)
+        flags = [f"--flagfile={o.flagfile}", *CELLS[cell], f"--seed={seed}", f"--logdir={logdir}"]
+        flags += [f"--data_root={o.data_root}"] if o.data_root else []
+        if table == "equal compute":
+            flags.append(f"--total_steps={self.equal_compute(cell, seed)}")
+            if not logdir.exists():
+                start = self.logdir("equal steps", cell, seed)
+                shutil.copytree(start, logdir, ignore=shutil.ignore_patterns("eval*"))
+        self.run("--train", *flags)
+        score = [f"--flagfile={logdir / 'flagfile.txt'}", "--batch_size=250"]
+        score += [f"--fid_cache={o.folder / 'statistics.npz'}", f"--num_images={o.images}"]
+        for width in WIDTHS if cell != PLAIN else WIDTHS[:1]:
+            self.run("--eval", *score, f"--assigned_width={width}")
+
+    def equal_compute(self, cell: str, seed: int) -> int:
+        """The steps of `cell` that cost as many FLOPs as the recipe's steps of all widths."""
+        better = self.result("equal steps", "proportional groups, better", seed)
+        full, *others, least = better["gflops"].values()
+        step = full if cell == PLAIN else full + statistics.mean(others) + least  # of published
+        return round(better["steps"] * sum(better["gflops"].values()) / step)
+
+    def result(self, table: str, cell: str, seed: int) -> dict | None:
+        """What a training has come to; None until all its scores are there."""
+        logdir = self.logdir(table, cell, seed)
+        names = ["eval", *(f"eval_width_{w}" for w in WIDTHS[1:])][: 1 if cell == PLAIN else None]
+        paths = [logdir / f"{name}.json" for name in names]
+        if not all(path.exists() for path in paths):
+            return None
+        scores = dict(zip(WIDTHS, map(read_json, paths), strict=False))
+        parts = {f"--logdir={self.logdir(t, cell, seed)}" for t in {table, "equal steps"}}
+        trained = [r for r in read_jsonl(self.log) if parts & set(r["command"])]
+        return {
+            "steps": scores["1"]["step"],
+            "cpu_seconds": sum(record["cpu_seconds"] for record in trained),
+            "label": scores["1"]["label"],
+            "distance": {width: score["distance"] for width, score in scores.items()},
+            "gflops": {width: score["average_gflops"] for width, score in scores.items()},
+        }
+
+    def save(self) -> dict:
+        """Write what is done so far as JSON; returns its tables."""
+        o, tables = self.options, {table: {} for table in TABLES}
+        for table, seed, cell in itertools.product(TABLES, range(o.seeds), CELLS):
+            if result := self.result(table, cell, seed):
+                tables[table].setdefault(cell, {})[str(seed)] = result
+        record = {"recipe": str(o.flagfile), "images": o.images, "tables": tables,
+                  "machine": describe(), "commands": read_jsonl(self.log)}  # fmt: skip
+        write_json(ROOT / "results" / "widths" / f"{o.flagfile.stem}.json", record)
+        return tables
+
+
+def markdown(cells: Mapping[str, Mapping[str, Mapping]]) -> list[str]:
+    """The lines of a table: per cell the mean and the range of each width's distance."""
+    header = ["training", "seeds", "steps", *(f"width {w}" for w in WIDTHS), "CPU seconds"]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for cell, seeds in cells.items():
+        results = list(seeds.values())
+        line = [cell, str(len(results)), f"{statistics.mean(r['steps'] for r in results):.0f}"]
+        for width in WIDTHS:
+            values = [r["distance"][width] for r in results if width in r["distance"]] or [math.nan]
+            line.append(f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+        lines.append([*line, f"{statistics.mean(r['cpu_seconds'] for r in results):.0f}"])
+    return [f"| {' | '.join(line)} |".replace("nan (nan to nan)", "") for line in lines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("logs/widths"))
+    parser.add_argument("--flagfile", type=Path, default=Path("config/digits.txt"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=2000, help="of each score")
+    parser.add_argument("--data_root", help="main.py's; else the recipe's")
+    parser.add_argument("--equal_compute", action="store_true", help="the second table too")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    work = Widths(options)
+    for table, seed, cell in itertools.product(TABLES, range(options.seeds), CELLS):
+        if table == "equal steps" or (options.equal_compute and "better" not in cell):
+            work.train_and_score(table, cell, seed)
+    for table, cells in work.save().items():
+        print(f"\n{table}\n", *markdown(cells), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
