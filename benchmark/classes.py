@@ -19,15 +19,13 @@ import numpy as np
 import torch
 from sklearn.svm import SVC
 
+import build
 import dataset as data
-import diffusion
-import score
 from benchmark.machine import describe
 from evaluate import Evaluator
-from model import SlimmableUNet, UNetSettings, checkpoint, sampling_networks
 from report import table
 from runtime.files import save_grid, write_json
-from sampling.conditioning import Classes
+from settings import Configuration
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, IMAGES = 1000, 1000
@@ -59,37 +57,23 @@ def classifier() -> tuple[SVC, float]:
 
 
 def evaluator(folder: Path) -> Evaluator:
-    """What samples and scores, in pixels, without classes so far."""
-    path = folder / "ckpt.pt"
-    state = checkpoint.load(path)
-    known = state["settings"]
-    net = SlimmableUNet(**{name: known[name] for name in UNetSettings.__dataclass_fields__})
-    checkpoint.fill(net, state["ema_model"], path)
-    encoder = score.encoder("pixels", "cpu")
-    digits = data.load("digits", ".", 8)
-    moments = score.statistics_of(data.everything(digits, 500), encoder, len(digits), "digits")
-    shares = tuple(net.class_embedding.frequencies.tolist())
-    return Evaluator(
-        networks=sampling_networks(net, WIDTHS),
-        noise_schedule=diffusion.NoiseSchedule(known["beta_1"], known["beta_T"], known["T"]),
-        sampler=diffusion.Sampler(sample_steps=25, var_type="fixedsmall"),
-        encoder=encoder,
-        reference=score.Gaussian(moments.mean, moments.covariance),
-        image_shape=(1, 8, 8),
-        device=torch.device("cpu"),
-        num_images=IMAGES,
-        batch_size=250,
-        classes=Classes(shares),
-    )
+    """What samples and scores, in pixels."""
+    config = Configuration.of(
+        logdir=str(folder), device="cpu", sample_steps=25, var_type="fixedsmall", batch_size=250,
+        num_images=IMAGES, fid_encoder="pixels", fid_cache=str(folder / "statistics.npz"),
+    )  # fmt: skip
+    model = build.load_model(config)
+    return build.evaluator(model, build.candidates(model, WIDTHS))
 
 
 def measured(judge: SVC, scored: Evaluator, folder: Path) -> Iterator[dict[str, float]]:
     """Agreement of asked and recognised classes, and the distance, at each guidance and width."""
     for guidance in GUIDANCE:
-        scored = replace(scored, classes=replace(scored.classes, guidance=guidance))
-        asked = scored.classes.labels(torch.arange(IMAGES)).numpy()
+        classes = replace(scored.generator.classes, guidance=guidance)
+        scored = scored.varied(classes=classes)
+        asked = classes.labels(torch.arange(IMAGES)).numpy()
         for width in WIDTHS:
-            schedule = [width] * scored.noise_schedule.T
+            schedule = [width] * scored.generator.sampler.levels.T
             found, images = scored.score(schedule, keep=IMAGES)
             seen = judge.predict(features(images))
             yield {
@@ -99,8 +83,8 @@ def measured(judge: SVC, scored: Evaluator, folder: Path) -> Iterator[dict[str, 
                 "distance": found.distance,
                 "passes": found.passes,
             }
-        rows = replace(scored, classes=replace(scored.classes, fixed=tuple(range(10))))
-        grid = rows.sample([1.0] * scored.noise_schedule.T, 100)
+        rows = scored.varied(classes=replace(classes, fixed=tuple(range(10)))).generator
+        grid = rows.images([1.0] * rows.sampler.levels.T, 100)
         save_grid(folder / f"guidance_{guidance:g}.png", grid, columns=10)
 
 

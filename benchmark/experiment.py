@@ -26,20 +26,22 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-import dataset as data
-import diffusion
+import build
+import dataset
 import score
-from benchmark.machine import describe
+from benchmark.machine import commit, describe
+from benchmark.recipe import configuration
 from benchmark.search import Bench
-from model import WidthSchedule, average, compiling
+from model import WidthSchedule, check_compiler, keep_freed
 from report import plot_front, plot_schedule, table
 from runtime.errors import UserError
 from runtime.files import append_jsonl, read_json, read_jsonl, write_json
+from runtime.processes import end_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
@@ -254,6 +256,7 @@ class Experiment:
                 env=os.environ | {"OMP_NUM_THREADS": str(threads)},
                 stdout=file,
                 stderr=subprocess.STDOUT,
+                preexec_fn=end_with_parent,
             )
             self.processes.add(process)
             _, status, usage = os.wait4(process.pid, 0)  # subprocess does not tell what it used
@@ -293,75 +296,56 @@ class Experiment:
     # --- tasks that are no command of main.py ---
 
     def only(self, name: str) -> None:
+        keep_freed()
         {"statistics": self._statistics, "baselines": self._baselines}[name]()
 
     def _statistics(self) -> None:
         """The training set's statistics, and the test set's distance from them."""
-        dataset, size = self.flag("dataset"), int(self.flag("img_size"))
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        encoder = score.encoder(self.flag("fid_encoder"), device)
-        found = {}
-        for train in (True, False):
-            try:
-                images = data.load(dataset, self.root, size, train)
-            except UserError:  # the set has no test split
-                continue
-            batches = data.everything(images, 250)
-            found[train] = score.statistics_of(batches, encoder, len(images), dataset)
-            if train:
-                content = data.fingerprint(images)
-        ours = found[True]
-        about = {"encoder": encoder.name, "dataset": dataset, "img_size": size, "split": "train"}
-        about |= {"count": ours.count, "content": content}
-        score.save_statistics(self.statistics, ours.mean, ours.covariance, **about)
-        floor = None
-        if theirs := found.get(False):
-            floor = score.frechet_distance(
-                theirs.mean, theirs.covariance, ours.mean, ours.covariance
+        config = configuration(*self._scoring("supernet", self.folder / "statistics")[1:])
+        model = build.load_model_or_untrained(config)
+        encoder, d = build.encoder(config, model.device), config.data
+        ours, train = build.reference(model, encoder), build.load_images(config)
+        floor = {"distance": None, "label": encoder.label, "train": len(train)}
+        try:
+            test = dataset.load(
+                d.dataset, d.data_root, d.img_size, False, build.image_options(config)
             )
-        write_json(
-            self.folder / "floor.json",
-            {"distance": floor, "label": encoder.label, "train": ours.count}
-            | ({"test": found[False].count} if False in found else {}),
-        )
+        except UserError:  # the set has no test split
+            test = None
+        if test is not None:
+            batches = dataset.everything(test, config.run.batch_size, d.num_workers)
+            theirs = score.statistics_of(batches, encoder, len(test), f"test set of {d.dataset}")
+            distance = ours.distance(theirs.mean, theirs.covariance)
+            floor |= {"distance": distance, "test": len(test)}
+        write_json(self.folder / "floor.json", floor)
 
     def _baselines(self) -> None:
         """Random schedules, and the best two-level switch at each budget by the searches' score."""
-        sampler = diffusion.Sampler(
-            self.flag("sampler"),
-            int(self.flag("sample_steps")),
-            var_type=self.flag("var_type"),
+        flags = self._scoring(
+            "supernet", self.folder / "baselines", f"--num_images={self.options.search_images}"
         )
-        bench = Bench(
-            self.folder / "supernet",
-            self.options.search_images,
-            sampler,
-            self.flag("fid_encoder"),
-            self.root,
-            self.statistics,
-        )
+        bench, tried = Bench(configuration(*flags[1:])), {}
 
-        def cost(schedule: WidthSchedule) -> float:
-            return average(schedule, bench.timesteps, bench.costs) / bench.costs[1.0]
+        def share_of(schedule: WidthSchedule) -> float:
+            return bench.cost(schedule) / bench.costs[1.0]
 
-        tried = {}
         for share in BUDGETS:
             # Much cheaper ones belong to the next budget.
-            switches = [s for s in bench.switches() if 0.6 * share < cost(s) <= share]
-            found = bench.score_all(switches, bench.evaluator)
+            switches = [s for s in bench.switches() if 0.6 * share < share_of(s) <= share]
+            scored = bench.score_all(switches, bench.evaluator)
             if again := self.options.confirm_images:  # the best quarter, as in a search
-                found = sorted(found, key=lambda c: c.distance)[: -(-len(found) // 4)]
-                confirming = replace(bench.evaluator, num_images=again)
-                found = bench.score_all([c.schedule for c in found], confirming)
-            best = min(found, key=lambda c: c.distance)
-            self._save(f"switch-{share:g}", best.schedule.expanded(bench.T))
+                scored = sorted(scored, key=lambda c: c.distance)[: -(-len(scored) // 4)]
+                confirming = bench.evaluator.varied(again)
+                scored = bench.score_all([c.schedule for c in scored], confirming)
+            best = min(scored, key=lambda c: c.distance)
+            self._save(f"switch-{share:g}", bench.genome.stored(best.schedule))
             tried[f"{share:g}"] = len(switches)
             random = (
                 s for s in bench.random(100_000, seed=int(100 * share))
-                if 0.9 * share < cost(s) <= share
+                if 0.9 * share < share_of(s) <= share
             )  # fmt: skip
             for i, schedule in zip(range(self.options.seeds), random, strict=False):
-                self._save(f"random-{share:g}-{i}", schedule.expanded(bench.T))
+                self._save(f"random-{share:g}-{i}", bench.genome.stored(schedule))
         write_json(self.folder / "baselines.json", {"switches_tried": tried})
 
     # --- what came out ---
@@ -589,23 +573,12 @@ def read_flagfile(path: Path) -> dict[str, list[str]]:
     return dict(found)
 
 
-def commit() -> str:
-    """The checkout's commit, with + where files differ from it."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
-    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-
-
 def speed() -> tuple[str, ...]:
     """Flags for what is fast on this machine."""
     if not torch.cuda.is_available():
         return ("--amp=auto",)
     try:
-        compiling.check_compiler(torch.device("cuda"))
+        check_compiler(torch.device("cuda"))
     except UserError:
         return ()
     return ("--compile",)

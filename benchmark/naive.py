@@ -12,8 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+import build
 import diffusion
+from build import Model
 from model import SlimmableUNet
+from settings import Configuration
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 CIFAR10 = diffusion.NoiseSchedule(1e-4, 0.02, 1000)
@@ -26,10 +29,17 @@ def cifar10_network() -> SlimmableUNet:
     return SlimmableUNet(1000, 128, (1, 2, 2, 2), (1,), 2, 0.1)
 
 
-def digits_network() -> SlimmableUNet:
-    """The supernet of config/digits.txt with random weights."""
-    torch.manual_seed(0)
-    return SlimmableUNet(100, 32, (1, 2), (1,), 1, 0.0, num_groups=8, in_ch=1)
+DIGITS = {
+    "T": 100, "beta_1": 1e-3, "beta_T": 0.2, "ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1,
+    "dropout": 0.0, "num_groups": 8, "img_size": 8, "dataset": "digits", "fid_encoder": "pixels",
+}  # fmt: skip
+
+
+def untrained(in_ch: int, device: torch.device, **options: object) -> Model:
+    """A supernet of these options with random weights; the defaults are CIFAR-10's."""
+    config = Configuration.of(slimmable_unet=True, sandwich=True, **options)
+    net = build.own_network(config, device, in_ch).to(device)
+    return Model(net, config, device)
 
 
 class Denoiser:

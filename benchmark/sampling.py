@@ -17,23 +17,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import dataset as data
+import build
 import diffusion
 import score
 from benchmark import naive
 from benchmark.machine import describe
+from build import Model
+from commands.train import make_trainer
 from evaluate import Evaluator
 from model import StepAwareDenoiser, arithmetic, average, keep_freed, sampling_networks
 from model.networks import latency
 from report import table
 from runtime.files import write_json
 from sampling import noise as rng
-from train import Trainer, TrainSettings
 
 # Of the released schedule's 1000 entries 534 are 0.5, 274 are 1, 181 are 0.75 and 11 are 0.25.
 STEPS = (0.5,) * 8 + (1.0,) * 4 + (0.75,) * 3
@@ -118,59 +120,41 @@ def speed(batch: int, repeats: int, steps: tuple[float, ...], device: torch.devi
     }
 
 
-def trained_digits(folder: Path, steps: int) -> Trainer:
+def trained_digits(folder: Path, steps: int) -> Model:
     """A supernet after a short training on the digits."""
-    settings = TrainSettings(
-        batch_size=64, total_steps=steps, save_step=steps, sample_step=0, log_step=steps, lr=1e-3,
-        warmup=10, ema_decay=0.98, sandwich=True, num_workers=0,
+    model = naive.untrained(
+        1, torch.device("cpu"), **naive.DIGITS, logdir=str(folder), batch_size=64, sampler="ddim",
+        sample_steps=20, total_steps=steps, save_step=steps, log_step=steps, lr=1e-3, warmup=10,
+        ema_decay=0.98,
     )  # fmt: skip
-    trainer = Trainer(
-        settings=settings,
-        net=naive.digits_network(),
-        dataset=data.load("digits", "", 8),
-        noise_schedule=diffusion.NoiseSchedule(1e-3, 0.2, 100),
-        sampler=diffusion.Sampler("ddim", 20),
-        image_shape=(1, 8, 8),
-        logdir=folder,
-        device=torch.device("cpu"),
-        identity={},
-    )
-    trainer.run()
-    return trainer
+    trainer = make_trainer(model, build.load_images(model.config))
+    trainer.train(0, [])
+    return replace(model, net=trainer.ema.model)
 
 
-def evaluator(trainer: Trainer, name: str, images: int, seed: int = 0) -> Evaluator:
+def evaluator(model: Model, name: str, images: int, seed: int = 0) -> Evaluator:
     """Scores of the digits' full width in one arithmetic, by pixels."""
-    encoder, moments = score.encoder("pixels", trainer.device, None), score.Moments()
-    for batch in trainer.dataset.tensor.split(500):
+    networks = sampling_networks(model.net, [1.0], name)
+    generator = replace(build.generator(model, networks), seed=seed, batch_size=250, progress=False)
+    encoder, moments = build.encoder(model.config, model.device), score.Moments()
+    for batch in build.load_images(model.config).tensor.split(500):
         moments.update(encoder(batch))
-    return Evaluator(
-        networks=sampling_networks(trainer.ema.model, [1.0], name),
-        noise_schedule=trainer.noise_schedule,
-        sampler=trainer.sampler,
-        encoder=encoder,
-        reference=score.Gaussian(moments.mean, moments.covariance, trainer.device),
-        image_shape=trainer.image_shape,
-        device=trainer.device,
-        num_images=images,
-        batch_size=250,
-        seed=seed,
-        progress=False,
-    )
+    reference = score.Gaussian(moments.mean, moments.covariance, model.device)
+    return Evaluator(generator, encoder, reference, images)
 
 
 def precision(steps: int, images: int) -> dict:
     """What bfloat16 changes, beside what another seed changes."""
     full = [1.0] * 100
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trained_digits(Path(folder), steps)
+        model = trained_digits(Path(folder), steps)
     runs = {
         "float32": ("float32", 0),
         "bfloat16": ("bfloat16", 0),
         "another seed": ("float32", 1),
     }
     found = {
-        key: evaluator(trainer, name, images, seed).score(full, keep=images)
+        key: evaluator(model, name, images, seed).score(full, keep=images)
         for key, (name, seed) in runs.items()
     }
     scores, pictures = found["float32"]
@@ -184,11 +168,11 @@ def precision(steps: int, images: int) -> dict:
             }
     # The cost of noise on a network so small that it could matter.
     with torch.inference_mode():
-        noise = rng.ImageNoise(0, 0, torch.arange(250), trainer.image_shape)
+        noise = rng.ImageNoise(0, 0, torch.arange(250), model.image_shape)
         noise(0)
-        drawing = statistics.median(seconds(lambda: noise(1), trainer.device) for _ in range(9))
+        drawing = statistics.median(seconds(lambda: noise(1), model.device) for _ in range(9))
     step = 250 * latency(
-        sampling_networks(trainer.ema.model, [1.0])[1.0], trainer.image_shape, 250, trainer.device
+        sampling_networks(model.net, [1.0])[1.0], model.image_shape, 250, model.device
     )
     return result | {"noise_share_of_step": drawing / (step + drawing)}
 
@@ -196,26 +180,18 @@ def precision(steps: int, images: int) -> dict:
 def evaluate_and_weigh(images: int) -> None:
     """Print the peak memory of a process that evaluates so many images, on Linux."""
     keep_freed()
-    shape, count = (1, 8, 8), shape_size((1, 8, 8))
-    Evaluator(
-        networks=sampling_networks(naive.digits_network(), [0.25]),
-        noise_schedule=diffusion.NoiseSchedule(1e-3, 0.2, 100),
-        sampler=diffusion.Sampler("ddim", 2),
-        encoder=score.encoder("pixels", torch.device("cpu"), None),
-        reference=score.Gaussian(np.zeros(count), np.eye(count)),
-        image_shape=shape,
-        device=torch.device("cpu"),
-        num_images=images,
-        batch_size=100,
-        progress=False,
-    ).score([0.25] * 100, keep=64)
+    model = naive.untrained(
+        1, torch.device("cpu"), **naive.DIGITS, sampler="ddim", sample_steps=2, batch_size=100
+    )
+    networks = sampling_networks(model.net, [0.25])
+    generator = replace(build.generator(model, networks), progress=False)
+    encoder, reference = build.encoder(model.config, model.device), np.zeros(64)
+    Evaluator(generator, encoder, score.Gaussian(reference, np.eye(64)), images).score(
+        [0.25] * 100, keep=64
+    )
     # Not getrusage: its peak is never below that of the process that started this one.
     status = Path("/proc/self/status").read_text()
     print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)
-
-
-def shape_size(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape))
 
 
 def memory(counts: tuple[int, ...] = (1000, 5000)) -> dict[str, float]:

@@ -21,23 +21,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import dataset as data
-import diffusion
+import build
 import score
 from benchmark import naive
 from benchmark.machine import describe
+from build import Model
+from commands.train import make_trainer
 from evaluate import Evaluator
 from model import WidthSchedule, sampling_networks
 from model.networks import latency
 from report import table
 from runtime import processes as distributed
 from runtime.files import read_json, write_json
-from train import Trainer, TrainSettings
+from sampling.protocol import timesteps
 
 BATCH = 50
 SHAPE = (1, 8, 8)
@@ -49,36 +51,18 @@ BATCHES = (32, 64)  # of a training step
 ROUNDS = 3
 
 
-def trainer(batch: int) -> Trainer:
-    """Sandwich training of the digits' network; saves nothing here."""
-    return Trainer(
-        settings=TrainSettings(sandwich=True, batch_size=batch, num_workers=0),
-        net=naive.digits_network(),
-        dataset=data.load("digits", "", 8),
-        noise_schedule=diffusion.NoiseSchedule(1e-3, 0.2, 100),
-        sampler=diffusion.Sampler(),
-        image_shape=SHAPE,
-        logdir=Path(tempfile.gettempdir()),
-        device=CPU,
-        identity={},
-    )
+def digits(**options: object) -> Model:
+    """The digits' network, untrained."""
+    return naive.untrained(1, CPU, **naive.DIGITS, **options)
 
 
 def search_seconds(networks: Mapping, count: int, images: int, steps: int) -> float:
     """Wall time of scoring `count` schedules that have every width at as many steps."""
-    evaluator = Evaluator(
-        networks=networks,
-        noise_schedule=diffusion.NoiseSchedule(1e-3, 0.2, 100),
-        sampler=diffusion.Sampler("ddim", steps),
-        encoder=score.encoder("pixels", CPU, None),
-        reference=score.Gaussian(np.zeros(64), np.eye(64)),
-        image_shape=SHAPE,
-        device=CPU,
-        num_images=images,
-        batch_size=BATCH,
-        progress=False,
-    )
-    kept = evaluator.timesteps()
+    model = digits(sampler="ddim", sample_steps=steps, batch_size=BATCH)
+    generator = replace(build.generator(model, networks), progress=False)
+    reference = score.Gaussian(np.zeros(64), np.eye(64))
+    evaluator = Evaluator(generator, build.encoder(model.config, CPU), reference, images)
+    kept = timesteps(model.sampler)
     schedules = [
         WidthSchedule([naive.WIDTHS[(i + j) % 4] for i in range(steps)], kept) for j in range(count)
     ]
@@ -90,14 +74,11 @@ def search_seconds(networks: Mapping, count: int, images: int, steps: int) -> fl
 
 def step_seconds(batch: int, repeats: int) -> float:
     """Median wall time of a training step with `batch` images over all processes."""
-    job = trainer(batch)
-    network = job.wrapped()
-    images = data.batches(
-        job.dataset, batch, seed=0, part=(distributed.rank(), distributed.world())
-    )
-    times = []
+    model = digits(batch_size=batch)
+    job = make_trainer(model, build.load_images(model.config))
+    network, images, times = job.wrapped(), job.batches(0), []
     for _ in range(repeats + 1):
-        x_0 = next(images)
+        x_0, _ = next(images)
         distributed.gather(None)
         start = time.perf_counter()
         job.train_step(network, x_0)
@@ -117,7 +98,7 @@ def turn(networks: Mapping, shapes: Sequence[tuple[int, int, int]], quick: bool)
 def work(path: Path, quick: bool) -> None:
     """What each process does; rank 0 writes the times to `path`."""
     with distributed.group(CPU):
-        networks = sampling_networks(naive.digits_network(), naive.WIDTHS)
+        networks = sampling_networks(digits().net, naive.WIDTHS)
         shapes = SEARCHES[:1] if quick else SEARCHES
         turns = [turn(networks, shapes, quick) for _ in range(1 if quick else ROUNDS)]
         if distributed.is_main():

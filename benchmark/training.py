@@ -8,39 +8,26 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 
-import diffusion
 from benchmark import naive
 from benchmark.machine import describe
 from benchmark.sampling import NOT_MEASURED, seconds
+from commands.train import make_trainer
 from model import arithmetic, keep_freed
 from report import table
 from runtime.files import write_json
-from train import Trainer, TrainSettings
 
 
 def our_step(
     chosen: str, batch: int, device: torch.device, compiled: bool
 ) -> Callable[[torch.Tensor], None]:
     """Our training step in one arithmetic, as a function of a batch."""
-    trainer = Trainer(
-        settings=TrainSettings(sandwich=True, amp="auto", batch_size=batch),
-        net=naive.cifar10_network(),
-        dataset=None,
-        noise_schedule=naive.CIFAR10,
-        sampler=diffusion.Sampler(),
-        image_shape=naive.SHAPE,
-        logdir=Path(tempfile.gettempdir()),
-        device=device,
-        identity={},
-        compiled=compiled,
-        choose_arithmetic=lambda: chosen,
-    )
+    model = naive.untrained(3, device, batch_size=batch, compile=compiled, amp="auto")
+    trainer = make_trainer(model, None)
+    trainer.choose_arithmetic = lambda: chosen
     network = trainer.wrapped()
     return lambda x_0: trainer.train_step(network, x_0)
 
@@ -50,8 +37,8 @@ def measure(batch: int, repeats: int, device: torch.device) -> dict:
     net = naive.cifar10_network()
     chosen = arithmetic.chosen_for_training(net, "auto", naive.SHAPE, device)
     old = naive.Training(copy.deepcopy(net), device)
-    settings = TrainSettings(sandwich=True)
-    widths = iter([settings.widths(step) for step in range(repeats + 1)])
+    ours = make_trainer(naive.untrained(3, device), None)
+    widths = iter([ours.widths_of(step) for step in range(repeats + 1)])
     on_gpu = device.type == "cuda"
     works = {"naive": lambda x: old.step(x, next(widths))}
     if chosen != "float32":
