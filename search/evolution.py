@@ -18,7 +18,6 @@ from pymoo.core.repair import Repair
 from pymoo.operators.crossover.pntx import SinglePointCrossover
 from pymoo.operators.survival.rank_and_crowding.metrics import calc_crowding_distance
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
-from scipy.stats import spearmanr
 
 from model import WidthSchedule
 from search.front import Candidate, usable
@@ -204,6 +203,8 @@ class Evolution:
 
     def _compare(self, rung: Rung, before: Sequence[Candidate], after: Sequence[Candidate]) -> None:
         """Note the rank correlation (Spearman's ρ) of a rung's distances with the rung below."""
+        from scipy.stats import spearmanr  # a second to import
+
         distances = {c.schedule.widths: c.distance for c in after}
         pairs = [(c.distance, distances[c.schedule.widths]) for c in before]
         rho = spearmanr(*zip(*pairs, strict=True)).statistic if len(pairs) > 2 else math.nan

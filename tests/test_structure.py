@@ -114,9 +114,15 @@ def test_no_file_fixes_a_device() -> None:
         assert ".cuda()" not in path.read_text(), path
 
 
-def test_importing_touches_no_device() -> None:
-    modules = ", ".join(sorted({room(path) for path in FILES}))
-    code = f"import {modules}, torch; assert not torch.cuda.is_initialized(), 'initialised'"
+def test_importing_touches_no_device_and_nothing_slow() -> None:
+    modules = ", ".join(sorted({room(path) for path in FILES} | {
+        f"commands.{path.stem}" for path in FILES if path.parent.name == "commands"
+    }))  # fmt: skip
+    slow = {"diffusers", "matplotlib", "scipy.stats", "sklearn", "tensorboard", "torch._dynamo"}
+    code = (
+        f"import {modules}, sys, torch; assert not torch.cuda.is_initialized(), 'initialised'; "
+        f"assert not {slow} & set(sys.modules), {slow} & set(sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-W", "error::ResourceWarning", "-c", code],
         cwd=ROOT,

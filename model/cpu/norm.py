@@ -60,7 +60,6 @@ class _Norm(torch.autograd.Function):
         return before.permute(0, 3, 1, 2), *sums.sum(1), None, None, None
 
 
-@torch.compiler.disable  # its loops are opaque to torch.compile
 def norm(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool = False
 ) -> Tensor:

@@ -82,7 +82,6 @@ def _batches(images: Tensor, tiles: int) -> Iterator[slice]:
     return (slice(i, i + step) for i in range(0, len(images), step))
 
 
-@torch.compiler.disable  # its loops are opaque to torch.compile
 def convolve(x: Tensor, kernel: Tensor, bias: Tensor, plus: Tensor | None = None) -> Tensor:
     """x (B, C, H, W), kernel from `transformed`, bias (K,) -> (B, K, H, W), channels last.
 
