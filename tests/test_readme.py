@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -62,6 +63,22 @@ def test_the_demo_table_is_that_of_the_recorded_run() -> None:
         for name, result in record["results"].items()
     }  # fmt: skip
     assert f"{record['seconds']['all']:.0f} s" in text
+
+
+def test_the_table_of_widths_is_that_of_the_recorded_runs() -> None:
+    record = json.loads((ROOT / "results" / "widths" / "digits.json").read_text(encoding="utf-8"))
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    for cells in record["tables"].values():
+        for name, seeds in cells.items():
+            assert len(seeds) == 3
+            runs = [*seeds.values()]
+            (row,) = (
+                li for li in text.splitlines() if li.startswith(f"| {name}, {runs[0]['steps']} ")
+            )
+            for width in runs[0]["distance"]:
+                values = [run["distance"][width] for run in runs]
+                shown = f"{fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+                assert f"| {shown} |" in row
 
 
 if __name__ == "__main__":
