@@ -1,10 +1,12 @@
 """Published and better training: the distance at every width, for several seeds.
 
     python -m benchmark.widths [FOLDER] [--flagfile config/digits.txt] [--seeds 3] [--equal_compute]
+        [--steps 550] [--judge efficientnet_lite2]
 
 Fixed and proportional groups × published and better training, and a plain network of the same size,
 all for the recipe's number of steps. With --equal_compute the cells with cheaper steps then go on,
-each from its own checkpoint, until they have had as many FLOPs as better training.
+each from its own checkpoint, until they have had as many FLOPs as better training. --judge names an
+encoder that no choice was made with: every score is taken in its features, too.
 
 Runs main.py as a user would; each command and its duration is kept in FOLDER/commands.jsonl. What
 is done is not done again: stop it (Ctrl-C) and start it again at will. After each command
@@ -21,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from benchmark.machine import describe
@@ -53,11 +55,19 @@ class Widths:
         names = (name.replace(",", "").replace(" ", "_") for name in (table, cell))
         return self.options.folder.joinpath(*names, str(seed))
 
-    def run(self, *flags: str) -> None:
-        """Run main.py unless it has succeeded before with these flags; stop where it fails."""
+    def done(self, *flags: str) -> dict | None:
+        """The record of main.py's success with these flags."""
         command = ["main.py", *flags]
-        if any((r["command"], r["status"]) == (command, 0) for r in read_jsonl(self.log)):
+        records = (r for r in read_jsonl(self.log) if r["command"] == command and not r["status"])
+        return next(records, None)
+
+    def run(self, *flags: str, result: Path | None = None) -> None:
+        """Run main.py unless it has succeeded before with these flags; stop where it fails.
+
+        result: a JSON file that it writes, kept in its record."""
+        if self.done(*flags):
             return
+        command = ["main.py", *flags]
         print("\n$ python", *command, flush=True)
         start, cpu = time.perf_counter(), sum(os.times()[2:4])  # of children that have ended
         process = subprocess.Popen([sys.executable, str(ROOT / "main.py"), *flags])
@@ -66,7 +76,10 @@ class Widths:
         except KeyboardInterrupt:
             status = process.wait()  # it was interrupted too, and saves what it has
         record = {"command": command, "status": status, "seconds": time.perf_counter() - start}
-        append_jsonl(self.log, record | {"cpu_seconds": sum(os.times()[2:4]) - cpu})
+        record["cpu_seconds"] = sum(os.times()[2:4]) - cpu
+        if result and not status:
+            record["result"] = read_json(result)
+        append_jsonl(self.log, record)
         self.save()
         if status:
             sys.exit(status)
@@ -76,16 +89,27 @@ class Widths:
         o, logdir = self.options, self.logdir(table, cell, seed)
         flags = [f"--flagfile={o.flagfile}", *CELLS[cell], f"--seed={seed}", f"--logdir={logdir}"]
         flags += [f"--data_root={o.data_root}"] if o.data_root else []
+        flags += [f"--total_steps={o.steps}"] if o.steps else []
         if table == "equal compute":
             flags.append(f"--total_steps={self.equal_compute(cell, seed)}")
             if not logdir.exists():
                 start = self.logdir("equal steps", cell, seed)
                 shutil.copytree(start, logdir, ignore=shutil.ignore_patterns("eval*"))
         self.run("--train", *flags)
-        score = [f"--flagfile={logdir / 'flagfile.txt'}", "--batch_size=250"]
-        score += [f"--fid_cache={o.folder / 'statistics.npz'}", f"--num_images={o.images}"]
-        for width in WIDTHS if cell != PLAIN else WIDTHS[:1]:
-            self.run("--eval", *score, f"--assigned_width={width}")
+        for score, width in self.scores(logdir, cell):
+            name = "eval" if width == "1" else f"eval_width_{width}"
+            self.run(*score, result=logdir / f"{name}.json")
+
+    def scores(self, logdir: Path, cell: str) -> Iterator[tuple[list[str], str]]:
+        """The flags of a training's scores, and the width of each; those of the judge last."""
+        o = self.options
+        for judge in ("", o.judge)[: 2 if o.judge else 1]:
+            statistics_file = o.folder / f"statistics{judge and '_'}{judge}.npz"
+            flags = ["--eval", f"--flagfile={logdir / 'flagfile.txt'}", "--batch_size=250"]
+            flags += [f"--fid_encoder={judge}"] if judge else []
+            flags += [f"--fid_cache={statistics_file}", f"--num_images={o.images}"]
+            for width in WIDTHS if cell != PLAIN else WIDTHS[:1]:
+                yield [*flags, f"--assigned_width={width}"], width
 
     def equal_compute(self, cell: str, seed: int) -> int:
         """The steps of `cell` that cost as many FLOPs as the recipe's steps of all widths."""
@@ -97,19 +121,22 @@ class Widths:
     def result(self, table: str, cell: str, seed: int) -> dict | None:
         """What a training has come to; None until all its scores are there."""
         logdir = self.logdir(table, cell, seed)
-        names = ["eval", *(f"eval_width_{w}" for w in WIDTHS[1:])][: 1 if cell == PLAIN else None]
-        paths = [logdir / f"{name}.json" for name in names]
-        if not all(path.exists() for path in paths):
+        done = [(self.done(*flags), width) for flags, width in self.scores(logdir, cell)]
+        if not all(record for record, _ in done):
             return None
-        scores = dict(zip(WIDTHS, map(read_json, paths), strict=False))
+        scored: dict[str, dict[str, dict]] = {}
+        for record, width in done:
+            scored.setdefault(record["result"]["label"], {})[width] = record["result"]
+        (label, scores), *judged = scored.items()
         parts = {f"--logdir={self.logdir(t, cell, seed)}" for t in {table, "equal steps"}}
         trained = [r for r in read_jsonl(self.log) if parts & set(r["command"])]
         return {
             "steps": scores["1"]["step"],
             "cpu_seconds": sum(record["cpu_seconds"] for record in trained),
-            "label": scores["1"]["label"],
+            "label": label,
             "distance": {width: score["distance"] for width, score in scores.items()},
             "gflops": {width: score["average_gflops"] for width, score in scores.items()},
+            "judged": {name: {w: s["distance"] for w, s in each.items()} for name, each in judged},
         }
 
     def save(self) -> dict:
@@ -143,6 +170,8 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=Path("logs/widths"))
     parser.add_argument("--flagfile", type=Path, default=Path("config/digits.txt"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="of a training; else the recipe's")
+    parser.add_argument("--judge", default="", help="a second encoder")
     parser.add_argument("--images", type=int, default=2000, help="of each score")
     parser.add_argument("--data_root", help="main.py's; else the recipe's")
     parser.add_argument("--equal_compute", action="store_true", help="the second table too")

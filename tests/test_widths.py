@@ -38,14 +38,20 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> widths.Widths:
         "    width = flags['assigned_width']\n"
         "    name = 'eval' if width == '1' else f'eval_width_{width}'\n"
         "    about = {'step': int((folder.parent / 'steps').read_text()), 'distance': 0.5}\n"
-        "    about |= {'label': 'distance', 'average_gflops': float(width)}\n"
+        "    about |= {'label': flags.get('fid_encoder', 'own'), 'average_gflops': float(width)}\n"
         "    (folder.parent / f'{name}.json').write_text(json.dumps(about))\n"
     )
     monkeypatch.setattr(widths, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     return widths.Widths(
         argparse.Namespace(
-            folder=Path("runs"), flagfile=Path("digits.txt"), seeds=1, images=20, data_root=None
+            folder=Path("runs"),
+            flagfile=Path("digits.txt"),
+            seeds=1,
+            images=20,
+            data_root=None,
+            steps=None,
+            judge="another",
         )
     )
 
@@ -63,7 +69,8 @@ def test_what_is_done_is_not_done_again_and_compute_is_equal(job: widths.Widths)
         for table, cell in cells:
             job.train_and_score(table, cell, 0)
     runs = [json.loads(line) for line in Path("flags.jsonl").read_text().splitlines()]
-    assert len(runs) == 3 * (1 + 4) + 2 * (1 + 1)  # a training and its widths, once
+    # A training and its widths, once; a plain network has one width. Two encoders.
+    assert len(runs) == 5 + 2 * (4 + 4 + 1 + 4 + 1)
     # Per step: better 1 + 0.75 + 0.5 + 0.25 = 2.5, published 1 + 0.625 + 0.25, plain 1.
     tables = json.loads(Path("results/widths/digits.json").read_text())["tables"]
     assert tables["equal steps"]["plain network"]["0"]["steps"] == 100
