@@ -10,7 +10,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -191,6 +191,8 @@ class Model:
         return WidthSchedule.load(path, self.levels.T, widths, self.sampler.entries())
 
 
+# Full width is the same network whatever these are: a run that starts from it may choose them.
+FREE_AT_START = ("norm_groups", "skip_slicing")
 ADOPTED = ("network", "model", "default", "sampling")  # kinds of options: see settings.py
 
 
@@ -363,12 +365,18 @@ def _from_settings(
 def model_to_train(
     config: Configuration, state: Mapping[str, object] | None
 ) -> tuple[Model, dataset.AnySet]:
-    """A network as training starts with it, and the images. state: of the checkpoint that the run
-    goes on from, whose weights are not filled in here."""
+    """A network as training starts with it, and the images. state: of the checkpoint in LOGDIR that
+    the run goes on from, whose weights are not filled in here."""
     device, config = choose_device(config.run.device), settled(config)
     stored = checkpoint.settings(state) if state else {}
     if stored.get("kind") == "diffusers":
         model = _from_settings(config, device, stored, checkpoint_path(config))
+    elif state is None and config.training.init_checkpoint:
+        source = Path(config.training.init_checkpoint)
+        state = checkpoint.load(source)
+        model = _restored(config, device, state, source, free=FREE_AT_START)
+        stored = checkpoint.settings(state)
+        log.info(f"starts from {model.source}")
     elif config.training.init_diffusers:
         model = _from_diffusers(config, device)
     else:
@@ -398,8 +406,23 @@ def load_model(config: Configuration, logdir: str | None = None, ch: int | None 
     """
     check_name(config.sampling.sampler)  # an unknown name should not wait for a checkpoint
     device, path = choose_device(config.run.device), checkpoint_path(config, logdir)
-    state = checkpoint.load(path)
+    model = _restored(config, device, checkpoint.load(path), path, ch)
+    model.net.to(device).eval()
+    return model
+
+
+def _restored(
+    config: Configuration,
+    device: torch.device,
+    state: Mapping[str, object],
+    path: Path,
+    ch: int | None = None,
+    free: Iterable[str] = (),
+) -> Model:
+    """The EMA network of a checkpoint's state, on the CPU. free: options that need not agree with
+    it where they are given."""
     stored = checkpoint.settings(state)
+    stored |= {name: config[name] for name in config.given.intersection(free)}
     if ch is not None:
         stored.pop("ch", None)
     config = adopt(config, stored, path)
@@ -412,7 +435,7 @@ def load_model(config: Configuration, logdir: str | None = None, ch: int | None 
         net = own_network(config, device, in_ch, ch)
     checkpoint.fill(net, state["ema_model"], path)
     step, names = int(state.get("step", 0)), _class_names(stored, path)
-    return Model(net.to(device).eval(), config, device, step, f"{path}, step {step}", names)
+    return Model(net, config, device, step, f"{path}, step {step}", names)
 
 
 def _class_names(stored: Mapping[str, object], path: Path) -> tuple[str, ...]:

@@ -168,15 +168,15 @@ class TrainingLog:
         for name in ("grad_norm", "lr", "images_per_second"):
             self._writer.add_scalar(name, record[name], record["step"])
 
-    def scores(self, step: int, width: float, scores: Mapping[str, object]) -> None:
-        """Scores of one width at one step."""
+    def scores(self, step: int, name: str, width: float, scores: Mapping[str, object]) -> None:
+        """Scores at one step, of one width or of a schedule's mean width, which `name` names."""
         if not self._writer:
             return
         record = {"step": step, "width": width, "scores": scores}
         append_jsonl(self.folder / "train_eval.jsonl", record)
-        for name, value in scores.items():
+        for score, value in scores.items():
             if isinstance(value, float):
-                self._writer.add_scalar(f"{name}/width_{width:g}", value, step)
+                self._writer.add_scalar(f"{score}/{name}", value, step)
 
     def image(self, name: str, image: torch.Tensor, step: int) -> None:
         if self._writer:

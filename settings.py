@@ -191,6 +191,10 @@ class TrainSettings(Settings):
         "is not told, which --guidance_scale needs", least=0, most=1, stored="training")
     init_diffusers: str = option("", "start from the UNet in this folder that diffusers wrote",
         path=True)
+    init_checkpoint: str = option("", "start a new run from this checkpoint's averaged weights; "
+        "what shapes the network comes from it", path=True)
+    finetune_schedule: str = option("", "train each timestep at its own width of this schedule "
+        "only; with --init_checkpoint", path=True)
     sample_size: int = option(64, "images in the grids drawn during training", least=1)
     sample_step: int = option(1000, "steps between these grids; 0: none", least=0)
     save_step: int = option(5000, "steps between checkpoints", least=1)
@@ -200,6 +204,12 @@ class TrainSettings(Settings):
     def check(self) -> None:
         if self.distill and not self.sandwich:
             raise UserError("--distill teaches narrower widths, so it needs --sandwich")
+        if self.init_checkpoint and self.init_diffusers:
+            raise UserError("--init_checkpoint and --init_diffusers: a run starts from one of them")
+        if self.finetune_schedule and not self.init_checkpoint:
+            raise UserError(
+                "--finetune_schedule: the trained network to start from is --init_checkpoint"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,6 +65,7 @@ class Trainer:
 
     identity: every setting that the result depends on, kept in the checkpoint; a resumed run must
     agree with it. null_class: the label that stands for no class, in a class-conditional network.
+    schedule: a width for each of T timesteps, each of which is then trained at its own width only.
     choose_arithmetic: called once in a run's life. log(record): gets the losses since the last
     record, every log_step steps.
     """
@@ -81,6 +82,7 @@ class Trainer:
     identity: Mapping[str, object]
     choose_arithmetic: Callable[[], str] = lambda: "float32"
     null_class: int | None = None
+    schedule: Sequence[float] | None = None
     parallel: bool = False
     log: Callable[[Mapping[str, object]], None] = lambda record: None
     step: int = field(default=0, init=False)
@@ -175,7 +177,13 @@ class Trainer:
     # --- one step ---
 
     def widths_of(self, step: int) -> list[float]:
-        """The widths that step number `step` trains: 1, the smallest, and some drawn between."""
+        """The widths that step number `step` trains: 1, the smallest, and some drawn between; or
+        one of the schedule's, each as often as its timesteps are drawn."""
+        if self.schedule is not None:
+            generator, width = torch.Generator().manual_seed(_mix(self.run.seed, step, -3)), 0.0
+            while not width:  # a step that is left out needs no training
+                width = self.schedule[int(self.levels.sample_timesteps(1, generator))]
+            return [width]
         if not self.settings.sandwich:
             return [1.0]
         count, between = self.settings.num_sandwich_sampling - 2, self.widths.candidate_width
@@ -183,6 +191,15 @@ class Trainer:
             between, count, replace=count > len(between)
         )
         return [1.0, self.widths.min_width, *map(float, choice)]
+
+    def _timesteps(self, width: float, count: int, generator: torch.Generator) -> Tensor:
+        """Timesteps to train `width` at, (count,) long: any, or the schedule's of that width."""
+        t = self.levels.sample_timesteps(count, generator)
+        if self.schedule is not None:
+            own = torch.tensor(self.schedule) == torch.tensor(width)
+            while len(others := (~own[t]).nonzero().squeeze(1)):
+                t[others] = self.levels.sample_timesteps(len(others), generator)
+        return t
 
     def train_step(self, network: nn.Module, x_0: Tensor, labels: Tensor | None = None) -> None:
         """One update on a batch; labels (B,) where there are classes. `network` wraps self.net."""
@@ -199,7 +216,7 @@ class Trainer:
         for i, width in enumerate(widths):
             # A distilled width sees what the full width saw, and learns what that answered.
             if i == 0 or not s.distill:
-                t = self.levels.sample_timesteps(len(x_0) * world, generator)[share]
+                t = self._timesteps(width, len(x_0) * world, generator)[share]
                 t = t.to(self.device, non_blocking=True)
                 noise = normal(self.run.seed, TRAINING + i, places, self.step, self.image_shape)
                 x_t, target = self.levels.training_pair(x_0, t, noise, self.mean_type)

@@ -168,7 +168,10 @@ def training_plan(trainer: Trainer, model: Model) -> str:
         times.append(time.perf_counter() - start)
     # A backward pass costs about twice the forward pass; drawn widths count by their mean.
     forward = flops[1.0]
-    if s.sandwich:
+    if trainer.schedule is not None:
+        trained = [flops[width] for width in trainer.schedule if width]
+        forward = sum(trained) / len(trained)
+    elif s.sandwich:
         mean = sum(flops[w] for w in widths.candidate_width) / max(1, len(widths.candidate_width))
         forward += flops[widths.min_width] + (s.num_sandwich_sampling - 2) * mean
     gflops = 3 * forward * size * left / 1e9

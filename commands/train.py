@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import build
 import dataset
@@ -38,6 +39,8 @@ def train(config: Configuration) -> None:
         model, images = build.model_to_train(config, state)
         trainer = make_trainer(model, images)
         if state is not None:
+            if config.training.init_checkpoint:
+                say(f"goes on from {path}: --init_checkpoint is for a run's first start")
             trainer.resume(state)  # refuses before anything in the folder changes
         if config.run.dry_run:
             say(plan.training_plan(trainer, model))
@@ -76,6 +79,8 @@ def run(trainer: Trainer, model: Model, logdir: Path, resumed: bool) -> None:
         trainer.log = log.losses
         trainer.train(config.data.num_workers, milestones, owed)
     then = "--search" if config.widths.slimmable else "--eval"
+    if config.training.finetune_schedule:
+        then = f"--eval_stepaware --schedule {config.training.finetune_schedule}"
     say(
         f"trained: {trainer.path}, step {trainer.step} of {total}; look at {logdir / 'sample'}\n"
         f"and go on with\n  python main.py {then} --flagfile {flagfile}\n"
@@ -100,6 +105,12 @@ def make_trainer(model: Model, images: dataset.AnySet) -> Trainer:
         check_compiler(device)
     _ = model.sampler  # refused now, not at the first grid
 
+    schedule = None
+    if config.training.finetune_schedule:
+        schedule = model.schedule(config.training.finetune_schedule).expanded(model.levels.T)
+    # Its fingerprint: a schedule has a thousand entries.
+    identity["finetune_schedule"] = schedule and schedule.fingerprint
+
     def choose_arithmetic() -> str:
         chosen = arithmetic.chosen_for_training(net, config.run.amp, model.image_shape, device)
         if config.run.amp == "auto":
@@ -119,21 +130,26 @@ def make_trainer(model: Model, images: dataset.AnySet) -> Trainer:
         identity=identity,
         choose_arithmetic=choose_arithmetic,
         null_class=model.classes.count if model.classes else None,
+        schedule=schedule and schedule.widths,
         parallel=build.use_parallel(config, device),
     )
 
 
-def shown_widths(trainer: Trainer) -> list[float]:
-    """The widths whose samples and scores are shown during training."""
+def shown_schedules(trainer: Trainer) -> dict[str, Sequence[float]]:
+    """By name, what samples and scores are shown of during training."""
+    if trainer.schedule is not None:
+        return {"stepaware": trainer.schedule}
     least = trainer.widths.min_width if trainer.settings.sandwich else 1.0
-    return sorted({1.0, least}, reverse=True)
+    widths = sorted({1.0, least}, reverse=True)
+    return {f"width_{width:g}": [width] * trainer.levels.T for width in widths}
 
 
 def grids(trainer: Trainer, model: Model, logdir: Path, log: TrainingLog) -> Milestone:
     """Samples of the EMA network from x_T, really at each shown width."""
+    schedules = shown_schedules(trainer)
 
-    def path(step: int, width: float) -> Path:
-        return logdir / "sample" / f"{step}_width_{width:g}.png"
+    def path(step: int, name: str) -> Path:
+        return logdir / "sample" / f"{step}_{name}.png"
 
     def make() -> None:
         count, columns, classes = len(trainer.x_T), 0, model.classes
@@ -149,15 +165,15 @@ def grids(trainer: Trainer, model: Model, logdir: Path, log: TrainingLog) -> Mil
             progress=False,
             each_step=trainer.give_way,
         )
-        for width, network in sampling_networks(trainer.ema.model, shown_widths(trainer)).items():
-            shown = replace(generator, networks={width: network})
-            images = shown.images([width] * trainer.levels.T, count)
+        for name, schedule in schedules.items():
+            networks = sampling_networks(trainer.ema.model, sorted({*schedule} - {0.0}))
+            images = replace(generator, networks=networks).images(schedule, count)
             if processes.is_main():
-                grid = save_grid(path(trainer.step, width), images, columns)
-                log.image(f"sample/width_{width:g}", grid, trainer.step)
+                grid = save_grid(path(trainer.step, name), images, columns)
+                log.image(f"sample/{name}", grid, trainer.step)
 
     def made(step: int) -> bool:
-        return path(step, shown_widths(trainer)[-1]).exists()
+        return path(step, list(schedules)[-1]).exists()
 
     return Milestone(trainer.settings.sample_step, True, make, made)
 
@@ -166,20 +182,21 @@ def scores(
     trainer: Trainer, evaluator: Callable[[], Evaluator], logdir: Path, log: TrainingLog
 ) -> Milestone:
     """Scores of the EMA network at each shown width."""
+    schedules = shown_schedules(trainer)
+    widths = {name: fmean(schedule) for name, schedule in schedules.items()}
 
-    def unscored(step: int) -> list[float]:
+    def unscored(step: int) -> list[str]:
         records = read_jsonl(logdir / "train_eval.jsonl")
         scored = {record["width"] for record in records if record["step"] == step}
-        return [width for width in shown_widths(trainer) if width not in scored]
+        return [name for name, width in widths.items() if width not in scored]
 
     def make() -> None:
-        for width in processes.gather(unscored(trainer.step))[0]:
-            networks = sampling_networks(trainer.ema.model, [width])
+        for name in processes.gather(unscored(trainer.step))[0]:
+            networks = sampling_networks(trainer.ema.model, sorted({*schedules[name]} - {0.0}))
             now = evaluator().varied(networks=networks, each_step=trainer.give_way)
-            result, _ = now.score([width] * trainer.levels.T)
-            log.scores(
-                trainer.step, width, {now.encoder.key: result.distance, "images": result.images}
-            )
+            result, _ = now.score(schedules[name])
+            values = {now.encoder.key: result.distance, "images": result.images}
+            log.scores(trainer.step, name, widths[name], values)
 
     def made(step: int) -> bool:
         return not unscored(step)

@@ -22,7 +22,7 @@ FORMAT = 1
 ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}  # of each parameter
 REMEDY = "the file is damaged or of another program: take an earlier one with --ckpt_name"
 # Settings of files that lack them: released ones, and those older than the setting.
-DEFAULTS = {"skip_slicing": "leading", "norm_groups": "fixed"}
+DEFAULTS = {"skip_slicing": "leading", "norm_groups": "fixed", "finetune_schedule": None}
 
 
 def save(path: str | Path, state: Mapping[str, object]) -> None:

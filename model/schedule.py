@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -34,6 +35,11 @@ class WidthSchedule:
     def expanded(self, T: int) -> WidthSchedule:
         """The same schedule with an entry for each of T timesteps."""
         return WidthSchedule([self[t] for t in range(T)])
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that another width would change."""
+        return hashlib.sha256(json.dumps(self.widths).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.widths)

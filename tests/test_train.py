@@ -171,6 +171,32 @@ def test_plain_training_uses_one_width(tmp_path: Path) -> None:
     assert widths == [1.0]
 
 
+def test_a_schedule_is_trained_at_each_timestep_s_own_width(tmp_path: Path) -> None:
+    schedule, seen = [0.25] * 3 + [0.0] * 2 + [1.0] * 5, []
+    trained = trainer(tmp_path)
+    trained.schedule = schedule
+
+    def network(x: torch.Tensor, t: torch.Tensor, width: float) -> torch.Tensor:
+        seen.extend((int(each), width) for each in t)
+        return trained.net(x, t, width)
+
+    for step in range(40):
+        trained.train_step(network, batch(trained, step))
+    assert all(schedule[t] == width for t, width in seen)
+    assert {t for t, _ in seen} == {
+        0,
+        1,
+        2,
+        5,
+        6,
+        7,
+        8,
+        9,
+    }  # a step that is left out is not trained
+    assert len(seen) == 40 * 8  # one width per step
+    assert sum(width == 0.25 for _, width in seen) / len(seen) == pytest.approx(3 / 8, abs=0.2)
+
+
 def test_bf16_trains(tmp_path: Path) -> None:
     trained = trainer(tmp_path)
     trained.choose_arithmetic = lambda: "bfloat16"
@@ -564,3 +590,63 @@ def test_tensors_that_do_not_fit_are_refused(
         state["x_T"][0], about = torch.inf, "x_T .*finite"
     torch.save(state, run_folder / "ckpt.pt")
     refused(rf"run/ckpt\.pt: .*{about}", *TRAIN, "--logdir=run", "--total_steps=8")
+
+
+# --- starts from a checkpoint ---------------------------------------------------------------------
+
+SHORT = (*TRAIN, "--logdir=new", "--total_steps=1", "--sample_step=0")
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_a_run_starts_from_a_checkpoint_s_averaged_weights(
+    run_folder: Path, released: bool
+) -> None:
+    state = torch.load(run_folder / "ckpt.pt", weights_only=True)
+    if released:
+        state = {name: state[name] for name in ("net_model", "ema_model")}
+    torch.save(state, "other.pt")
+    start = (*SHORT, "--init_checkpoint=other.pt", "--skip_slicing=segments")
+    assert run_main(*start, "--lr=1e-12", "--ema_decay=0.5", "--batch_size=4").status == 0
+    new = checkpoint.load(Path("new/ckpt.pt"))
+    assert new["step"] == 1
+    assert new["settings"]["batch_size"] == 4
+    assert new["settings"]["skip_slicing"] == "segments"  # full width is the same
+    for name, value in state["ema_model"].items():
+        torch.testing.assert_close(new["ema_model"][name], value)
+    again = (*start, "--lr=1e-12", "--ema_decay=0.5", "--batch_size=4", "--total_steps=2")
+    assert run_main(*again).status == 0
+    assert checkpoint.load(Path("new/ckpt.pt"))["step"] == 2
+
+
+def test_what_shapes_the_network_comes_from_the_checkpoint(
+    run_folder: Path, refused: Callable
+) -> None:
+    for flag in ("--ch=32", "--T=20", "--beta_T=0.4", "--num_groups=8"):
+        refused(
+            rf"run/ckpt\.pt.*{flag.split('=')[0]}", *SHORT, "--init_checkpoint=run/ckpt.pt", flag
+        )
+    refused("nowhere.pt", *SHORT, "--init_checkpoint=nowhere.pt")
+    refused("init_checkpoint", *SHORT, "--finetune_schedule=run/search.txt")
+
+
+def test_a_run_for_a_schedule_is_continued_scored_and_searched(
+    run_folder: Path, refused: Callable
+) -> None:
+    Path("search.txt").write_text(json.dumps([0.25] * 6 + [1] * 4))
+    Path("other.txt").write_text(json.dumps([0.25] * 10))
+    start = (*SHORT, "--init_checkpoint=run/ckpt.pt", "--finetune_schedule")
+    whole = (*start, "search.txt", "--total_steps=4", "--sample_step=2", "--eval_step=2")
+    whole += ("--num_images=20", "--fid_cache=statistics.npz")
+    assert run_main(*whole, "--logdir=whole").status == 0
+    assert Path("whole/sample/4_stepaware.png").exists()
+    scores = read_lines(Path("whole/train_eval.jsonl"))
+    assert [(score["step"], score["width"]) for score in scores] == [(2, 0.55), (4, 0.55)]
+    assert run_main(*whole, "--total_steps=2").status == 0
+    (Path("new") / "search.txt").write_bytes(Path("search.txt").read_bytes())
+    refused("finetune_schedule", *start, "other.txt", "--total_steps=4")
+    assert run_main(*whole).status == 0
+    first, second = (checkpoint.load(Path(name, "ckpt.pt")) for name in ("whole", "new"))
+    assert same(first["ema_model"], second["ema_model"])
+    score = ("--flagfile=new/flagfile.txt", "--notrain", "--device=cpu")
+    assert run_main(*score, "--eval_stepaware").status == 0
+    assert run_main(*score, "--search", "--num_generation=1", "--pop_size=3").status == 0
