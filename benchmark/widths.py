@@ -8,6 +8,9 @@ all for the recipe's number of steps. With --equal_compute the cells with cheape
 each from its own checkpoint, until they have had as many FLOPs as better training. --judge names an
 encoder that no choice was made with: every score is taken in its features, too.
 
+With --finetune it is better training alone, a search for its network, and the network trained on for
+the schedule that was found, beside its control: as many FLOPs spent on more sandwich training.
+
 Runs main.py as a user would; each command and its duration is kept in FOLDER/commands.jsonl. What
 is done is not done again: stop it (Ctrl-C) and start it again at will. After each command
 results/widths/RECIPE.json is written anew, made of what is done so far.
@@ -42,6 +45,9 @@ CELLS = {  # the most telling first
     "fixed groups, published": ("--norm_groups=fixed", *PUBLISHED),
 }
 TABLES = ("equal steps", "equal compute")
+BEST = "proportional groups, better"
+SEARCH = ("--search_method=sensitivity", "--num_generation=12", "--pop_size=8", "--num_images=256",
+          "--batch_size=256", "--flops_budget=0.3")  # fmt: skip
 
 
 class Widths:
@@ -50,6 +56,7 @@ class Widths:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.log = options.folder / "commands.jsonl"
+        self.schedules: dict[str, dict[str, dict]] = {}  # by what was done and seed
 
     def logdir(self, table: str, cell: str, seed: int) -> Path:
         names = (name.replace(",", "").replace(" ", "_") for name in (table, cell))
@@ -111,9 +118,41 @@ class Widths:
             for width in WIDTHS if cell != PLAIN else WIDTHS[:1]:
                 yield [*flags, f"--assigned_width={width}"], width
 
+    def finetune(self, seed: int) -> None:
+        """The distance of a schedule for better training's network before and after training for
+        it, and after its control."""
+        base = self.logdir("equal steps", BEST, seed)
+        flagfile, schedule = f"--flagfile={base / 'flagfile.txt'}", base / "search.txt"
+        own = f"--fid_cache={self.options.folder / 'statistics.npz'}"
+        self.run("--search", flagfile, *SEARCH, own)
+        gflops = self.stepaware("before", base, seed)["average_gflops"]
+        better = self.result("equal steps", BEST, seed)
+        steps = round(better["steps"] * sum(better["gflops"].values()) / gflops)
+        start = ("--train", flagfile, f"--init_checkpoint={base / 'ckpt.pt'}", "--sample_step=0")
+        for name, flags in (
+            ("finetuned", (f"--total_steps={steps}", f"--finetune_schedule={schedule}")),
+            ("control", (f"--total_steps={better['steps']}",)),
+        ):
+            logdir = self.logdir(name, BEST, seed)
+            self.run(*start, *flags, f"--logdir={logdir}")
+            self.stepaware(name, logdir, seed)
+
+    def stepaware(self, name: str, logdir: Path, seed: int) -> dict:
+        """The score of better training's schedule with the network in `logdir`."""
+        schedule = self.logdir("equal steps", BEST, seed) / "search.txt"
+        flags = ["--eval_stepaware", f"--flagfile={logdir / 'flagfile.txt'}", "--batch_size=250"]
+        flags += [f"--schedule={schedule}", f"--num_images={self.options.images}"]
+        flags += [f"--fid_cache={self.options.folder / 'statistics.npz'}"]
+        self.run(*flags, result=logdir / "eval_stepaware.json")
+        result = self.done(*flags)["result"]
+        self.schedules.setdefault(name, {})[str(seed)] = {
+            name: result[name] for name in ("distance", "label", "step", "average_gflops")
+        }
+        return result
+
     def equal_compute(self, cell: str, seed: int) -> int:
         """The steps of `cell` that cost as many FLOPs as the recipe's steps of all widths."""
-        better = self.result("equal steps", "proportional groups, better", seed)
+        better = self.result("equal steps", BEST, seed)
         full, *others, least = better["gflops"].values()
         step = full if cell == PLAIN else full + statistics.mean(others) + least
         return round(better["steps"] * sum(better["gflops"].values()) / step)
@@ -147,7 +186,10 @@ class Widths:
                 tables[table].setdefault(cell, {})[str(seed)] = result
         record = {"recipe": str(o.flagfile), "images": o.images, "tables": tables,
                   "machine": describe(), "commands": read_jsonl(self.log)}  # fmt: skip
-        write_json(ROOT / "results" / "widths" / f"{o.flagfile.stem}.json", record)
+        name = o.flagfile.stem
+        if o.finetune:
+            record, name = record | {"for a schedule": self.schedules}, f"{name}_finetune"
+        write_json(ROOT / "results" / "widths" / f"{name}.json", record)
         return tables
 
 
@@ -175,12 +217,18 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000, help="of each score")
     parser.add_argument("--data_root", help="main.py's; else the recipe's")
     parser.add_argument("--equal_compute", action="store_true", help="the second table too")
+    parser.add_argument("--finetune", action="store_true", help="--finetune_schedule alone")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     work = Widths(options)
-    for table, seed, cell in itertools.product(TABLES, range(options.seeds), CELLS):
+    cells = (BEST,) if options.finetune else CELLS
+    for table, seed, cell in itertools.product(TABLES, range(options.seeds), cells):
         if table == "equal steps" or (options.equal_compute and "better" not in cell):
             work.train_and_score(table, cell, seed)
+    for seed in range(options.seeds) if options.finetune else ():
+        work.finetune(seed)
+    for name, seeds in work.schedules.items():
+        print(f"{name}: {statistics.mean(r['distance'] for r in seeds.values()):.4f}", seeds)
     for table, cells in work.save().items():
         print(f"\n{table}\n", *markdown(cells), sep="\n")
 

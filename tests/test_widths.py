@@ -52,6 +52,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> widths.Widths:
             data_root=None,
             steps=None,
             judge="another",
+            finetune=False,
         )
     )
 
