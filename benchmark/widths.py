@@ -8,8 +8,8 @@ all for the recipe's number of steps. With --equal_compute the cells with cheape
 each from its own checkpoint, until they have had as many FLOPs as better training. --judge names an
 encoder that no choice was made with: every score is taken in its features, too.
 
-With --finetune it is better training alone, a search for its network, and the network trained on for
-the schedule that was found, beside its control: as many FLOPs spent on more sandwich training.
+With --finetune it is better training alone, a search for its network, and the network trained on
+for the schedule that was found, beside its control: as many FLOPs spent on more sandwich training.
 
 Runs main.py as a user would; each command and its duration is kept in FOLDER/commands.jsonl. What
 is done is not done again: stop it (Ctrl-C) and start it again at will. After each command
