@@ -31,7 +31,7 @@ from sampling.conditioning import Classes
 from sampling.generate import Generator
 from sampling.noise import SAMPLING
 from sampling.protocol import Sampler
-from sampling.samplers import check_name, make_sampler
+from sampling.samplers import check_name, make_sampler, signal_at_start
 from settings import CIFAR10_STATISTICS, OPTIONS, Configuration
 
 log = logging.getLogger("ddsm")
@@ -144,6 +144,20 @@ class Model:
         if self.config.search.allow_skip and not sampler.skips:
             raise UserError(
                 f"--allow_skip: --sampler={settings.sampler} leaves no step out; use ddpm or ddim"
+            )
+        d = self.config.diffusion
+        if (share := signal_at_start(sampler)) > 0.02:
+            log_once(
+                f"warning: the chain starts at timestep {max(sampler.entries())} of {d.T}, where a "
+                f"noised image still has {100 * share:.0f} % of its variance: "
+                "--timestep_spacing=trailing starts at the last one"
+            )
+        cosine = d.precond == "none" and d.beta_schedule == "squaredcos_cap_v2"
+        if cosine and d.mean_type == "epsilon" and not settings.clip_denoised:
+            log_once(
+                "warning: near t = T a cosine β leaves next to no signal, so small errors of "
+                "--mean_type=epsilon become large ones of the image: sample with --clip_denoised, "
+                "or train with --mean_type=v"
             )
         return sampler
 

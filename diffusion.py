@@ -123,14 +123,26 @@ class NoiseSchedule(_Levels):
     def timesteps(self, steps: int, spacing: str = "uniform") -> list[int]:
         """The timesteps, rising, that a sampler of `steps` steps keeps.
 
-        uniform: 0, T/K, 2T/K, …; quadratic: ⌊linspace(0, √(0.8·T), K)²⌋ (Song et al. 2021).
+        uniform: 0, T/K, 2T/K, …; quadratic: ⌊linspace(0, √(0.8·T), K)²⌋ (Song et al. 2021);
+        leading, trailing and linspace: as diffusers' schedulers have them (Lin et al. 2024, table
+        2). A single step is at T − 1, whatever the spacing: anywhere else the network would be
+        shown pure noise as a noisy image.
         """
         self._check_steps(steps)
+        T = self.T
+        if spacing not in SPACINGS:
+            raise UserError(f"--timestep_spacing={spacing}: one of {', '.join(SPACINGS)}")
+        if steps == 1:
+            return [T - 1]
         if spacing == "uniform":
-            return [i * self.T // steps for i in range(steps)]
+            return [i * T // steps for i in range(steps)]
         if spacing == "quadratic":
-            return [int(s) for s in np.linspace(0, np.sqrt(self.T * 0.8), steps) ** 2]
-        raise UserError(f"--timestep_spacing={spacing}: one of {', '.join(SPACINGS)}")
+            return [int(s) for s in np.linspace(0, np.sqrt(T * 0.8), steps) ** 2]
+        if spacing == "leading":
+            return [i * (T // steps) for i in range(steps)]
+        if spacing == "linspace":
+            return [int(t) for t in np.linspace(0, T - 1, steps).round()]
+        return [round(T - i * (T / steps)) - 1 for i in reversed(range(steps))]
 
     def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t of the forward process: √ᾱ_t·x_0 + √(1 − ᾱ_t)·noise, for t (B,) long."""

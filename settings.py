@@ -18,7 +18,7 @@ MEAN_TYPES = ("epsilon", "xprev", "xstart", "v")
 VAR_TYPES = ("fixedlarge", "fixedsmall")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PRECONDITIONINGS = ("none", "edm")
-SPACINGS = ("uniform", "quadratic")
+SPACINGS = ("uniform", "quadratic", "leading", "trailing", "linspace")
 SKIP_SLICING = ("leading", "segments")
 NORM_GROUPS = ("fixed", "proportional")
 ENCODERS = ("inception", "efficientnet_lite0", "efficientnet_lite2", "pixels")
@@ -122,7 +122,8 @@ class SamplingSettings(Settings):
     sampler: str = option("ddpm", "ddpm, ddim, edm, dpm_solver, or a scheduler class of "
         "diffusers, such as UniPCMultistepScheduler; after --precond=edm the default is edm")
     sample_steps: int = option(0, "steps of the sampler; 0: one for every timestep", least=0)
-    timestep_spacing: str = option("uniform", "which timesteps ddpm and ddim keep",
+    timestep_spacing: str = option("uniform", "which of T timesteps K steps of ddpm and ddim keep: "
+        "0, T/K, 2T/K, … (published, as is quadratic), or those of diffusers' spacing of that name",
         choices=SPACINGS)
     var_type: str = option("fixedlarge", "variance of an ancestral step", choices=VAR_TYPES,
         stored="sampling")

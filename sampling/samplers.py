@@ -49,8 +49,23 @@ def make_sampler(
         from sampling.schedulers import DiffusersScheduler  # diffusers takes seconds to import
 
         sampler = DiffusersScheduler(s, levels, mean_type, limit)
-    sampler.entries()  # a number of steps that cannot be is refused here
+    top = max(sampler.entries())  # a number of steps that cannot be is refused here
+    if signal_at_start(sampler) > 0.5:
+        raise UserError(
+            f"--sampler={s.sampler} --sample_steps={s.sample_steps}: its first step is at timestep "
+            f"{top} of {levels.T}, where an image is hardly noisy, but a chain starts from noise: "
+            "take more steps, or a timestep_spacing of trailing"
+        )
     return sampler
+
+
+def signal_at_start(sampler: Sampler) -> float:
+    """The share of signal variance that a noised image has at a chain's first timestep, beyond that
+    at T − 1; the chain starts from noise alone."""
+    levels = sampler.levels
+    if isinstance(levels, EDMSchedule):  # its chains start at the largest σ
+        return 0.0
+    return levels.abar(max(sampler.entries())) - levels.abar(levels.T - 1)
 
 
 def check_name(name: str) -> None:

@@ -12,6 +12,7 @@ import difflib
 import functools
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import diffusers
@@ -26,9 +27,17 @@ from sampling.protocol import CHURN, OURS, Call, Sampler
 SHORT = {"dpm_solver": "DPMSolverMultistepScheduler"}
 PREDICTION = {"epsilon": "epsilon", "xstart": "sample", "v": "v_prediction"}
 VARIANCE = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}
-# Entries of a config that say what the network was trained for, so no option may change them.
-TRAINED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
-           "prediction_type", "rescale_betas_zero_snr", "clip_sample")  # fmt: skip
+# Entries of a config that --scheduler_options may have: how the steps are made, and at which of the
+# trained noise levels. All others say what the network is shown or was trained for, or are flags.
+ALLOWED = {
+    "algorithm_type", "clip_sample_range", "corrector_order", "disable_corrector",
+    "dynamic_thresholding_ratio", "euler_at_final", "final_sigmas_type", "interpolation_type",
+    "lambda_min_clipped", "lower_order_final", "original_inference_steps", "predict_x0",
+    "predictor_order", "sample_max_value", "set_alpha_to_one", "skip_prk_steps", "solver_order",
+    "solver_type", "steps_offset", "thresholding", "timestep_scaling", "timestep_spacing",
+    "use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas", "use_lu_lambdas",
+}  # fmt: skip
+DEVIATION = 0.5  # of the pixels for which a solver is tried
 # They have the interface, but run from the image to the noise or with another parameterisation.
 _OTHERS = ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler", "CogVideoXDDIMScheduler")
 
@@ -112,8 +121,8 @@ class DiffusersScheduler(Sampler):
             options = json.loads(text or "{}")
         except (ValueError, RecursionError) as error:
             raise UserError(f"--scheduler_options is not JSON ({error})") from error
-        allowed = [n for n in _parameters(self._class.__init__) if n not in TRAINED]
-        if not isinstance(options, dict) or not options.keys() <= set(allowed):
+        allowed = ALLOWED & _parameters(self._class.__init__).keys()
+        if not isinstance(options, dict) or not options.keys() <= allowed:
             raise UserError(
                 f"--scheduler_options={text}: a JSON object with entries among "
                 f"{', '.join(sorted(allowed))}"
@@ -166,15 +175,29 @@ class DiffusersScheduler(Sampler):
         variance = taken["variance_type"].default if "variance_type" in taken else None
         if not isinstance(variance, str):
             settings.pop("variance_type")  # elsewhere it asks for a network that learned a variance
-        if "original_inference_steps" in taken:  # LCM's and TCD's 50 may be more than T
+        if "original_inference_steps" in taken:  # LCM's and TCD's 50 may be more than T, or too few
             usual = taken["original_inference_steps"].default
-            settings.setdefault("original_inference_steps", min(usual, self.levels.T))
+            most = min(max(usual, self._steps), self.levels.T)
+            settings.setdefault("original_inference_steps", most)
+        if self._steps == self.levels.T:  # of every timestep; linspace would have one of them twice
+            settings.setdefault("timestep_spacing", "trailing")
         settings = {key: value for key, value in settings.items() if key in taken}
         if self._steps > self.levels.T:
             raise UserError(f"--sample_steps={self._steps}: must be in 1 to T={self.levels.T}")
+        if self._class is diffusers.PNDMScheduler and self._steps < 4:
+            raise UserError(f"--sample_steps={self._steps}: PNDMScheduler makes at least 4 steps")
         with self._one_line():
             scheduler = self._class(**settings)
             scheduler.set_timesteps(self._steps)  # on the CPU: looking a step up waits for nothing
+        first, *others = scheduler.timesteps.tolist()
+        # PNDM's first step and those of order 2 visit a timestep again by design.
+        twice = scheduler.order == 1 and self._class is not diffusers.PNDMScheduler
+        if not math.isfinite(math.fsum(others)) or (twice and others[:1] == [first]):
+            raise UserError(
+                f"--sampler={self.settings.sampler} cannot place {self._steps} steps so at the "
+                f"noise levels of the network: its first one is at timesteps {first:g} and "
+                f"{others[0]:g}; take another number of steps, or another spacing or σ"
+            )
         return scheduler
 
     @contextlib.contextmanager
@@ -195,20 +218,31 @@ class DiffusersScheduler(Sampler):
     @functools.lru_cache(maxsize=16)  # noqa: B019 - it is frozen
     def _shown(self) -> tuple[tuple[int, ...], int]:
         """The timestep of each call of the network, rounded to trained ones, and how many calls
-        make one step. Found by running the chain on one pixel, so that a setting that breaks
-        fails first."""
+        make one step. Found by running the chain on pixels that are Gaussian, for which the right
+        answer is known, so that a solver which goes astray even with that is refused."""
         scheduler, shown = self._scheduler(), []
 
         def denoise(x: Tensor, t: int, step: int) -> Tensor:
             shown.append(t)
-            return torch.zeros_like(x)
+            abar = self.levels.abar(t)
+            x_0 = x * abar**0.5 * DEVIATION**2 / (abar * DEVIATION**2 + 1 - abar)
+            noise = (x - abar**0.5 * x_0) / (1 - abar) ** 0.5
+            v = abar**0.5 * noise - (1 - abar) ** 0.5 * x_0
+            return {"epsilon": noise, "xstart": x_0, "v": v}[self.mean_type]
+
+        def noise(t: int) -> Tensor:
+            return torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(t))
 
         with self._one_line():
             order = scheduler.order
-            x = torch.ones(1, 1, 1, 1)
-            x_0 = self._run(scheduler, denoise, x, lambda t: torch.ones_like(x), None)
-            if not bool(x_0.isfinite().all()):
-                raise ValueError("the result is not finite")
+            x_0 = self._run(scheduler, denoise, noise(2**31), noise, None)
+            deviation = float(x_0.std())
+        if not deviation < 3 * DEVIATION:
+            raise UserError(
+                f"--sampler={self.settings.sampler} goes astray with {self._steps} steps and these "
+                f"options: of a network that is always right it makes pixels that deviate by "
+                f"{deviation:.3g} instead of {DEVIATION}; take another number of steps or sampler"
+            )
         return tuple(shown), order
 
     def _run(

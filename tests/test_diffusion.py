@@ -101,7 +101,8 @@ def test_levels_of_edm() -> None:
         (1000, 5, "uniform", [0, 200, 400, 600, 800]),
         (10, 3, "uniform", [0, 3, 6]),
         (4, 4, "uniform", [0, 1, 2, 3]),
-        (1000, 1, "uniform", [0]),
+        (1000, 1, "uniform", [999]),  # a chain starts from noise, and the last timestep is noise
+        (1000, 1, "quadratic", [999]),
         # √800 = 28.28: its quarters squared are 50, 200, 450, 800.
         (1000, 5, "quadratic", [0, 50, 200, 450, 800]),
         (10, 5, "quadratic", [0, 0, 2, 4, 8]),
@@ -112,6 +113,16 @@ def test_timesteps(T: int, steps: int, spacing: str, expected: list) -> None:
     # Squaring a square root may fall just short of the integer.
     assert kept[:-1] == expected[:-1]
     assert kept[-1] in (expected[-1], expected[-1] - (spacing == "quadratic"))
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_spacings_of_diffusers(spacing: str) -> None:
+    for T, steps in ((1000, 1000), (1000, 50), (1000, 30), (100, 60), (10, 7), (7, 2)):
+        theirs = DDIMScheduler(T, timestep_spacing=spacing)
+        theirs.set_timesteps(steps)
+        ours = NoiseSchedule(1e-4, 0.02, T).timesteps(steps, spacing)
+        assert ours == sorted(theirs.timesteps.tolist())
+    assert NoiseSchedule(1e-4, 0.02, 1000).timesteps(1, spacing) == [999]
 
 
 def test_edm_timesteps_round_the_ramp() -> None:

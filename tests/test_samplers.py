@@ -28,6 +28,7 @@ from settings import Configuration, SamplingSettings
 
 STANDARD = NoiseSchedule(1e-4, 0.02, 1000)
 SHORT = NoiseSchedule(1e-3, 0.3, 10)
+COSINE = NoiseSchedule(1e-4, 0.02, 1000, "squaredcos_cap_v2")
 MEAN, DEVIATION = 0.1, 0.4
 STOCHASTIC = (
     "DDPMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
@@ -305,6 +306,14 @@ def test_a_sampler_says_what_it_heeds() -> None:
         ("dpm_solver", {"scheduler_options": "{"}, "not JSON"),
         ("dpm_solver", {"scheduler_options": '{"order": 3}'}, "entries among"),
         ("dpm_solver", {"scheduler_options": '{"beta_end": 3}'}, "entries among"),
+        ("dpm_solver", {"scheduler_options": '{"use_flow_sigmas": true}'}, "entries among"),
+        ("EulerDiscreteScheduler", {"scheduler_options": '{"timestep_type": "continuous"}'},
+         "entries among"),
+        ("PNDMScheduler", {"sample_steps": 3}, "--sample_steps=3"),
+        ("DDIMScheduler", {"sample_steps": 1, "levels": STANDARD}, "--sample_steps=1.*trailing"),
+        ("HeunDiscreteScheduler", {"sample_steps": 2, "levels": STANDARD}, "astray with 2 steps"),
+        ("UniPCMultistepScheduler", {"sample_steps": 10, "levels": COSINE,
+         "scheduler_options": '{"use_karras_sigmas": true}'}, "timesteps 999 and 999"),
         ("ddim", {"scheduler_options": "{}"}, "--scheduler_options"),
         ("edm", {"timestep_spacing": "quadratic"}, "--timestep_spacing=quadratic"),
         ("edm", {"S_churn": -1.0}, "--S_churn=-1.0"),
@@ -319,6 +328,48 @@ def test_mistakes_are_one_line(name: str, settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         sampler(name, **{"levels": SHORT, **settings})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["dpm_solver", "UniPCMultistepScheduler", "DEISMultistepScheduler", "SASolverScheduler"]
+)
+def test_solvers_that_visit_every_timestep(name: str) -> None:
+    """By diffusers' linspace they would visit one twice, and divide by 0."""
+    levels = NoiseSchedule(1e-3, 0.2, 100)
+    every = sampler(name, levels)
+    assert timesteps(every) == list(range(100))
+    noise = noise_of((64, 1, 4, 4))
+    x = every.sample(exact(levels, "epsilon", MEAN, DEVIATION), noise(1000), noise)
+    assert x.mean() == pytest.approx(MEAN, abs=0.1)
+    assert x.std() == pytest.approx(DEVIATION, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])
+def test_more_steps_than_a_consistency_model_s_usual_ones(name: str) -> None:
+    assert len(timesteps(sampler(name, sample_steps=60))) == 60
+
+
+def test_chains_that_begin_where_images_are_not_all_noise_are_said(run_folder: Path) -> None:
+    generate = [*TINY, "--generate", "--logdir=run", "--num_images=1", "--sampler=ddim"]
+    for number, (flags, warned) in enumerate({
+        ("--sample_steps=2",): True,
+        ("--sample_steps=10",): False,
+        ("--sample_steps=2", "--timestep_spacing=trailing"): False,
+    }.items()):  # fmt: skip
+        build.log_once.cache_clear()
+        out = run_main(*generate, *flags, f"--out=out{number}").out
+        assert ("warning: the chain starts at timestep 5 of 10" in out) == warned
+
+
+@pytest.mark.parametrize(
+    ("flag", "warned"),
+    [("--mean_type=epsilon", True), ("--clip_denoised", False), ("--mean_type=v", False)],
+)
+def test_cosine_betas_with_predicted_noise_are_said(here: Path, flag: str, warned: bool) -> None:
+    build.log_once.cache_clear()
+    out = run_main(*TINY, "--train", "--dry_run", "--logdir=new", "--batch_size=4",
+                   "--beta_schedule=squaredcos_cap_v2", flag).out  # fmt: skip
+    assert ("warning: near t = T a cosine" in out) == warned
 
 
 # --- what works with what -------------------------------------------------------------------------
