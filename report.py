@@ -168,6 +168,11 @@ class TrainingLog:
         for name in ("grad_norm", "lr", "images_per_second"):
             self._writer.add_scalar(name, record[name], record["step"])
 
+    def changes(self, step: int, changed: Mapping[str, Sequence]) -> None:
+        """What --allow_changes let change at `step`: name -> (before, now)."""
+        if self._writer and changed:
+            append_jsonl(self.folder / "train.jsonl", {"step": step, "changed": changed})
+
     def scores(self, step: int, name: str, width: float, scores: Mapping[str, object]) -> None:
         """Scores at one step, of one width or of a schedule's mean width, which `name` names."""
         if not self._writer:

@@ -196,6 +196,8 @@ class TrainSettings(Settings):
         "what shapes the network comes from it", path=True)
     finetune_schedule: str = option("", "train each timestep at its own width of this schedule "
         "only; with --init_checkpoint", path=True)
+    allow_changes: bool = option(False, "go on from a checkpoint although --lr, --warmup, "
+        "--batch_size, --ema_decay, --amp or --grad_clip differ from it")
     sample_size: int = option(64, "images in the grids drawn during training", least=1)
     sample_step: int = option(1000, "steps between these grids; 0: none", least=0)
     save_step: int = option(5000, "steps between checkpoints", least=1)

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import shutil
 import signal
 import time
 from collections import defaultdict
@@ -32,6 +30,10 @@ from runtime.identity import agree
 from runtime.progress import progress
 from sampling.noise import SAMPLING, TRAINING, ImageNoise, normal
 from settings import RunSettings, TrainSettings, WidthSettings
+
+# What --allow_changes lets differ where training goes on from a checkpoint.
+CHANGEABLE = ("lr", "warmup", "batch_size", "ema_decay", "amp", "grad_clip")
+UNTRAINED = 0.01  # share of the averaged weights that may still be the first ones at the end
 
 
 class Interrupted(Exception):  # noqa: N818 - it is a state of affairs, not an error
@@ -104,17 +106,38 @@ class Trainer:
         self._signum = 0
         self._losses: dict[float, list[Tensor]] = defaultdict(list)
 
+    def warnings(self) -> list[str]:
+        """What is odd about the settings of a run that starts from nothing."""
+        s, lines = self.settings, []
+        if s.warmup >= s.total_steps:
+            lines.append(
+                f"--warmup={s.warmup}: the learning rate never reaches --lr in --total_steps="
+                f"{s.total_steps}"
+            )
+        if (share := s.ema_decay**s.total_steps) > UNTRAINED and not s.init_checkpoint:
+            lines.append(
+                f"--ema_decay={s.ema_decay}: after --total_steps={s.total_steps} the averaged "
+                f"weights, which make the images, are still {100 * share:.0f} % the untrained ones"
+            )
+        return lines
+
     # --- state ---
 
-    def resume(self, state: Mapping[str, object]) -> None:
-        """Go on from a checkpoint's state."""
-        agree(
-            self.path,
-            checkpoint.settings(state),
-            self.identity,
-            "use the same ones to continue it, or another --logdir to start anew",
-            ignore=["latent_vae"],  # the folder may move; its fingerprint is another setting
-        )
+    def resume(self, state: Mapping[str, object]) -> dict[str, tuple[object, object]]:
+        """Go on from a checkpoint's state. Returns what --allow_changes let change: name ->
+        (value there, value here)."""
+        stored, changed = checkpoint.settings(state), {}
+        if self.settings.allow_changes:
+            changed = {
+                name: (stored[name], self.identity[name])
+                for name in CHANGEABLE
+                if name in stored and stored[name] != self.identity[name]
+            }
+        remedy = "use the same ones to continue it, or another --logdir to start anew"
+        if not self.settings.allow_changes:
+            remedy += f"; --allow_changes lets {', '.join(CHANGEABLE)} differ"
+        # The VAE's folder may move; its fingerprint is another setting.
+        agree(self.path, stored, self.identity, remedy, ignore=["latent_vae", *changed])
         checkpoint.fill(self.net, state["net_model"], self.path)
         checkpoint.fill(self.ema.model, state["ema_model"], self.path)
         checkpoint.check_optimizer(state.get("optim"), self.optim, self.path)
@@ -123,7 +146,7 @@ class Trainer:
             checkpoint.load_optimizer(self.optim, state["optim"])
             self.sched.load_state_dict(state["sched"])
             self.step = int(state["step"])
-            self.arithmetic = str(state.get("arithmetic", ""))
+            self.arithmetic = "" if "amp" in changed else str(state.get("arithmetic", ""))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self.path} cannot be continued: its optim, sched or step does not fit ({error})"
@@ -132,6 +155,12 @@ class Trainer:
         if getattr(x_T, "shape", None) == self.x_T.shape:  # else of another --sample_size
             checkpoint.check_tensor(x_T, self.x_T, f"{self.path}: x_T")
             self.x_T = x_T
+        if changed.keys() & {"lr", "warmup"}:  # the state brought back the rates of before
+            self.sched.base_lrs = [self.settings.lr]
+            rate = self.settings.lr * self.sched.lr_lambdas[0](self.sched.last_epoch)
+            self.optim.param_groups[0].update(initial_lr=self.settings.lr, lr=rate)
+            self.sched._last_lr = [rate]
+        return changed
 
     def save(self, numbered: bool = False) -> None:
         """Write CKPT_NAME.pt and, where `numbered`, keep it as CKPT_NAME_STEP.pt too."""
@@ -152,12 +181,7 @@ class Trainer:
             },
         )
         if numbered:
-            kept = self.numbered(self.step)
-            kept.unlink(missing_ok=True)
-            try:
-                os.link(self.path, kept)  # the next save replaces CKPT_NAME.pt, not this file
-            except OSError:
-                shutil.copy2(self.path, kept)
+            checkpoint.keep(self.path, self.numbered(self.step))
 
     def numbered(self, step: int) -> Path:
         """Where the checkpoint of that step is kept."""
@@ -170,8 +194,9 @@ class Trainer:
         """
         if not bool(self.grad_norm.isfinite()):
             raise UserError(
-                f"the loss or its gradient is not finite at step {self.step}; lower --lr or raise "
-                f"--warmup, and start again from the last checkpoint in {self.path.parent}"
+                f"the loss or its gradient is not finite at step {self.step}: give the same command "
+                f"with --allow_changes and a lower --lr (it is {self.settings.lr:g}); it goes on "
+                f"from {self.path}, or anew where there is none"
             )
 
     # --- one step ---

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -36,12 +36,24 @@ def train(config: Configuration) -> None:
     with alone_in(logdir, wait=False) if alone else contextlib.nullcontext():
         path = build.checkpoint_path(config)
         state = checkpoint.load(path) if path.exists() else None
+        own = checkpoint.own_path(path, state) if state else path
+        if own != path and own.exists():
+            raise UserError(
+                f"{path} is kept as it is, and the run's own {own.name} is there, too: go on from "
+                f"that with --ckpt_name={own.stem}, or start a new run from this one with "
+                f"--init_checkpoint={path} and another --logdir"
+            )
         model, images = build.model_to_train(config, state)
         trainer = make_trainer(model, images)
+        changed = {}
         if state is not None:
             if config.training.init_checkpoint:
                 say(f"goes on from {path}: --init_checkpoint is for a run's first start")
-            trainer.resume(state)  # refuses before anything in the folder changes
+            changed = trainer.resume(state)  # refuses before anything in the folder changes
+            for name, (there, here) in changed.items():
+                say(f"from step {trainer.step} on, --{name} is {here} instead of {there}")
+        for line in trainer.warnings():
+            say(f"warning: {line}")
         if config.run.dry_run:
             say(plan.training_plan(trainer, model))
             return
@@ -51,11 +63,23 @@ def train(config: Configuration) -> None:
                 f"{logdir} has no {path.name} but {', '.join(others)}: name the one to go on from "
                 "with --ckpt_name, or another --logdir to start anew"
             )
-        run(trainer, model, logdir, resumed=state is not None)
+        if own != path:
+            say(f"{path} is kept as it is; the run goes on as {own}")
+            trainer.path = own
+            model = replace(model, config=model.config.changed(ckpt_name=own.stem))
+        elif state and processes.is_main():
+            checkpoint.keep_foreign(path, state)
+        run(trainer, model, logdir, state is not None, changed)
 
 
-def run(trainer: Trainer, model: Model, logdir: Path, resumed: bool) -> None:
-    """Train to the end, with logs, grids and scores in `logdir`."""
+def run(
+    trainer: Trainer,
+    model: Model,
+    logdir: Path,
+    resumed: bool,
+    changed: Mapping[str, Sequence],
+) -> None:
+    """Train to the end, with logs, grids and scores in `logdir`. changed: by --allow_changes."""
     config, total, step = model.config, trainer.settings.total_steps, trainer.step
     evaluator = functools.cache(lambda: build.evaluator(model, {}))
     log = TrainingLog(logdir, step if resumed else None)
@@ -69,13 +93,14 @@ def run(trainer: Trainer, model: Model, logdir: Path, resumed: bool) -> None:
         owed = trainer.owed(milestones)
     flagfile = logdir / "flagfile.txt"
     if processes.is_main():
-        write_text(flagfile, options.flagfile_text(config))
+        write_text(flagfile, options.flagfile_text(config.changed(allow_changes=False)))
     if step >= total and not owed:
         say(f"{trainer.path} is already at step {step} of {total}; nothing to do")
         return
     if config.training.eval_step:
         evaluator()  # what it lacks is said now, not at the first score
     with log:
+        log.changes(trainer.step, changed)
         trainer.log = log.losses
         trainer.train(config.data.num_workers, milestones, owed)
     then = "--search" if config.widths.slimmable else "--eval"

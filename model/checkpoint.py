@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import pickle
+import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from runtime.errors import UserError
-from runtime.files import read_tensors, write_tensors
+from runtime.files import read_tensors, replacing, write_tensors
 
 FORMAT = 1
 ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}  # of each parameter
@@ -71,6 +74,37 @@ def load(path: str | Path) -> dict:
             f"{path} cannot be continued or scored: its step is not a number"
         ) from error
     return state
+
+
+def own_path(path: Path, state: Mapping[str, object]) -> Path:
+    """Where a run that goes on from this checkpoint writes its own: NAME.pt after NAME_STEP.pt,
+    which is one of several that are kept; else the same file."""
+    match = re.fullmatch(r"(.+)_(\d+)", path.stem)
+    if match and ("format" not in state or int(match[2]) == state.get("step")):
+        return path.with_name(f"{match[1]}.pt")
+    return path
+
+
+def keep(path: Path, name: Path) -> None:
+    """Keep a checkpoint under another name too, unless there is a file of that name: the next save
+    replaces the one at `path`, not this one."""
+    try:
+        os.link(path, name)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        with replacing(name) as temporary:
+            shutil.copyfile(path, temporary)
+
+
+def keep_foreign(path: Path, state: Mapping[str, object]) -> None:
+    """Keep a checkpoint that this project did not write as NAME_original.pt, too."""
+    kept = path.with_name(f"{path.stem}_original.pt")
+    if "format" in state or (kept.exists() and kept.samefile(path)):
+        return
+    if kept.exists():
+        raise UserError(f"{path} would be written over, and {kept.name} is there: move one of them")
+    keep(path, kept)
 
 
 def settings(state: Mapping[str, object]) -> dict[str, object]:

@@ -223,7 +223,7 @@ def test_loss_that_is_not_finite(tmp_path: Path) -> None:
         steps(network, x_0 * (float("nan") if trained.step == 3 else 1), labels)
 
     trained.train_step = poisoned
-    with pytest.raises(UserError, match=r"not finite at step 4; lower --lr"):
+    with pytest.raises(UserError, match=r"not finite at step 4.*--allow_changes.*--lr"):
         trained.train(0, [trained.checkpoints()])
     # What was saved is from before.
     state = checkpoint.load(tmp_path / "ckpt.pt")
@@ -650,3 +650,75 @@ def test_a_run_for_a_schedule_is_continued_scored_and_searched(
     score = ("--flagfile=new/flagfile.txt", "--notrain", "--device=cpu")
     assert run_main(*score, "--eval_stepaware").status == 0
     assert run_main(*score, "--search", "--num_generation=1", "--pop_size=3").status == 0
+
+
+# --- what may change, and what is kept ------------------------------------------------------------
+
+
+def test_what_may_change_on_the_way(run_folder: Path, refused: Callable) -> None:
+    on = (*TRAIN, "--logdir=run", "--total_steps=8", "--lr=0.0001", "--batch_size=4", "--warmup=1")
+    refused("--allow_changes", *on)
+    refused("seed", *on, "--allow_changes", "--seed=1")
+    result = run_main(*on, "--allow_changes", "--ema_decay=0.8", "--amp=bf16", "--grad_clip=2")
+    assert result.status == 0, result.err
+    for name in train.CHANGEABLE:
+        assert f"from step 6 on, --{name} is" in result.out
+    lines = read_lines(run_folder / "train.jsonl")
+    assert [line["lr"] for line in lines[-2:]] == pytest.approx([0.0001] * 2)
+    assert lines[-3]["changed"]["lr"] == [0.001, 0.0001]
+    state = checkpoint.load(run_folder / "ckpt.pt")
+    assert state["settings"]["lr"] == 0.0001
+    assert state["arithmetic"] == "bfloat16"
+    flagfile = (run_folder / "flagfile.txt").read_text()
+    assert "--noallow_changes" in flagfile  # the next change is said, too
+    assert run_main("--train", "--flagfile=run/flagfile.txt", "--total_steps=9").status == 0
+
+
+def test_nothing_changes_where_nothing_differs(run_folder: Path, here: Path) -> None:
+    (here / "other").mkdir()
+    (here / "other" / "ckpt.pt").write_bytes((run_folder / "ckpt.pt").read_bytes())
+    for logdir, flags in (("run", ()), ("other", ("--allow_changes",))):
+        assert run_main(*TRAIN, f"--logdir={logdir}", "--total_steps=8", *flags).status == 0
+    first, second = (checkpoint.load(Path(name, "ckpt.pt")) for name in ("run", "other"))
+    assert same(first["optim"], second["optim"])
+    assert same(first["ema_model"], second["ema_model"])
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_a_numbered_checkpoint_is_not_written_over(
+    run_folder: Path, refused: Callable, released: bool
+) -> None:
+    numbered, own = run_folder / "ckpt_6.pt", run_folder / "ckpt.pt"
+    own.rename(numbered)
+    if released:
+        state = torch.load(numbered, weights_only=True)
+        del state["settings"], state["format"]
+        numbered = numbered.rename(run_folder / "ckpt_7.pt")  # its name and its step may differ
+        torch.save(state, numbered)
+    before = numbered.read_bytes()
+    on = (*TRAIN, "--logdir=run", f"--ckpt_name={numbered.stem}", "--save_step=1")
+    assert run_main(*on, "--total_steps=8").status == 0
+    assert numbered.read_bytes() == before
+    assert checkpoint.load(own)["step"] == 8
+    assert "--ckpt_name=ckpt\n" in (run_folder / "flagfile.txt").read_text()
+    refused(rf"{numbered.stem}.*--ckpt_name=ckpt", *on, "--total_steps=9")
+
+
+def test_a_foreign_checkpoint_is_kept(run_folder: Path) -> None:
+    path = run_folder / "ckpt.pt"
+    state = torch.load(path, weights_only=True)
+    del state["settings"], state["format"]
+    torch.save(state, path)
+    before = path.read_bytes()
+    for steps in (7, 8):
+        assert run_main(*TRAIN, "--logdir=run", f"--total_steps={steps}").status == 0
+        assert (run_folder / "ckpt_original.pt").read_bytes() == before
+    assert checkpoint.load(path)["step"] == 8
+
+
+def test_warm_up_or_mean_longer_than_the_run_is_said(here: Path) -> None:
+    plan = (*TRAIN, "--logdir=new", "--dry_run", "--total_steps=20")
+    said = run_main(*plan, "--warmup=20", "--ema_decay=0.9999").out
+    assert "warning: --warmup=20" in said
+    assert "warning: --ema_decay=0.9999" in said
+    assert "warning" not in run_main(*plan, "--warmup=19", "--ema_decay=0.7").out
