@@ -8,14 +8,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal, NotRequired, TypedDict
 
 import torch
+from msgspec import Meta
 
 from evaluate import Evaluator
 from model import average
 from runtime import processes
 from runtime.errors import UserError
 from runtime.files import append_jsonl, read_json, read_jsonl, replacing, write_jsonl, write_text
+from runtime.schema import TWO, Amount, Count, Name, Number, Width, Widths, check
 from search import Candidate, Search, hypervolume, pareto_front
 
 
@@ -130,6 +133,24 @@ def labelled_grid(
     _save(figure, path)
 
 
+class Losses(TypedDict):
+    """train.jsonl, a line: the mean loss of each width since the line before."""
+
+    step: Count
+    loss: NotRequired[dict[Name, float]]
+    grad_norm: NotRequired[float]
+    lr: NotRequired[Amount]
+    images_per_second: NotRequired[Amount]
+
+
+class StepScores(TypedDict):
+    """train_eval.jsonl, a line: the scores of one width during training."""
+
+    step: Count
+    width: Width
+    scores: NotRequired[dict[Name, float | None]]
+
+
 class TrainingLog:
     """train.jsonl, train_eval.jsonl and TensorBoard of a run, written by the main process alone.
 
@@ -145,7 +166,10 @@ class TrainingLog:
         if processes.is_main():
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            for name in ("train.jsonl", "train_eval.jsonl"):
+            logs = {"train.jsonl": Losses, "train_eval.jsonl": StepScores}
+            for name, schema in logs.items() if self.step is not None else ():
+                read_jsonl(self.folder / name, schema)  # refused before anything is changed
+            for name in logs:
                 log = self.folder / name
                 records = read_jsonl(log) if self.step is not None else []
                 if log.exists() or name == "train.jsonl":
@@ -224,6 +248,43 @@ class SearchProgress:
             self._writer.add_scalar("hypervolume", volume, generation)
             self._writer.add_scalar("best_distance", front[0].distance, generation)
             self._writer.flush()
+
+
+Pair = Annotated[list[Amount], TWO]  # cost and distance
+
+
+class Point(TypedDict):
+    """A scored schedule in front.json, which search.txt would hold."""
+
+    schedule: Widths
+    distance: Amount
+    distance_error: NotRequired[Amount | None]
+    cost: NotRequired[Amount]
+    average_gflops: Amount
+    saving: Number
+    latency_ms: Amount
+    generation: NotRequired[Count]
+
+
+class Front(TypedDict):
+    """front.json: the result of a search."""
+
+    label: Name
+    encoder: NotRequired[Name]
+    images: NotRequired[Count]
+    timesteps: Annotated[list[Count], Meta(min_length=1, max_length=2**20)]
+    full_width_gflops: Amount
+    cost: NotRequired[Literal["flops", "latency"]]
+    points: Annotated[list[Point], Meta(min_length=1)]
+    chosen_point: NotRequired[Count | None]
+    chosen: NotRequired[Point]
+    uniform: list[Point]
+    scored: NotRequired[list[Pair]]
+    candidates: NotRequired[Count]
+    passes: NotRequired[Amount]
+    passes_saved: NotRequired[Amount]
+    rank_correlations: NotRequired[list[dict[Name, object]]]
+    generations: NotRequired[list[dict[Name, object]]]
 
 
 @dataclass
@@ -421,12 +482,13 @@ def pick_point(folder: Path, front: dict, index: int) -> None:
 def read_front(path: Path) -> dict:
     """front.json of a finished search; UserError for anything else."""
     front = read_json(path)
-    try:
-        for point in front["points"]:
-            [float(w) for w in point["schedule"]]
-            for name in ("distance", "average_gflops", "saving", "latency_ms"):
-                float(point[name])
-        str(front["label"]), front["timesteps"], front["uniform"], front["full_width_gflops"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not the front of a finished search") from error
+    known = check(front, Front, path, "is it the front of a finished search?")
+    steps = known["timesteps"]
+    for place, point in enumerate(known["points"]):
+        entries = len(point["schedule"])
+        if entries != len(steps) and entries <= max(steps):
+            raise UserError(
+                f"{path}: points[{place}].schedule has {entries} entries; expected {len(steps)}, "
+                f"one for each sampler step, or one for each of at least {max(steps) + 1} timesteps"
+            )
     return front

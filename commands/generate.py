@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import torch
 
@@ -19,6 +20,7 @@ from runtime.errors import UserError
 from runtime.files import alone_in, read_image, read_json, save_image, writable_folder, write_json
 from runtime.identity import agree
 from runtime.processes import say
+from runtime.schema import Amount, Count, Name, Widths, check
 from settings import Configuration
 
 SHOWN = 64  # images in the grid, at most
@@ -105,12 +107,29 @@ def run(model: Model, schedule: WidthSchedule, out: Path) -> None:
     say(f"{count} images in {out}: {path(0).name} to {path(count - 1).name}, grid.png, images.json")
 
 
+class Generated(TypedDict):
+    """images.json: what the images depend on; these, and the settings of the network."""
+
+    weights: Name
+    schedule: NotRequired[Widths]
+    timesteps: NotRequired[list[Count] | None]
+    sampler: NotRequired[dict[Name, object]]
+    seed: NotRequired[int]
+    arithmetic: NotRequired[dict[Name, Name]]
+    images: NotRequired[Count]
+    checkpoint: NotRequired[str]
+    step: NotRequired[Count]
+    average_gflops: NotRequired[Amount]
+    full_width_gflops: NotRequired[Amount]
+
+
 def claim(about: Path, identity: dict[str, object], out: Path) -> None:
     """Say in `about` how the images of `out` are made. Raises UserError where it has others."""
     if processes.is_main():
-        stored, images = read_json(about) if about.exists() else None, sorted(out.glob("*.png"))
-        if about.exists() and not (isinstance(stored, dict) and "weights" in stored):
-            raise UserError(f"{about} does not say how images were made; name another --out")
+        stored = read_json(about) if about.exists() else None
+        if stored is not None:
+            check(stored, Generated, about, "name another --out")
+        images = sorted(out.glob("*.png"))
         if images and stored is None:
             raise UserError(
                 f"{out} has images that were made otherwise ({images[0].name}); name another --out"

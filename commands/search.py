@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
@@ -22,6 +22,7 @@ from runtime.errors import UserError
 from runtime.files import alone_in, read_json, save_grid, writable_folder, write_json
 from runtime.identity import agree
 from runtime.processes import say
+from runtime.schema import Count, Name, Positive, Width
 from sampling.generate import NotFiniteError
 from sampling.noise import SEARCH
 from sampling.prefixes import SharedStates
@@ -197,6 +198,15 @@ def scores_of(evaluator: Evaluator):
     return scores
 
 
+class Latencies(TypedDict):
+    """latency.json: seconds of an image's pass at each width, and what they were measured on."""
+
+    device: Name
+    batch_size: Count
+    amp: Name
+    seconds_per_image: dict[Width, Positive]
+
+
 def latency_table(folder: Path, model: Model, evaluator: Evaluator) -> dict[float, float]:
     """Seconds per image of each width's pass, measured once for the search in `folder`."""
     path, config, generator = folder / "latency.json", model.config, evaluator.generator
@@ -212,19 +222,13 @@ def latency_table(folder: Path, model: Model, evaluator: Evaluator) -> dict[floa
         }
         write_json(path, about | {"seconds_per_image": seconds})
     processes.gather(None)
-    stored = read_json(path)
-    try:
-        times = {float(w): float(s) for w, s in stored["seconds_per_image"].items()}
-        missing = [w for w in generator.networks if w not in times]
-        conditions_stored: Mapping = {name: stored[name] for name in about}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is not a table of latencies; delete it") from error
-    if not all(0 < seconds < math.inf for seconds in times.values()):
-        raise UserError(f"{path} is not a table of latencies; delete it")
+    stored = read_json(path, Latencies, "delete it")
+    times = stored["seconds_per_image"]
+    missing = [w for w in generator.networks if w not in times]
     remedy = "use the same, delete it, or name another --search_dir"
     agree(path, {"missing": []}, {"missing": missing}, remedy)
     if config.search.cost == "latency":
-        agree(path, conditions_stored, about, remedy)
+        agree(path, stored, about, remedy)
     return {0.0: 0.0} | times
 
 

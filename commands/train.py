@@ -16,7 +16,7 @@ from build import Model
 from commands import plan
 from evaluate import Evaluator
 from model import arithmetic, check_compiler, checkpoint, sampling_networks
-from report import TrainingLog
+from report import StepScores, TrainingLog
 from runtime import processes
 from runtime.errors import UserError
 from runtime.files import alone_in, read_jsonl, save_grid, writable_folder, write_text
@@ -211,7 +211,7 @@ def scores(
     widths = {name: fmean(schedule) for name, schedule in schedules.items()}
 
     def unscored(step: int) -> list[str]:
-        records = read_jsonl(logdir / "train_eval.jsonl")
+        records = read_jsonl(logdir / "train_eval.jsonl", StepScores)
         scored = {record["width"] for record in records if record["step"] == step}
         return [name for name, width in widths.items() if width not in scored]
 

@@ -19,6 +19,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -29,8 +30,9 @@ from dataset.batches import everything
 from dataset.images import AnySet, Images, fingerprint, to_network, to_uint8
 from runtime import processes as distributed
 from runtime.errors import UserError
-from runtime.files import alone_in, read_json, write_json
+from runtime.files import alone_in, check_file, read_json, write_json
 from runtime.progress import progress
+from runtime.schema import SHORT, Count, Few, Name, Number, Positive, Size, check
 
 KINDS = ("AutoencoderKL", "VQModel")
 REMEDY = "delete it and the next run makes it again"
@@ -101,18 +103,36 @@ class Autoencoder:
         return sum(p.numel() for p in self.network.decoder.parameters())
 
 
+class Config(TypedDict):
+    """config.json of an autoencoder; its other entries are diffusers' matter."""
+
+    _class_name: Name
+    in_channels: NotRequired[Size]
+    out_channels: NotRequired[Size]
+    latent_channels: NotRequired[Size]
+    vq_embed_dim: NotRequired[Size | None]
+    num_vq_embeddings: NotRequired[Size]
+    block_out_channels: NotRequired[Annotated[list[Size], SHORT]]
+    layers_per_block: NotRequired[Few]
+    scaling_factor: NotRequired[Positive | Annotated[list[Positive], SHORT] | None]
+    shift_factor: NotRequired[Number | Annotated[list[Number], SHORT] | None]
+    latents_mean: NotRequired[Number | Annotated[list[Number], SHORT] | None]
+    latents_std: NotRequired[Positive | Annotated[list[Positive], SHORT] | None]
+
+
 def _config(folder: Path) -> dict:
     """config.json of a supported autoencoder; UserError for anything else."""
     if not folder.is_dir():
         raise UserError(f"--latent_vae: {folder} is not a directory")
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").exists():
         subfolders = [name for name in ("vae", "vqvae", "movq") if (folder / name).is_dir()]
         hint = f"; did you mean {folder / subfolders[0]}?" if subfolders else ""
         raise UserError(f"--latent_vae: {folder} has no config.json of an autoencoder{hint}")
-    config = read_json(folder / "config.json")
-    kind = config.get("_class_name") if isinstance(config, dict) else None
-    if kind not in KINDS:
-        raise UserError(f"--latent_vae: {folder} contains {kind}, not one of {', '.join(KINDS)}")
+    path = folder / "config.json"
+    check(config := read_json(path), Config, f"--latent_vae: {path}")
+    if config["_class_name"] not in KINDS:
+        kind = config["_class_name"]
+        raise UserError(f"--latent_vae: {path} is for {kind}, not one of {', '.join(KINDS)}")
     return config
 
 
@@ -134,13 +154,9 @@ def _normalisation(folder: Path, channels: int, device: torch.device) -> tuple:
         value = config.get(name)
         value = default if value is None else value
         values = value if isinstance(value, list) else [value]
-        good = len(values) in (1, channels) and all(
-            isinstance(v, (int, float)) and math.isfinite(v) for v in values
-        )
-        if not good or (default == 1 and min(values) <= 0):
+        if len(values) not in (1, channels):
             raise UserError(
-                f"--latent_vae: {path}: {name} is {str(value)[:60]}; it must be "
-                f"{'positive' if default else 'finite'}, one number or {channels}"
+                f"--latent_vae: {path}: {name} has {len(values)} numbers, not 1 or {channels}"
             )
         if len(values) == 1:
             return float(values[0])
@@ -165,6 +181,7 @@ def _fingerprint(folder: Path, config: dict) -> str:
             f"--latent_vae: {folder} has no .safetensors weights, and other files can carry code"
         )
     for path in files:
+        check_file(path)
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
@@ -183,10 +200,24 @@ def _network(folder: Path, kind: str) -> torch.nn.Module:
         raise UserError(f"--latent_vae: cannot load {folder} ({reason})") from error
     if info["missing_keys"]:
         raise UserError(f"--latent_vae: {folder} has no weights for {info['missing_keys'][0]}")
+    if unused := info["unexpected_keys"]:
+        names = ", ".join(sorted(unused)[:3])
+        raise UserError(f"--latent_vae: {folder} has unused weights: {names}")
     return network.eval().requires_grad_(False)
 
 
 # --- The latents file -----------------------------------------------------------------------------
+
+
+class Identity(TypedDict):
+    """NAME.npy.json: what the latents beside it are of; processes, while they are made."""
+
+    autoencoder: Name
+    dataset: Name
+    img_size: Size
+    images: Count
+    content: Name
+    processes: NotRequired[Size]
 
 
 def identity(dataset: AnySet, autoencoder: Autoencoder, img_size: int) -> dict[str, object]:
@@ -219,9 +250,12 @@ def encoded(
                 _make(dataset, autoencoder, wanted, shape, path, batch_size, num_workers)
     _check_identity(path, wanted)
     try:
+        check_file(path)
         # Copy-on-write, because torch has no read-only tensors.
-        latents = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        latents = np.lib.format.open_memmap(path, mode="c")
+    except UserError:
+        raise
+    except Exception as error:  # numpy reads the header with Python's own parser
         raise UserError(f"cannot read {path} ({error}): {REMEDY}") from error
     if latents.shape != shape or latents.dtype != np.float16:
         raise UserError(f"{path} is damaged: {REMEDY}")
@@ -231,8 +265,7 @@ def encoded(
 
 def _check_identity(path: Path, wanted: dict[str, object]) -> None:
     """Raise UserError where the latents in `path` are not the wanted ones."""
-    stored = read_json(_identity_path(path))
-    stored = stored if isinstance(stored, dict) else {}
+    stored = read_json(_identity_path(path), Identity, REMEDY)
     differing = [
         f"{name}: {stored.get(name)} there, {value} here"
         for name, value in wanted.items()
@@ -295,7 +328,7 @@ def _make(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         stored = _identity_path(path)
-        resumes = stored.exists() and read_json(stored) == wanted
+        resumes = stored.exists() and read_json(stored, Identity, REMEDY) == wanted
         resumes = distributed.gather(resumes)[0] and partial.exists()
         with open(partial, "rb+" if resumes else "wb+") as file:
             file.write(header)

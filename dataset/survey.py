@@ -13,7 +13,7 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dataset.decoding import Header, read_header, reason
@@ -151,11 +151,6 @@ def _cache_file(paths: Sequence[str]) -> Path | None:
 def _read(cache: Path) -> Survey | None:
     """The summary in the file `cache`; None where it does not exist or is damaged."""
     try:
-        values = read_json(cache)
-        assert isinstance(values, dict)
-        sizes = {name: tuple(map(int, values[name])) for name in ("smallest", "largest")}
-        assert all(len(size) == 2 for size in sizes.values())
-        counts = {f.name: int(values[f.name]) for f in fields(Survey) if f.name not in sizes}
-        return Survey(**{**counts, **sizes, "first_grey": bool(counts["first_grey"])})
-    except (AssertionError, KeyError, TypeError, ValueError, UserError):
+        return read_json(cache, Survey)
+    except UserError:
         return None

@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -18,14 +19,17 @@ from torch import nn
 from model import ARITHMETIC, SamplingNetwork
 from model.networks import available, latency
 from runtime import processes as distributed
-from runtime.errors import UserError
 from runtime.files import alone_in, read_json, write_json
+from runtime.schema import Width
 
 # `auto` is measured on a CPU; here stands what it is on a GPU.
 AMP = {"none": "float32", "auto": "bfloat16", "bf16": "bfloat16", "fp16": "float16"}
 CPU_CHOICES = ("float32", "winograd", "bfloat16")
 BATCH = 8  # images of a measurement on a CPU: more take longer and tell nothing more
 ROUNDS = 5
+
+# arithmetic.json: what each width's network computes in.
+Arithmetics = dict[Width, Literal[*ARITHMETIC]]
 
 
 def chosen(
@@ -54,13 +58,7 @@ def _read(path: Path | None) -> dict[float, str]:
     """The arithmetic of each width in the file; none where there is no file."""
     if path is None or not path.exists():
         return {}
-    try:
-        stored = {float(w): str(name) for w, name in read_json(path).items()}
-        if not set(stored.values()) <= set(ARITHMETIC):
-            raise ValueError(f"one of {', '.join(ARITHMETIC)} expected")
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a table of arithmetics ({error}); delete it") from error
-    return stored
+    return read_json(path, Arithmetics, "delete it")
 
 
 def _measure(

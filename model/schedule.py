@@ -9,7 +9,8 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from runtime.errors import UserError
-from runtime.files import check_file, write_text
+from runtime.files import parse_json, read_text, write_text
+from runtime.schema import Widths, check
 
 
 class WidthSchedule:
@@ -64,24 +65,13 @@ class WidthSchedule:
         that is not among `candidates`. Nothing in the file is executed.
         """
         try:
-            check_file(path)
-            text = Path(path).read_text(encoding="utf-8")
+            text = read_text(path)
         except FileNotFoundError as error:
             raise UserError(
                 f"no width schedule at {path}; run --search first, or name one with --schedule"
             ) from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the width schedule {path}: {error}") from error
-        try:
-            widths = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{path} is not JSON ({error}); a width schedule is one list, [1, 0.75, …]"
-            ) from error
-        if not isinstance(widths, list) or not all(
-            isinstance(w, (int, float)) and not isinstance(w, bool) for w in widths
-        ):
-            raise UserError(f"{path} is not a list of numbers; a width schedule is [1, 0.75, …]")
+        remedy = "a width schedule is one list, [1, 0.75, …]"
+        widths = check(parse_json(text, path), Widths, path, remedy)
         # Steps that a sampler was asked for can meet: the file may name them all, or each once.
         lengths = {T} if timesteps is None else {T, len(timesteps), len(set(timesteps))}
         if len(widths) not in lengths:
@@ -94,13 +84,13 @@ class WidthSchedule:
             if width not in candidates:
                 names = ", ".join(f"{c:g}" for c in candidates)
                 raise UserError(
-                    f"{path}: entry {i} is width {width}, which is no candidate ({names}); "
+                    f"{path}: entry {i} is width {width:g}, which is no candidate ({names}); "
                     "see --candidate_width and --min_width"
                 )
         if len(widths) == T:
-            return cls(map(float, widths))
+            return cls(widths)
         keys = timesteps if len(widths) == len(timesteps) else set(timesteps)
-        return cls(map(float, widths), keys)
+        return cls(widths, keys)
 
     def save(self, path: str | Path) -> None:
         """Write the schedule as one JSON line, whole or not at all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -15,13 +16,18 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+from runtime import memory
 from runtime.errors import UserError
+from runtime.schema import check
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+T = TypeVar("T")
+DEEPEST = 32  # lists within lists that a JSON text may have
 
 
 @contextlib.contextmanager
@@ -128,19 +134,55 @@ def write_json(path: str | Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: str | Path) -> object:
-    """The JSON value in `path`; UserError where it does not exist or is not JSON."""
+def read_text(path: str | Path) -> str:
+    """The UTF-8 text in `path`: the one door of all text.
+
+    FileNotFoundError where there is nothing; UserError for whatever cannot be read.
+    """
+    check_file(path)
     try:
-        check_file(path)
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {path}: {reason}") from error
+        # Parsed JSON takes several times the space of its text.
+        memory.require(8 * os.path.getsize(path), f"reading {path}", "it is too large")
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: it is not UTF-8 text (byte {error.start})") from error
+
+
+def parse_json(text: str, name: object) -> object:
+    """The value of a JSON text; UserError, which begins with `name`, where it is none.
+
+    Nothing here nests deep, and what does would exhaust the stack wherever it is looked at.
+    """
+    try:
+        value = json.loads(text)
+        level, depth = [value], 0
+        if text.count("[") + text.count("{") > DEEPEST:
+            while level := [v for v in level if isinstance(v, list | dict)]:
+                level = [x for v in level for x in (v.values() if isinstance(v, dict) else v)]
+                depth += 1
+        if depth > DEEPEST:
+            raise ValueError(f"it nests {depth} deep")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name} is not JSON that can be used ({error})") from error
+    return value
+
+
+def read_json(path: str | Path, schema: type[T] = object, remedy: str = "") -> T:
+    """The JSON value in `path`, as schema.check makes it; UserError where it is not so, or there is
+    no such file."""
+    try:
+        return check(parse_json(read_text(path), path), schema, path, remedy)
+    except FileNotFoundError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 def append_jsonl(path: str | Path, record: object) -> None:
     """Add one line of JSON to `path`; it is on the disk when this returns."""
     try:
+        with contextlib.suppress(FileNotFoundError):
+            check_file(path)
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
@@ -149,27 +191,21 @@ def append_jsonl(path: str | Path, record: object) -> None:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def read_jsonl(path: str | Path) -> list:
-    """The records of `path`, none where it does not exist.
+def read_jsonl(path: str | Path, schema: type[T] = object) -> list[T]:
+    """The records of `path`, each as schema.check makes it; none where the file does not exist.
 
-    A last line that a killed writer left unfinished is left out; anything else that is not JSON is
-    a UserError.
+    A last line that a killed writer left unfinished is left out; anything else that is not JSON, or
+    not as the schema says, is a UserError.
     """
     try:
-        check_file(path)
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = read_text(path).split("\n")
     except FileNotFoundError:
         return []
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {path}: {reason}") from error
-    records = []
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            records.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number} is not JSON ({error})") from error
-    return records
+    names = (f"{path}, line {number}" for number in itertools.count(1))
+    return [
+        check(parse_json(line, name), schema, name)
+        for line, name in zip(lines[:-1], names, strict=False)
+    ]
 
 
 def write_jsonl(path: str | Path, records: Iterable[object]) -> None:
@@ -350,4 +386,8 @@ def read_image(path: str | Path) -> Tensor:
     """The PNG at `path`, (C, H, W) uint8."""
     from torchvision.io import decode_image
 
-    return decode_image(str(path))
+    check_file(path)
+    try:
+        return decode_image(str(path))
+    except RuntimeError as error:
+        raise UserError(f"{path} is damaged: remove it, and it is made again") from error

@@ -6,7 +6,7 @@ table. It knows nothing of networks, samplers, devices or flags.
 
 from search.front import UNUSABLE, Candidate, hypervolume, knee, pareto_front
 from search.genome import Genome
-from search.log import schedules_of, warm_start
+from search.log import warm_start
 from search.run import Search
 from search.scoring import Rung, Score
 from search.sensitivity import SEGMENTS
@@ -25,7 +25,6 @@ __all__ = [
     "hypervolume",
     "knee",
     "pareto_front",
-    "schedules_of",
     "search_stages",
     "warm_start",
 ]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
@@ -14,7 +14,32 @@ from model import WidthSchedule
 from runtime import processes as distributed
 from runtime.errors import UserError
 from runtime.files import append_jsonl, read_jsonl, write_jsonl
+from runtime.schema import Amount, Count, Name, Widths, check
 from search.genome import Genome
+
+
+class Header(TypedDict):
+    """search.jsonl, the first line: what the distances depend on."""
+
+    evaluation: dict[Name, object]
+
+
+class Scored(TypedDict):
+    """search.jsonl, every other line: a scored candidate.
+
+    A schedule that was scored on fewer images or steps has the name of that rung, and one that has
+    no distance says why it is unusable.
+    """
+
+    schedule: Widths
+    distance: Amount
+    cost: NotRequired[Amount]
+    rung: NotRequired[Name]
+    generation: NotRequired[Count]
+    label: NotRequired[Name]
+    passes: NotRequired[Amount]
+    passes_saved: NotRequired[Amount]
+    unusable: NotRequired[str]
 
 
 @dataclass
@@ -36,11 +61,12 @@ class SearchLog:
             if distributed.is_main():
                 write_jsonl(self.path, [{"evaluation": dict(self.identity)}])
             return
-        self._check(lines[0])
+        candidates = candidates_of(lines, self.path)
+        self._check(lines[0]["evaluation"])
         if distributed.is_main():
             write_jsonl(self.path, lines)  # without the unfinished line of a killed writer
-        for schedule, record in schedules_of(lines, self.path):
-            self.records[record.get("rung", ""), schedule] = record
+        for record in candidates:
+            self.records[record.get("rung", ""), record["schedule"]] = record
 
     def add(self, record: dict) -> None:
         """Store a candidate; it is on the disk when this returns."""
@@ -48,8 +74,7 @@ class SearchLog:
             append_jsonl(self.path, record)
         self.records[record["rung"], tuple(record["schedule"])] = record
 
-    def _check(self, header: object) -> None:
-        stored = header.get("evaluation", {}) if isinstance(header, dict) else {}
+    def _check(self, stored: Mapping[str, object]) -> None:
         differing = [
             f"{name}: {stored.get(name)} there, {value} here"
             for name, value in self.identity.items()
@@ -64,16 +89,11 @@ class SearchLog:
             )
 
 
-def schedules_of(records: Sequence[object], path: Path) -> Iterator[tuple[tuple[float, ...], dict]]:
-    """(widths, record) of each candidate in a search log's records."""
-    for number, record in enumerate(records[1:], 2):
-        try:
-            widths = tuple(float(w) for w in record["schedule"])
-            if not math.isfinite(record["distance"]):
-                raise ValueError("distance is not finite")
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}, line {number} is not a scored candidate ({error})") from error
-        yield widths, record
+def candidates_of(records: Sequence[object], path: str | Path) -> list[Scored]:
+    """The candidates in a search log's records; UserError where these are no search log."""
+    check(records[0], Header, f"{path}, line 1")
+    lines = enumerate(records[1:], 2)
+    return [check(record, Scored, f"{path}, line {number}") for number, record in lines]
 
 
 def warm_start(path: str | Path, genome: Genome, count: int) -> list[WidthSchedule]:
@@ -85,10 +105,10 @@ def warm_start(path: str | Path, genome: Genome, count: int) -> list[WidthSchedu
     if not records:
         raise UserError(f"--search_warm_start={path}: is not a search log")
     scores = {}
-    for widths, record in schedules_of(records, Path(path)):
+    for record in candidates_of(records, path):
         # The full setting's score, where there is one, replaces a lower rung's.
-        if widths not in scores or not record.get("rung"):
-            scores[widths] = (record["distance"], float(record.get("cost", 0)))
+        if record["schedule"] not in scores or not record.get("rung"):
+            scores[record["schedule"]] = (record["distance"], record.get("cost", 0.0))
     if not scores:
         raise UserError(f"--search_warm_start={path}: the log has no candidate yet")
     keys = list(scores)

@@ -91,9 +91,9 @@ class Scorer:
         steps = self.genome.timesteps
         keys = None if len(steps) == self.genome.T else steps
         return [
-            self._candidate(rung, WidthSchedule(widths, keys), record["generation"])
+            self._candidate(rung, WidthSchedule(widths, keys), record.get("generation", 1))
             for (name, widths), record in self.log.records.items()
-            if name == rung and len(widths) == len(steps)
+            if name == rung and len(widths) == len(steps) and self.costs.keys() >= set(widths)
         ]
 
     def _candidate(self, rung: str, schedule: WidthSchedule, generation: int) -> Candidate:

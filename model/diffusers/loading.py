@@ -6,18 +6,22 @@ and nothing is downloaded. It does not know how a model is narrowed, nor what it
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Annotated, NotRequired, TypedDict
 
 import diffusers
 import safetensors.torch
 import torch
 from diffusers import ModelMixin
+from msgspec import Meta
 from torch import Tensor
 
+from runtime import memory
 from runtime.errors import UserError
+from runtime.files import check_file, read_json, read_tensors
+from runtime.schema import SHORT, TWO, Few, Name, Size, check
 
 CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 WEIGHTS = "diffusion_pytorch_model"
@@ -37,7 +41,7 @@ def find_model(directory: str | Path) -> tuple[Path, Path | None]:
     UserError where it is none of these.
     """
     path = Path(directory).expanduser()
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return path.parent, path
     if not path.is_dir():
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory))
@@ -59,7 +63,13 @@ def read_model(directory: str | Path) -> ModelMixin:
     file = file or _weights_file(folder)
     state = _read_weights(file)
     try:
-        model = getattr(diffusers, config["_class_name"]).from_config(config)
+        kind = getattr(diffusers, config["_class_name"])
+        with torch.device("meta"):
+            size = sum(p.numel() for p in kind.from_config(config).parameters())
+        memory.require(4 * size, f"the model of {folder}", "it does not fit into this machine")
+        model = kind.from_config(config)
+    except UserError:
+        raise
     except Exception as error:  # diffusers raises many kinds for values that it does not know
         raise UserError(
             f"{folder / 'config.json'}: diffusers cannot build this model ({_one_line(error)})"
@@ -77,26 +87,45 @@ def image_size(config: Mapping[str, object]) -> int | None:
     return sides[0]
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file; UserError where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not contain a JSON object")
-    return value
+File = Annotated[str, Meta(pattern=r"^[^/\\\0]+$")]  # a name without a folder
+
+
+class Config(TypedDict):
+    """config.json of a UNet: what gives it its size; its other entries are diffusers' matter."""
+
+    _class_name: NotRequired[Name]
+    sample_size: NotRequired[Size | Annotated[list[Size], TWO] | None]
+    in_channels: NotRequired[Size]
+    out_channels: NotRequired[Size]
+    block_out_channels: NotRequired[Annotated[list[Size], SHORT]]
+    down_block_types: NotRequired[Annotated[list[Name], SHORT]]
+    up_block_types: NotRequired[Annotated[list[Name], SHORT]]
+    layers_per_block: NotRequired[Few | Annotated[list[Few], SHORT]]
+    transformer_layers_per_block: NotRequired[
+        Few | Annotated[list[Few | Annotated[list[Few], SHORT]], SHORT]
+    ]
+    norm_num_groups: NotRequired[Size | None]
+    attention_head_dim: NotRequired[Size | Annotated[list[Size], SHORT] | None]
+    num_attention_heads: NotRequired[Size | Annotated[list[Size], SHORT] | None]
+    cross_attention_dim: NotRequired[Size | Annotated[list[Size], SHORT] | None]
+    num_class_embeds: NotRequired[Size | None]
+
+
+class Index(TypedDict):
+    """WEIGHTS.safetensors.index.json: the shard beside it that each weight is in."""
+
+    weight_map: Annotated[dict[Name, File], Meta(min_length=1)]
 
 
 def _read_config(folder: Path) -> dict:
     """config.json of a model of CLASSES."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(
             f"{folder} is not a diffusers model: it has no config.json as save_pretrained writes "
             f"it{_near(folder)}"
         )
-    config = read_json(path)
+    check(config := read_json(path), Config, path)
     name = config.get("_class_name")
     if name not in CLASSES:
         raise UserError(
@@ -109,7 +138,7 @@ def _near(folder: Path) -> str:
     """Which models lie below a folder that is none."""
     models = {p.parent: p for p in sorted(folder.glob("*/config.json"))}
     models |= {p.parent.parent: p for p in sorted(folder.glob("*/unet/config.json"))}
-    kinds = {path: read_json(p).get("_class_name") for path, p in models.items()}
+    kinds = {path: read_json(p, Config).get("_class_name") for path, p in models.items()}
     usable = [str(path) for path, kind in kinds.items() if kind in CLASSES]
     if usable:
         return f"; did you mean {' or '.join(usable[:3])}?"
@@ -138,11 +167,8 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     """Tensors by name, of one file or of all shards that an index names."""
     if file.suffix != ".json":
         return _read_file(file)
-    shards = read_json(file).get("weight_map")
-    names = set(shards.values()) if isinstance(shards, dict) else {None}
-    if not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise UserError(f"{file} is not an index of weights: its weight_map does not name files")
-    states = {name: _read_file(file.with_name(name)) for name in sorted(names)}
+    shards = read_json(file, Index)["weight_map"]
+    states = {name: _read_file(file.with_name(name)) for name in sorted(set(shards.values()))}
     missing = [key for key, name in shards.items() if key not in states[name]]
     if missing:
         raise UserError(f"{file.with_name(shards[missing[0]])} has no {missing[0]}")
@@ -151,9 +177,12 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
 def _read_file(file: Path) -> dict[str, Tensor]:
     try:
+        check_file(file)
         if file.suffix == ".safetensors":
             return safetensors.torch.load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = read_tensors(file)
+    except UserError:
+        raise
     except Exception as error:  # torch and safetensors raise many kinds
         raise UserError(
             f"cannot read the weights in {file}: it is incomplete, or contains more than tensors "

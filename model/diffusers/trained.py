@@ -12,11 +12,14 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import diffusers
 
-from model.diffusers.loading import find_model, read_json
+from model.diffusers.loading import find_model
 from runtime.errors import UserError
+from runtime.files import read_json
+from runtime.schema import Name, Number, Size, check
 
 NAME = "scheduler_config.json"
 MEAN_TYPES = {"epsilon": "epsilon", "sample": "xstart", "v_prediction": "v"}  # theirs -> ours
@@ -109,11 +112,30 @@ def trained_diffusion(directory: str | Path) -> Trained | None:
     )
 
 
+class Config(TypedDict):
+    """scheduler_config.json; its other entries are diffusers' matter."""
+
+    _class_name: NotRequired[Name]
+    num_train_timesteps: NotRequired[Size]
+    beta_start: NotRequired[Number]
+    beta_end: NotRequired[Number]
+    beta_schedule: NotRequired[Name]
+    prediction_type: NotRequired[Name | None]
+    variance_type: NotRequired[Name | None]
+    clip_sample: NotRequired[bool | None]
+    clip_sample_range: NotRequired[Number | None]
+    thresholding: NotRequired[bool | None]
+    timestep_spacing: NotRequired[Name]
+    steps_offset: NotRequired[int]
+    rescale_betas_zero_snr: NotRequired[bool | None]
+
+
 class _Config:
     """A scheduler's config, with the defaults of its class for what is left out."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.entries = path, read_json(path)
+        check(self.entries, Config, path)
         self.name = self.entries.get("_class_name", "DDPMScheduler")
         scheduler = getattr(diffusers, str(self.name), None)
         if not str(self.name).endswith("Scheduler") or scheduler is None:
@@ -220,9 +242,9 @@ def find_scheduler(directory: str | Path) -> Path | None:
     checkpoint's; links are followed where the path as it is named leads to none. Raises UserError
     where there are two that differ.
     """
-    paths = [path for path in _places(find_model(directory)[0]) if path.is_file()]
+    paths = [path for path in _places(find_model(directory)[0]) if path.exists()]
     configs = [
-        {key: value for key, value in read_json(path).items() if not key.startswith("_")}
+        {key: value for key, value in read_json(path, dict[str, object]).items() if key[:1] != "_"}
         for path in paths
     ]
     for path, config in zip(paths, configs, strict=True):
