@@ -5,14 +5,15 @@ Beside main.py the only file that knows absl.
 
 from __future__ import annotations
 
+import os
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 from absl import flags
 
 from runtime.errors import UserError
+from runtime.files import read_text
 from runtime.settings import Option, options_of
 from settings import GROUPS, LOOK, OPTIONS, Configuration
 
@@ -72,7 +73,8 @@ def parse(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         command, files = [], []
         for name, words in _by_flag(argv[1:]):
             if name == "flagfile":
-                files += _by_flag(_flagfile(words))
+                named = words[0].partition("=")[2] or words[-1]
+                files += _by_flag(_flagfile(named, (), []))
             else:
                 command.append((name, words))
         said = {name for name, _ in command}
@@ -90,16 +92,26 @@ def parse(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, _overruled(command, files)
 
 
-def _flagfile(words: Sequence[str]) -> list[str]:
-    """The arguments in the file that a --flagfile names, and in those that it names."""
-    path = Path(words[0].partition("=")[2] or words[-1]).expanduser()
-    if not path.is_file():
-        raise UserError(f"--flagfile={path}: there is no such file")
+def _flagfile(name: str, above: tuple[str, ...], read: list[str]) -> Iterator[str]:
+    """The arguments in a flagfile, and in those that it names.
+
+    above: the files that it is named in, which it cannot name again. read: all files so far.
+    """
+    path = os.path.expanduser(name)
+    read.append(path)
+    if path in above or len(read) > 1000:
+        raise UserError(f"--flagfile={path}: flagfiles name each other without end")
     try:
-        path.read_text(encoding="utf-8")
-        return FLAGS.read_flags_from_files([f"--flagfile={path}"])
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--flagfile={path}: cannot be read as UTF-8 text ({error})") from error
+        lines = read_text(path).split("\n")
+    except FileNotFoundError as error:
+        raise UserError(f"--flagfile={path}: there is no such file") from error
+    except UserError as error:
+        raise UserError(f"--flagfile={path}: {error}") from error
+    for line in map(str.strip, lines):
+        if nested := re.fullmatch(r"--?flagfile(?:=(.*))?", line):
+            yield from _flagfile((nested[1] or "").strip(), (*above, path), read)
+        elif line and not line.startswith(("#", "//")):
+            yield line
 
 
 def _by_flag(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:

@@ -56,6 +56,8 @@ class Option:
             raise self._wrong(value, f"must be a {self.kind.__name__}")
         if self.kind in (int, float):
             self._check_bounds(value)
+        if self.kind is str and not _is_utf8(value):
+            raise self._wrong(ascii(value), "must be UTF-8 without null bytes")
         if self.choices and value not in self.choices:
             raise self._wrong(value, f"one of {', '.join(self.choices)}")
         return os.path.expanduser(value) if self.path else value
@@ -75,6 +77,14 @@ class Option:
 
     def _wrong(self, value: object, what: str) -> UserError:
         return UserError(f"--{self.name}={value}: {what}")
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether this came from UTF-8, and can be a name or a line of a file."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def option(default: object, help: str, **bounds: object) -> Field:
