@@ -6,7 +6,7 @@ OLDEST = .venv-oldest
 QUICK = tests/test_model.py tests/test_diffusion.py tests/test_samplers.py tests/test_train.py \
 	tests/test_main.py::test_released_schedule_and_network
 
-.PHONY: demo test oldest lint experiment clean
+.PHONY: demo test fuzz oldest lint experiment clean
 
 demo: $(READY)
 	$(BIN)/python -m benchmark.demo
@@ -16,6 +16,11 @@ experiment: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+# For FUZZ_MINUTES: random and mutated files through every reader.
+FUZZ_MINUTES ?= 60
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 FUZZ_MINUTES=$(FUZZ_MINUTES) $(BIN)/python -m pytest -q -n 0 -s tests/test_fuzz.py
 
 # A quick part of the tests: network, FLOPs, samplers, training steps.
 oldest: $(OLDEST)/.ready
