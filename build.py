@@ -23,7 +23,7 @@ from diffusion import EDMSchedule, NoiseLevels, NoiseSchedule
 from evaluate import Evaluator
 from model import SlimmableUNet, WidthSchedule, arithmetic, check_compiler, checkpoint
 from model.networks import sampling_networks
-from runtime import processes
+from runtime import memory, processes
 from runtime.errors import UserError
 from runtime.files import writable_folder
 from sampling import conditioning
@@ -558,11 +558,21 @@ def kept_arithmetic(config: Configuration, name: str = "arithmetic") -> Path | N
     return Path(config.run.logdir) / f"{name}.json" if config.run.amp == "auto" else None
 
 
+def check_batch(model: Model, images: int) -> None:
+    """Refuse a batch of which not even the first layer's output fits into this machine."""
+    first = next(weight for weight in model.net.parameters() if weight.ndim == 4)
+    C, H, W = model.image_shape
+    channels = 3 * C + (len(first) if model.device.type == "cpu" else 0)
+    what = f"a batch of {images} images of {H}×{W} (--batch_size={model.config.run.batch_size})"
+    memory.require(4 * images * channels * H * W, what, "lower --batch_size or --img_size")
+
+
 def generator(
     model: Model, networks: Mapping[Hashable, nn.Module], stream: int = SAMPLING
 ) -> Generator:
     """What makes images with these networks, which are `model`'s. stream: of the noise."""
     run, vae = model.config.run, model.autoencoder
+    check_batch(model, min(run.batch_size, model.config.evaluation.num_images))
     return Generator(
         networks=networks,
         sampler=model.sampler,
@@ -627,6 +637,7 @@ def evaluator(
     if count < 2:
         raise UserError(f"--num_images={count}: a covariance needs at least 2 images")
     making = generator(model, networks, stream)  # a mistake here need not wait for statistics
+    making.shares(count)
     writable_folder(config.run.logdir)
     features = encoder(config, model.device)
     statistics = reference(model, features)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from runtime import memory
 from runtime.errors import UserError
 from runtime.settings import Option, Settings, option, options_of, plain
 
@@ -94,7 +95,7 @@ class WidthSettings(Settings):
 class DiffusionSettings(Settings):
     """The noise levels that a network is trained at, and what it predicts."""
 
-    T: int = option(1000, "timesteps", least=1, stored="network")
+    T: int = option(1000, "timesteps", least=1, most=10**6, stored="network")
     beta_1: float = option(1e-4, "first β", above=0, below=1, stored="model")
     beta_T: float = option(0.02, "last β", above=0, below=1, stored="model")
     beta_schedule: str = option("linear", "how β gets from --beta_1 to --beta_T; the names are "
@@ -299,6 +300,9 @@ class SearchSettings(Settings):
             raise UserError(f"--distance_limit={self.distance_limit}: must be 0 or at least 1")
         if self.distance_limit and self.search_objective == "weighted":
             raise UserError("--distance_limit needs --search_objective=pareto")
+        # Each of a population is compared with every other one.
+        what = f"a population of --pop_size={self.pop_size} with --surrogate={self.surrogate}"
+        memory.require(8 * (self.pop_size * max(1, self.surrogate)) ** 2, what, "lower them")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import signal
 import time
 from collections import defaultdict
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 import dataset
 from diffusion import NoiseLevels
 from model import EMA, checkpoint, compile_network, ready_to_train
-from runtime import processes
+from runtime import memory, processes
 from runtime.errors import UserError
 from runtime.identity import agree
 from runtime.progress import progress
@@ -91,6 +92,12 @@ class Trainer:
 
     def __post_init__(self) -> None:
         s = self.settings
+        if self.device.type == "cpu":
+            # Weights, their mean, gradients and two moments.
+            size = 20 * sum(p.numel() for p in self.net.parameters())
+            memory.require(size, "training this network", "lower --ch or --num_res_blocks")
+        pixels = 4 * math.prod(self.image_shape)
+        memory.require(s.sample_size * pixels, f"--sample_size={s.sample_size}", "lower it")
         self.net = self.net.to(self.device, memory_format=torch.channels_last).train()
         self.ema = EMA(self.net, s.ema_decay)
         # The frozen time table is among the parameters, as in released optimizer states.

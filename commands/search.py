@@ -17,7 +17,7 @@ from commands.evaluate import conditions
 from evaluate import Evaluator
 from model import WidthSchedule, checkpoint, latency
 from report import SearchProgress, SearchResult, front_table, pick_point, read_front
-from runtime import processes
+from runtime import memory, processes
 from runtime.errors import UserError
 from runtime.files import alone_in, read_json, save_grid, writable_folder, write_json
 from runtime.identity import agree
@@ -43,6 +43,12 @@ def search(config: Configuration) -> None:
         model = plan.planned_model(config)
         plan.plan_search(model, search_space(model), parse_ladder(model))
         return
+    host = config.search.state_device == "host"
+    if "state_memory" in config.given and (
+        host or build.choose_device(config.run.device).type == "cpu"
+    ):
+        gib = config.search.state_memory
+        memory.require(int(gib * 2**30), f"--state_memory={gib:g}", "lower it")
     with alone_in(folder, wait=False) if processes.is_main() else contextlib.nullcontext():
         model = build.load_model(config)
         if not model.config.widths.slimmable:
@@ -53,6 +59,7 @@ def search(config: Configuration) -> None:
 def run(model: Model, folder: Path, search_txt: Path) -> None:
     """Search in `folder`, and write what was chosen to `search_txt`."""
     settings, widths = model.config.search, model.config.widths.all
+    parse_ladder(model), search_space(model)  # refused before statistics are made
     networks = build.candidates(model, widths, folder / "arithmetic.json")
     evaluator = build.evaluator(model, networks, SEARCH).varied(progress=False)
     job = make_search(model, evaluator, folder)
@@ -164,13 +171,13 @@ def parse_ladder(model: Model) -> list[tuple[str, int, Sampler]]:
 
 def shared_states(config: Configuration, sampler: Sampler) -> SharedStates | None:
     """Where candidates leave the states that others go on from, as --state_memory says."""
-    memory = config.search.state_memory
-    if memory and not sampler.resumes:
+    gib = config.search.state_memory
+    if gib and not sampler.resumes:
         say(f"--sampler={config.sampling.sampler} cannot go on from a step: no states are shared")
-    if not memory or not sampler.resumes:
+    if not gib or not sampler.resumes:
         return None
     where = torch.device("cpu") if config.search.state_device == "host" else None
-    return SharedStates(int(memory * 2**30), where)
+    return SharedStates(int(gib * 2**30), where)
 
 
 def scores_of(evaluator: Evaluator):

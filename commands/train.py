@@ -128,6 +128,7 @@ def make_trainer(model: Model, images: dataset.AnySet) -> Trainer:
         identity["autoencoder"] = model.autoencoder.fingerprint
     if config.run.compile:
         check_compiler(device)
+    build.check_batch(model, config.run.batch_size // processes.world())
     _ = model.sampler  # refused now, not at the first grid
 
     schedule = None

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from dataset import sets
 from dataset.folders import ImageFiles, ImageOptions, Listing, LsunImages, image_folder
+from runtime import memory
 from runtime.errors import UserError
 from runtime.files import alone_in
 
@@ -252,6 +253,8 @@ def _resize(images: torch.Tensor, img_size: int) -> torch.Tensor:
 
     if images.shape[-2:] == (img_size, img_size):
         return images.contiguous()
+    size = images.shape[0] * images.shape[1] * img_size**2
+    memory.require(size, f"the data set at --img_size={img_size}", "lower it")
     size = [img_size, img_size]
     pieces = images.contiguous().split(1000)
     return torch.cat([functional.resize(piece, size, antialias=True) for piece in pieces])

@@ -25,11 +25,15 @@ from model.slimmable import (
     SlimmableLinear,
     SlimmableSequential,
 )
+from runtime import memory
 from runtime.errors import UserError
 from runtime.settings import plain
 from settings import DiffusionSettings, NetworkSettings
 
 Norm = Callable[[Channels], SlimmableGroupNorm]
+
+
+MODULES = 2**14  # bytes that the objects of a residual block take, at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,8 @@ class UNetSettings(NetworkSettings):
                 raise UserError(f"--{name}={getattr(self, name)}: must be at least 1")
         if not self.ch_mult:
             raise UserError("--ch_mult: a network has at least one level")
+        if len(self.ch_mult) > 32:
+            raise UserError(f"--ch_mult: {len(self.ch_mult)} levels; at most 32 can be")
         outside = [level for level in self.attn if level >= len(self.ch_mult)]
         if outside:
             raise UserError(f"--attn={outside[0]}: levels are 0 to {len(self.ch_mult) - 1}")
@@ -57,6 +63,15 @@ class UNetSettings(NetworkSettings):
                     f"a level of {channels} channels does not fall into "
                     f"--num_groups={self.num_groups} groups; change --num_groups, --ch or --ch_mult"
                 )
+
+    def check_memory(self) -> None:
+        """Raise UserError where this machine cannot hold the weights: no more than they take."""
+        size = (24 * self.T + 16 * self.num_classes) * self.ch  # the sinusoids in the making
+        for mult in self.ch_mult:
+            convolution = 9 * 4 * (self.ch * mult) ** 2
+            size += (2 * self.num_res_blocks + 1) * (convolution + MODULES)
+        flags = "--T, --ch, --ch_mult, --num_res_blocks or --num_classes"
+        memory.require(size, "a network of these settings", f"lower {flags}")
 
     def check_image_size(self, size: int) -> None:
         """Raise UserError where the levels cannot halve an image of `size` pixels a side."""
@@ -291,6 +306,7 @@ class SlimmableUNet(nn.Module):
             dropout=dropout, num_groups=num_groups, in_ch=in_ch, skip_slicing=skip_slicing,
             num_classes=num_classes, norm_groups=norm_groups,
         )  # fmt: skip
+        s.check_memory()
         norm = functools.partial(
             SlimmableGroupNorm, num_groups, proportional=norm_groups == "proportional"
         )

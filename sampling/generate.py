@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dataset import to_uint8
 from model.denoiser import StepAwareDenoiser
-from runtime import processes
+from runtime import memory, processes
 from runtime.clock import Clock
 from runtime.errors import UserError
 from runtime.progress import progress
@@ -75,6 +75,7 @@ class Generator:
         """This process's batches of `count` images, as (first, one past the last)."""
         rank, world = (0, 1) if self.alone else (processes.rank(), processes.world())
         starts = range(0, count, self.batch_size)[rank::world]
+        memory.require(128 * len(starts), f"--num_images={count}", "lower it")
         return [(i, min(i + self.batch_size, count)) for i in starts]
 
     def plan(self, chain: Chain, branches: set[int], count: int) -> tuple[int, set[int]]:

@@ -90,9 +90,10 @@ class Evolution:
     def _evolve(self, rung: Rung) -> list[Candidate]:
         """NSGA-II on one rung; every candidate that it made."""
         s = self.settings
+        n = s.pop_size * max(1, s.surrogate)
         algorithm = NSGA2(
             pop_size=s.pop_size,
-            n_offsprings=s.pop_size * max(1, s.surrogate),
+            n_offsprings=n,
             sampling=self._first_population(),
             crossover=SinglePointCrossover(),
             mutation=ResetMutation(s.mutation_prob, len(self.genome.widths)),

@@ -282,6 +282,9 @@ def test_value_of_another_kind(refused: Refused, argument: str, named: str) -> N
         "--grad_clip=0", "--ema_decay=1", "--dropout=1", "--beta_1=0", "--beta_T=1",
         "--sample_steps=-1", "--eta=-1", "--num_sandwich_sampling=1", "--img_size=0",
         "--attn=2", "--sample_steps=11",
+        # Beyond any machine's memory.
+        "--T=10000000", "--ch=100000000", "--ch_mult=100000000", "--num_res_blocks=1000000000000",
+        "--img_size=400000000", "--batch_size=1000000000000", "--sample_size=1000000000000",
     ],
 )  # fmt: skip
 def test_numbers_that_training_cannot_use(refused: Refused, arguments: str) -> None:
@@ -294,6 +297,7 @@ def test_numbers_that_training_cannot_use(refused: Refused, arguments: str) -> N
     [
         "--num_images=0", "--num_images=1", "--batch_size=0", "--batch_size=-4",
         "--sample_steps=-1", "--sample_steps=11", "--eta=-0.5", "--sampler=magic",
+        "--num_images=1000000000000000",
     ],
 )  # fmt: skip
 def test_numbers_that_evaluation_cannot_use(
@@ -307,6 +311,7 @@ def test_numbers_that_evaluation_cannot_use(
     [
         "--pop_size=0", "--pop_size=1", "--num_generation=0", "--mutation_prob=-0.1",
         "--mutation_prob=2", "--mutation_prob=nan", "--fid_weight=-1", "--macs_weight=nan",
+        "--state_memory=1000000000", "--surrogate=1000000000", "--search_ladder=10x0",
     ],
 )  # fmt: skip
 def test_numbers_that_search_cannot_use(refused: Refused, run_folder: Path, argument: str) -> None:
