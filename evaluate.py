@@ -76,6 +76,28 @@ class _Partial:
             )
         )
 
+    def check(self, shares: Sequence[tuple[int, int]], keep: int, total: int, dim: int) -> None:
+        """ValueError unless this is what the first `batches` of `shares` come to."""
+        done, moments, inception = shares[: self.batches], self.moments, self.inception
+        count = sum(stop - start for start, stop in done)
+        kept = [(start, min(stop, keep) - start) for start, stop in done if start < keep]
+        pictures = torch.cat([images for _, images in self.first]) if self.first else None
+        fits = (
+            self.batches == len(done)
+            and moments.count == count
+            and (not count or len(moments.mean) == dim)
+            and (
+                not count or bool(moments.mean.isfinite().all() & moments.scatter.isfinite().all())
+            )
+            and inception.total == total
+            and inception.count == (count if self.classified else 0)
+            and [(i, len(images)) for i, images in self.first] == kept
+            and (pictures is None or (pictures.ndim == 4 and pictures.dtype == torch.uint8))
+            and all(0 <= seconds < math.inf for seconds in self.seconds)
+        )
+        if not fits or len(self.seconds) != 2:
+            raise ValueError(f"these are not the images of {self.batches} batches")
+
     def merged(self) -> _Partial:
         """All processes' together, in the order of ranks, so that all get the same."""
         moments = {name: value.cpu() for name, value in self.moments.state().items()}
@@ -219,8 +241,10 @@ class Evaluator:
         state = unfinished.read(g.device) if unfinished else None
         partial = _Partial(score.Moments(), score.InceptionScore(self.num_images))
         if state:  # else, or where it does not fit together, from the beginning
-            with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
-                partial = _Partial.from_state(state)
+            with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+                stored, shares = _Partial.from_state(state), g.shares(self.num_images)
+                stored.check(shares, keep, self.num_images, self.reference.dim)
+                partial = stored
         before, clock = partial.seconds, Clock(g.device)
 
         def seconds() -> tuple[float, float]:

@@ -14,7 +14,7 @@ from evaluate import Evaluator, Scores
 from model import WidthSchedule, average, checkpoint, entries_for_calls
 from runtime import processes
 from runtime.errors import UserError
-from runtime.files import Unfinished, save_grid, writable_folder, write_json
+from runtime.files import Unfinished, remove_partial, save_grid, writable_folder, write_json
 from runtime.processes import say
 from sampling.prefixes import StepSchedule
 from sampling.protocol import timesteps
@@ -153,6 +153,8 @@ def report_scores(
             "{ms_per_image:.4g} ms".format(**result["decoder"]))  # fmt: skip
     say(f"saved {logdir / name}.json and {name}.png")
     unfinished.remove()
+    if processes.is_main():
+        remove_partial(logdir / name, ".unfinished-*.pt")
 
 
 def score_identity(model: Model, evaluator: Evaluator, schedule: StepSchedule) -> str:

@@ -30,7 +30,7 @@ from dataset.batches import everything
 from dataset.images import AnySet, Images, fingerprint, to_network, to_uint8
 from runtime import processes as distributed
 from runtime.errors import UserError
-from runtime.files import alone_in, check_file, read_json, write_json
+from runtime.files import alone_in, check_file, read_json, remove_partial, write_json
 from runtime.progress import progress
 from runtime.schema import SHORT, Count, Few, Name, Number, Positive, Size, check
 
@@ -347,8 +347,7 @@ def _make(
         if distributed.is_main():
             _append(partial, partials[1:])
             os.replace(partial, path)
-            for other in partials[1:]:
-                other.unlink(missing_ok=True)
+            remove_partial(path.with_suffix(""), ".partial-*.npy")
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; see --latent_cache"

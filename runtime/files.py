@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import itertools
 import json
 import math
@@ -271,6 +272,16 @@ class Unfinished:
         """Remove the file: the work is done."""
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
+
+
+def remove_partial(path: Path, ending: str) -> None:
+    """Remove the partial files of `path`, .NAMEending, of runs with more processes too.
+
+    ending: a pattern of pathlib's glob.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}{ending}"):
+        with contextlib.suppress(OSError):
+            left.unlink(missing_ok=True)
 
 
 _locks: set[int] = set()  # file descriptors of folders that this process has locked

@@ -4,7 +4,6 @@ This file knows images as batches that it is given: no data sets, no flags.
 """
 
 import contextlib
-import glob
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -133,9 +132,7 @@ def _compute(
     processes.gather(None)  # the others wait for the file
     unfinished.remove()
     if processes.is_main():  # those of a run with more processes, too
-        for left in path.parent.glob(f".{glob.escape(path.name)}.unfinished-*.pt"):
-            with contextlib.suppress(OSError):
-                left.unlink(missing_ok=True)
+        files.remove_partial(path, ".unfinished-*.pt")
 
 
 def _moments_of(
@@ -151,7 +148,8 @@ def _moments_of(
     if state := unfinished.read(encoder.device):
         with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
             stored = Moments.from_state(state)
-            if stored.count <= size and len(stored.mean) == dim and stored.mean.isfinite().all():
+            finite = bool(stored.mean.isfinite().all() and stored.scatter.isfinite().all())
+            if 0 < stored.count <= size and len(stored.mean) == dim and finite:
                 moments = stored
     start = share.start + moments.count
     moments = statistics_of(

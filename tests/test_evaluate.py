@@ -1,5 +1,6 @@
 """Scores: the distance against one computed here, and work that goes on after a stop."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,17 @@ def test_inception_scores_go_on() -> None:
     assert half.result() == pytest.approx(whole.result(), rel=1e-12)
 
 
-@pytest.mark.parametrize("damage", [None, "identity", "file"])
+# What a partial file could claim, by its entries.
+DAMAGES = {
+    "batches": lambda batches: batches - 1,
+    "moments": lambda moments: {**moments, "mean": moments["mean"] * math.nan},
+    "inception": lambda inception: {**inception, "total": 7},
+    "first": lambda first: first[:1],
+    "seconds": lambda seconds: (-1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("damage", [None, "identity", "file", *DAMAGES])
 def test_a_stopped_score_goes_on(tmp_path: Path, damage: str | None) -> None:
     schedule, steps, limit = [0.5] * T, [], [2 * T + 3]
     expected, images = evaluator(batch_size=2).score(schedule, keep=5)
@@ -94,8 +105,11 @@ def test_a_stopped_score_goes_on(tmp_path: Path, damage: str | None) -> None:
         scoring.score(schedule, 5, place)
     if damage == "identity":
         place = Unfinished(tmp_path / ".eval.pt", "other", every=0)
-    elif damage:
+    elif damage == "file":
         next(tmp_path.iterdir()).write_bytes(b"PK half a file")
+    elif damage:
+        state = place.read()
+        place.write({**state, damage: DAMAGES[damage](state[damage])})
     steps.clear()
     limit[0] = 1000
     scores, again = scoring.score(schedule, 5, place)

@@ -275,7 +275,12 @@ def test_partial_statistics_are_believed_where_they_fit_together(tmp_path, monke
         return tensor[start:stop].split(7)
 
     bad = [{"count": torch.tensor(21)}, {"count": torch.tensor(-2)}, {"mean": torch.zeros(4)}]
-    bad += [{"scatter": good["scatter"][:2]}, {"mean": good["mean"] * torch.nan}, {"mean": None}]
+    bad += [
+        {"scatter": good["scatter"] * torch.nan},
+        {"scatter": good["scatter"][:2]},
+        {"mean": good["mean"] * torch.nan},
+        {"mean": None},
+    ]
     for changes in ({}, *bad):
         kept = good | changes
         monkeypatch.setattr(files.Unfinished, "read", lambda *_, kept=kept: kept)
