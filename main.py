@@ -24,8 +24,10 @@ from absl import app
 
 import options
 from runtime.errors import UserError
+from runtime.files import write_text
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
 PLANNED = ("train", "search", "eval", "eval_stepaware", "generate")  # that --dry_run can plan
 _notices: list[str] = []
 
@@ -55,12 +57,12 @@ def parse(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def complain(error: UserError) -> None:
-    """One line, once for all processes; exit status 2."""
+def complain(error: UserError, status: int = 2) -> None:
+    """One line, once for all processes, and the exit."""
     processes = sys.modules.get("runtime.processes")  # it imports torch: not for a refused flag
     if processes.first_to_speak() if processes else os.environ.get("RANK", "0") == "0":
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(status)
 
 
 class _Printed(logging.Handler):
@@ -100,11 +102,10 @@ def unforeseen(error: Exception, mode: str, logdir: Path) -> None:
     """One line that says where the traceback is; exit status 1."""
     folder = logdir if os.access(logdir, os.W_OK) else Path(tempfile.gettempdir())
     path, text = folder / "error.log", " ".join(str(error).split())[:200]
-    with contextlib.suppress(OSError):
-        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    with contextlib.suppress(UserError):
+        write_text(path, "".join(traceback.format_exception(error)))
     what = f"--{mode} failed: {type(error).__name__}: {text}; the traceback is in {path}"
-    print(f"error: {what}", file=sys.stderr, flush=True)
-    sys.exit(1)
+    complain(UserError(what), 1)
 
 
 def dispatch(mode: str, config: options.Configuration) -> None:
@@ -129,9 +130,9 @@ def dispatch(mode: str, config: options.Configuration) -> None:
                 log.info(notice)
             command(mode)(config)
     except OSError as error:  # a library's, such as tensorboard's; our own files say more
-        if error.errno not in DISK_FULL:
+        if error.errno not in DISK_FULL + UNUSABLE:
             raise
-        raise UserError(f"cannot write {error.filename or 'a file'}: {error.strerror}") from error
+        raise UserError(f"cannot use {error.filename or 'a file'}: {error.strerror}") from error
     except Interrupted as stopped:
         processes.say(str(stopped))
         sys.exit(128 + stopped.signum)

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 
 from runtime.errors import UserError
+from runtime.files import check_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -57,8 +57,7 @@ def read_header(path: str) -> Header:
     """
     from PIL import Image
 
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("not a regular file")
+    check_file(path)
     with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
         _check(image)
         header = Header(
@@ -83,6 +82,8 @@ def decode(path: str | io.BytesIO) -> Image.Image:
     from PIL import Image, ImageOps
 
     try:
+        if isinstance(path, str):
+            check_file(path)
         with Image.open(path, formats=FORMATS) as file:
             _check(file)
             value_range = _value_range(file)

@@ -366,9 +366,9 @@ def writable_folder(path: str | Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"cannot write in {path}: {error.strerror or error}; see --logdir"
-        ) from error
+        exists = isinstance(error, FileExistsError)
+        why = "it is not a directory" if exists else error.strerror or error
+        raise UserError(f"cannot write in {path}: {why}; see --logdir") from error
     return path
 
 

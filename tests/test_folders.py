@@ -172,7 +172,7 @@ def test_files_that_would_take_all_memory_or_for_ever(tmp_path: Path) -> None:
     os.symlink("nowhere", tmp_path / "d.png")
     with pytest.raises(UserError, match="cannot read 4 of 4 images: ") as error:
         load(tmp_path)
-    for name in ("a.pgm (1×20000000", "b.pgm (", "c.png (not a regular", "d.png (No such file"):
+    for name in ("a.pgm (1×20000000", "b.pgm (", "c.png (cannot use", "d.png (No such file"):
         assert f"/{name}" in str(error.value)
 
 

@@ -694,7 +694,7 @@ def test_a_full_disk_is_one_line(here: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(gfile.LocalFileSystem, "_write", full)  # tensorboard's, in its own thread
     result = run_main(*TRAIN, "--logdir=run")
-    assert result.error == "error: cannot write a file: No space left on device"
+    assert "No space left on device" in result.error
 
 
 def test_statistics_that_cannot_be_saved(refused: Refused, run_folder: Path, here: Path) -> None:

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+import options
+from dataset.decoding import decode
 from model import WidthSchedule, checkpoint
 from runtime import files, memory
 from runtime import progress as bars
@@ -93,7 +95,17 @@ def test_only_the_main_process_has_bars(monkeypatch: pytest.MonkeyPatch, kind: t
 
 
 @pytest.mark.parametrize(
-    "read", [files.read_json, files.read_jsonl, checkpoint.load, scalars, schedule]
+    "read",
+    [
+        files.read_json,
+        files.read_jsonl,
+        files.read_image,
+        checkpoint.load,
+        scalars,
+        schedule,
+        lambda path: decode(str(path)),
+        lambda path: options.parse(["main.py", f"--flagfile={path}"]),
+    ],
 )
 @pytest.mark.parametrize(
     ("kind", "reason"),

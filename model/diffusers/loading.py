@@ -42,6 +42,7 @@ def find_model(directory: str | Path) -> tuple[Path, Path | None]:
     """
     path = Path(directory).expanduser()
     if path.exists() and not path.is_dir():
+        check_file(path)
         return path.parent, path
     if not path.is_dir():
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory))
