@@ -201,9 +201,9 @@ class Trainer:
         """
         if not bool(self.grad_norm.isfinite()):
             raise UserError(
-                f"the loss or its gradient is not finite at step {self.step}: give the same command "
-                f"with --allow_changes and a lower --lr (it is {self.settings.lr:g}); it goes on "
-                f"from {self.path}, or anew where there is none"
+                f"the loss or its gradient is not finite at step {self.step}: give the same "
+                f"command with --allow_changes and a lower --lr (it is {self.settings.lr:g}); it "
+                f"goes on from {self.path}, or anew where there is none"
             )
 
     # --- one step ---
