@@ -2,117 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
-from msgspec import Meta
 
 from evaluate import Evaluator
+from looks import (
+    COST_UNITS,
+    cells,
+    draw_front,
+    new_figure,
+    plot_fronts,
+    save_figure,
+    table,
+    write_front,
+)  # fmt: skip
 from model import average
 from runtime import processes
-from runtime.errors import UserError
-from runtime.files import append_jsonl, read_json, read_jsonl, replacing, write_jsonl, write_text
-from runtime.schema import TWO, Amount, Count, Name, Number, Width, Widths, check
+from runtime.files import append_jsonl, read_jsonl, write_jsonl
+from runtime.schema import Amount, Count, Name, Width
 from search import Candidate, Search, hypervolume, pareto_front
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need to be, the first to the left and the others to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        first = cells[0].ljust(widths[0])
-        return "  ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
-
-    return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
-
-
-def _figure(size: tuple[float, float] = (6.4, 4.0)):
-    from matplotlib.figure import Figure  # no pyplot: no global state and no display
-
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def _save(figure, path: str | Path) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-
-
-def plot_schedule(
-    path: str | Path, timesteps: Sequence[int], widths: Sequence[float], title: str
-) -> None:
-    """Width over timestep, noise on the left as the sampler sees it."""
-    figure, axes = _figure()
-    axes.step(timesteps, widths, where="mid", linewidth=1)
-    axes.set(xlabel="timestep t (sampling runs from left to right)", ylabel="width", title=title)
-    axes.set_ylim(-0.05, 1.05)
-    axes.invert_xaxis()
-    _save(figure, path)
-
-
-def plot_front(
-    path: str | Path,
-    groups: Mapping[str, Sequence[tuple[float, float]]],
-    label: str,
-    line: str | None = None,
-    unit: str = "average GFLOPs per step",
-    numbers: Sequence[tuple[float, float]] = (),
-) -> None:
-    """Distance over cost: one kind of mark for each group of (cost, distance) points.
-
-    line: the group whose points are joined. numbers: points that carry their index.
-    """
-    figure, axes = _figure()
-    marks = itertools.cycle("osD^v*PX")
-    for (name, points), mark in zip(groups.items(), marks, strict=False):
-        if not points:
-            continue
-        x, y = zip(*sorted(points), strict=True)
-        many = len(points) > 50
-        axes.plot(
-            x,
-            y,
-            mark,
-            linestyle="-" if name == line else "",
-            label=name,
-            markersize=3 if many else 7,
-            alpha=0.4 if many else 0.9,
-        )
-    for index, point in enumerate(numbers):
-        axes.annotate(str(index), point, (4, 4), textcoords="offset points", fontsize=7)
-    axes.set(xlabel=unit, ylabel=label)
-    heights = [y for points in groups.values() for _, y in points if y > 0]
-    if heights and max(heights) > 8 * min(heights):
-        axes.set_yscale("log")  # else the narrowest widths squash all others
-    axes.legend()
-    _save(figure, path)
-
-
-def plot_fronts(
-    path: str | Path, fronts: Mapping[int, Sequence[tuple[float, float]]], label: str, unit: str
-) -> None:
-    """The front (cost, distance) after each of some generations, later ones darker."""
-    from matplotlib import colormaps
-
-    figure, axes = _figure()
-    colours = colormaps["viridis_r"]
-    last = max(fronts)
-    for generation, points in fronts.items():
-        x, y = zip(*sorted(points), strict=True)
-        colour = colours(generation / last)
-        axes.plot(x, y, "o-", markersize=3, color=colour, label=f"generation {generation}")
-    axes.set(xlabel=unit, ylabel=label)
-    axes.legend(fontsize="small")
-    _save(figure, path)
 
 
 def labelled_grid(
@@ -123,14 +35,14 @@ def labelled_grid(
 
     side, padding = images.shape[-1], 2
     grid = make_grid(images, nrow=columns, padding=padding, pad_value=255).permute(1, 2, 0)
-    figure, axes = _figure((8.0, 8.0 * grid.shape[0] / grid.shape[1] + 0.4))
+    figure, axes = new_figure((8.0, 8.0 * grid.shape[0] / grid.shape[1] + 0.4))
     axes.imshow(grid.numpy(), interpolation="nearest")
     axes.set_axis_off()
     axes.set_title(title, fontsize="small", wrap=True)
     for index, label in enumerate(labels):
         x, y = index % columns * (side + padding), index // columns * (images.shape[-2] + padding)
         axes.text(x + padding, y + padding, label, va="top", fontsize=6, color="red")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 class Losses(TypedDict):
@@ -250,43 +162,6 @@ class SearchProgress:
             self._writer.flush()
 
 
-Pair = Annotated[list[Amount], TWO]  # cost and distance
-
-
-class Point(TypedDict):
-    """A scored schedule in front.json, which search.txt would hold."""
-
-    schedule: Widths
-    distance: Amount
-    distance_error: NotRequired[Amount | None]
-    cost: NotRequired[Amount]
-    average_gflops: Amount
-    saving: Number
-    latency_ms: Amount
-    generation: NotRequired[Count]
-
-
-class Front(TypedDict):
-    """front.json: the result of a search."""
-
-    label: Name
-    encoder: NotRequired[Name]
-    images: NotRequired[Count]
-    timesteps: Annotated[list[Count], Meta(min_length=1, max_length=2**20)]
-    full_width_gflops: Amount
-    cost: NotRequired[Literal["flops", "latency"]]
-    points: Annotated[list[Point], Meta(min_length=1)]
-    chosen_point: NotRequired[Count | None]
-    chosen: NotRequired[Point]
-    uniform: list[Point]
-    scored: NotRequired[list[Pair]]
-    candidates: NotRequired[Count]
-    passes: NotRequired[Amount]
-    passes_saved: NotRequired[Amount]
-    rank_correlations: NotRequired[list[dict[Name, object]]]
-    generations: NotRequired[list[dict[Name, object]]]
-
-
 @dataclass
 class SearchResult:
     """The result of a search, and the files that show it.
@@ -345,7 +220,7 @@ class SearchResult:
         lines = [
             table(
                 ["schedule", self.label, "GFLOPs / step", "saved", "ms / image"],
-                [[name, *_cells(self.point(candidate))] for name, candidate in rows],
+                [[name, *cells(self.point(candidate))] for name, candidate in rows],
             ),
             f"{len(self.search.records)} candidates scored, {run:.4g} network passes run and "
             f"{saved:.4g} ({100 * saved / max(1, run + saved):.1f} %) saved by shared states",
@@ -395,100 +270,3 @@ class SearchResult:
             self.label,
             COST_UNITS[front["cost"]],
         )
-
-
-COST_UNITS = {
-    "flops": "average GFLOPs per step",
-    "latency": "average time per step, on the scale of full width's GFLOPs",
-}
-
-
-def _cells(point: Mapping) -> list[str]:
-    """Distance, GFLOPs, saving and time of a point of front.json, as a table has them."""
-    error = point.get("distance_error")
-    return [
-        f"{point['distance']:.4g}" + ("" if error is None else f" ± {error:.2g}"),
-        f"{point['average_gflops']:.4g}",
-        f"{100 * point['saving']:.1f} %",
-        f"{point['latency_ms']:.4g}",
-    ]
-
-
-def front_table(front: Mapping, budget: float = 0.0) -> str:
-    """The points of a front to pick from; with `budget`, the best at that share of the FLOPs."""
-    chosen = front.get("chosen_point")
-    rows = [
-        [f"{index}{' *' if index == chosen else ''}", *_cells(point)]
-        for index, point in enumerate(front["points"])
-    ]
-    lines = [
-        table(["point", front["label"], "GFLOPs / step", "saved", "ms / image"], rows),
-        "* is in use; --pick POINT takes another one",
-    ]
-    if budget:
-        limit = budget * front["full_width_gflops"] * (1 + 1e-9)
-        within = [i for i, p in enumerate(front["points"]) if p["average_gflops"] <= limit]
-        best = min(within, key=lambda i: front["points"][i]["distance"], default=None)
-        lines.append(
-            f"--flops_budget={budget:g}: "
-            + ("no point is as cheap" if best is None else f"point {best} is the best")
-        )
-    return "\n".join(lines)
-
-
-def write_front(folder: Path, front: Mapping) -> None:
-    """front.json: indented, but each list of numbers, such as a schedule, on one line."""
-
-    def joined(match: re.Match) -> str:
-        return "[" + " ".join(match[1].split()) + "]"
-
-    text = re.sub(r"\[\s+([-+.\deE,\s]+?)\s+\]", joined, json.dumps(front, indent=2))
-    write_text(folder / "front.json", text + "\n")
-
-
-def draw_front(folder: Path, front: Mapping) -> None:
-    """front.png, whose points carry their numbers, and schedule.png, from what front.json holds."""
-
-    def marks(points: Sequence[Mapping]) -> list[tuple[float, float]]:
-        return [(p.get("cost", p["average_gflops"] * 1e9) / 1e9, p["distance"]) for p in points]
-
-    chosen, points = front["chosen"], front["points"]
-    plot_front(
-        folder / "front.png",
-        {
-            "scored": [(cost / 1e9, distance) for cost, distance in front.get("scored", ())],
-            "front": marks(points),
-            "uniform widths": marks(front["uniform"]),
-            "chosen": marks([chosen]),
-        },
-        front["label"],
-        line="front",
-        unit=COST_UNITS[front.get("cost", "flops")],
-        numbers=marks(points),
-    )
-    steps, widths = front["timesteps"], chosen["schedule"]
-    if len(widths) != len(steps):
-        widths = [widths[t] for t in steps]
-    plot_schedule(folder / "schedule.png", steps, widths, "chosen schedule")
-
-
-def pick_point(folder: Path, front: dict, index: int) -> None:
-    """Make point `index` the chosen one in front.json and in the pictures."""
-    front |= {"chosen_point": index, "chosen": front["points"][index]}
-    write_front(folder, front)
-    draw_front(folder, front)
-
-
-def read_front(path: Path) -> dict:
-    """front.json of a finished search; UserError for anything else."""
-    front = read_json(path)
-    known = check(front, Front, path, "is it the front of a finished search?")
-    steps = known["timesteps"]
-    for place, point in enumerate(known["points"]):
-        entries = len(point["schedule"])
-        if entries != len(steps) and entries <= max(steps):
-            raise UserError(
-                f"{path}: points[{place}].schedule has {entries} entries; expected {len(steps)}, "
-                f"one for each sampler step, or one for each of at least {max(steps) + 1} timesteps"
-            )
-    return front

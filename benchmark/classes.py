@@ -23,7 +23,7 @@ import build
 import dataset as data
 from benchmark.machine import describe
 from evaluate import Evaluator
-from report import table
+from looks import table
 from runtime.files import save_grid, write_json
 from settings import Configuration
 

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from benchmark.machine import describe
+from looks import plot_front, plot_schedule, table
 from model import WidthSchedule
-from report import plot_front, plot_schedule, table
 from runtime.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent

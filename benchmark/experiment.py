@@ -37,8 +37,8 @@ import score
 from benchmark.machine import commit, describe
 from benchmark.recipe import configuration
 from benchmark.search import Bench
+from looks import plot_front, plot_schedule, table
 from model import WidthSchedule, check_compiler, keep_freed
-from report import plot_front, plot_schedule, table
 from runtime.errors import UserError
 from runtime.files import append_jsonl, read_json, read_jsonl, write_json
 from runtime.processes import end_with_parent

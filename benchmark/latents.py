@@ -21,7 +21,7 @@ import dataset as data
 import score
 from benchmark.machine import describe
 from dataset.latents import Autoencoder
-from report import table
+from looks import table
 from runtime.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -31,9 +31,9 @@ from benchmark.machine import describe
 from build import Model
 from commands.train import make_trainer
 from evaluate import Evaluator
+from looks import table
 from model import StepAwareDenoiser, arithmetic, average, keep_freed, sampling_networks
 from model.networks import latency
-from report import table
 from runtime.files import write_json
 from sampling import noise as rng
 

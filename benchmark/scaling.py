@@ -34,9 +34,9 @@ from benchmark.machine import describe
 from build import Model
 from commands.train import make_trainer
 from evaluate import Evaluator
+from looks import table
 from model import WidthSchedule, sampling_networks
 from model.networks import latency
-from report import table
 from runtime import processes as distributed
 from runtime.files import read_json, write_json
 from sampling.protocol import timesteps

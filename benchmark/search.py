@@ -30,8 +30,8 @@ import build
 from benchmark import machine
 from commands.search import make_search, search_space, shared_states
 from evaluate import Evaluator
+from looks import table
 from model import WidthSchedule, average, latency
-from report import table
 from runtime.files import append_jsonl, read_json, read_jsonl, write_json
 from runtime.identity import agree
 from sampling.noise import SAMPLING, SEARCH

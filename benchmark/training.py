@@ -16,8 +16,8 @@ from benchmark import naive
 from benchmark.machine import describe
 from benchmark.sampling import NOT_MEASURED, seconds
 from commands.train import make_trainer
+from looks import table
 from model import arithmetic, keep_freed
-from report import table
 from runtime.files import write_json
 
 

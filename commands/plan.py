@@ -13,8 +13,8 @@ import torch
 import build
 import score
 from build import Model
+from looks import table
 from model import WidthSchedule, average, entries_for_calls, latency
-from report import table
 from runtime.errors import UserError
 from runtime.processes import say
 from sampling.samplers import Sampler

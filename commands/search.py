@@ -15,8 +15,9 @@ from build import Model
 from commands import plan
 from commands.evaluate import conditions
 from evaluate import Evaluator
+from looks import front_table, pick_point, read_front
 from model import WidthSchedule, checkpoint, latency
-from report import SearchProgress, SearchResult, front_table, pick_point, read_front
+from report import SearchProgress, SearchResult
 from runtime import memory, processes
 from runtime.errors import UserError
 from runtime.files import alone_in, read_json, save_grid, writable_folder, write_json

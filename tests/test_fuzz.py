@@ -31,6 +31,7 @@ from test_train import trainer
 
 import build
 import dataset
+import looks
 import options
 import report
 import score
@@ -138,13 +139,13 @@ def write_log(folder: Path) -> None:
 
 
 def read_front(path: Path) -> None:
-    front = report.read_front(path)
-    report.front_table(front, 0.5)
+    front = looks.read_front(path)
+    looks.front_table(front, 0.5)
     for point in front["points"]:
         WidthSchedule(point["schedule"]).save(path.parent / "search.txt")
     if MINUTES and random.random() < 0.05:  # a picture takes long
         shutil.copy(path, path.parent / "front.json")
-        report.pick_point(path.parent, report.read_front(path), 0)
+        looks.pick_point(path.parent, looks.read_front(path), 0)
 
 
 def read_flagfile(path: Path) -> None:

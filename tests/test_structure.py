@@ -13,7 +13,7 @@ from conftest import ROOT
 # The house, from the ground up: a file imports from its own room and from the floors below.
 FLOORS = (
     ("runtime",),
-    ("settings",),
+    ("settings", "looks"),
     ("model", "dataset", "score", "diffusion"),
     ("sampling", "search"),
     ("evaluate", "train"),

@@ -1,0 +1,95 @@
+"""search/flagfile.txt: what a search's schedule was searched with, and who uses the schedule so.
+
+It is a flagfile of every option, which repeats the search, below two comments: fingerprints of the
+schedule that is in use, and of the weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import options
+from build import Model
+from model import WidthSchedule, checkpoint
+from runtime.files import read_text, write_text
+from runtime.settings import options_of
+from settings import OPTIONS, SamplingSettings
+
+log = logging.getLogger("ddsm")
+NAME = "flagfile.txt"
+# What a schedule is best used with; the classes are a question of what is wanted.
+TAKEN = (options_of(SamplingSettings).keys() | {"allow_skip"}) - {"classes"}
+
+
+def write(folder: Path, model: Model, schedule: WidthSchedule) -> None:
+    """Say in the search's folder what its schedule was searched with."""
+    text = options.flagfile_text(model.config)
+    weights = checkpoint.fingerprint(model.net)
+    write_text(folder / NAME, f"# schedule: {schedule.fingerprint}\n# weights: {weights}\n{text}")
+
+
+def picked(folder: Path, schedule: WidthSchedule) -> None:
+    """Note that another schedule of this search is in use."""
+    path = folder / NAME
+    if path.exists():  # older searches have none
+        line = f"# schedule: {schedule.fingerprint}"
+        write_text(path, re.sub(r"^# schedule: .*", line, read_text(path), count=1))
+
+
+def as_searched(model: Model, path: Path) -> Model:
+    """`model` with the sampler that the schedule in `path` was searched with.
+
+    The command line wins over that, and that over flagfiles. Nothing is taken over where the file
+    is not what a search beside it wrote. What differs is logged.
+    """
+    text = _companion(path)
+    if not text:
+        return model
+    config, taken, kept = model.config, {}, []
+    for line in text.splitlines():
+        name, value = _parsed(line)
+        if name not in TAKEN or value == config[name]:
+            continue
+        if name in config.typed:
+            kept.append(f"--{name}={config[name]} (there {value})")
+        else:
+            taken[name] = value
+    if taken:
+        named = ", ".join(f"--{name}={value}" for name, value in taken.items())
+        log.info(f"as {path} was searched: {named}")
+    if kept:
+        log.info(f"otherwise than {path} was searched: {', '.join(kept)}")
+    weights = re.search(r"^# weights: (\w+)", text, re.MULTILINE)
+    if weights and weights[1] != checkpoint.fingerprint(model.net):
+        log.info(f"warning: {path} was searched for other weights than those of {model.source}")
+    return replace(model, config=config.changed(**taken))
+
+
+def _companion(path: Path) -> str:
+    """The flagfile of the search that wrote the schedule in `path`; "" where there is none."""
+    for place in (path.parent / "search" / NAME, path.parent / NAME):
+        if path.is_file() and place.is_file():
+            text = read_text(place)
+            stated = re.match(r"# schedule: (\w+)\n", text)
+            if stated and stated[1] == WidthSchedule.fingerprint_of(path):
+                return text
+    return ""
+
+
+def _parsed(line: str) -> tuple[str, object]:
+    """A flagfile's line as (name, value); ("", None) for what is no option of one value."""
+    match = re.fullmatch(r"--(\w+)(?:=(.*))?", line)
+    if not match:
+        return "", None
+    name, text = match.groups()
+    if name not in OPTIONS and name.startswith("no"):
+        name, text = name[2:], "false"
+    option = OPTIONS.get(name)
+    if option is None or option.many:
+        return "", None
+    if option.kind is bool:
+        return name, text != "false"
+    return name, option.parse(option.kind(text or ""))

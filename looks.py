@@ -1,0 +1,246 @@
+"""How results look: tables, pictures, and front.json, what a search found, as both.
+
+Imports neither torch nor what does, so that to look at a front and pick a point takes no time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, NotRequired, TypedDict
+
+from msgspec import Meta
+
+from runtime.errors import UserError
+from runtime.files import read_json, replacing, write_text
+from runtime.schema import TWO, Amount, Count, Name, Number, Widths, check
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they need to be, the first to the left and the others to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first = cells[0].ljust(widths[0])
+        return "  ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
+
+    return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
+
+
+def new_figure(size: tuple[float, float] = (6.4, 4.0)):
+    from matplotlib.figure import Figure  # no pyplot: no global state and no display
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def save_figure(figure, path: str | Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def plot_schedule(
+    path: str | Path, timesteps: Sequence[int], widths: Sequence[float], title: str
+) -> None:
+    """Width over timestep, noise on the left as the sampler sees it."""
+    figure, axes = new_figure()
+    axes.step(timesteps, widths, where="mid", linewidth=1)
+    axes.set(xlabel="timestep t (sampling runs from left to right)", ylabel="width", title=title)
+    axes.set_ylim(-0.05, 1.05)
+    axes.invert_xaxis()
+    save_figure(figure, path)
+
+
+def plot_front(
+    path: str | Path,
+    groups: Mapping[str, Sequence[tuple[float, float]]],
+    label: str,
+    line: str | None = None,
+    unit: str = "average GFLOPs per step",
+    numbers: Sequence[tuple[float, float]] = (),
+) -> None:
+    """Distance over cost: one kind of mark for each group of (cost, distance) points.
+
+    line: the group whose points are joined. numbers: points that carry their index.
+    """
+    figure, axes = new_figure()
+    marks = itertools.cycle("osD^v*PX")
+    for (name, points), mark in zip(groups.items(), marks, strict=False):
+        if not points:
+            continue
+        x, y = zip(*sorted(points), strict=True)
+        many = len(points) > 50
+        axes.plot(
+            x,
+            y,
+            mark,
+            linestyle="-" if name == line else "",
+            label=name,
+            markersize=3 if many else 7,
+            alpha=0.4 if many else 0.9,
+        )
+    for index, point in enumerate(numbers):
+        axes.annotate(str(index), point, (4, 4), textcoords="offset points", fontsize=7)
+    axes.set(xlabel=unit, ylabel=label)
+    heights = [y for points in groups.values() for _, y in points if y > 0]
+    if heights and max(heights) > 8 * min(heights):
+        axes.set_yscale("log")  # else the narrowest widths squash all others
+    axes.legend()
+    save_figure(figure, path)
+
+
+def plot_fronts(
+    path: str | Path, fronts: Mapping[int, Sequence[tuple[float, float]]], label: str, unit: str
+) -> None:
+    """The front (cost, distance) after each of some generations, later ones darker."""
+    from matplotlib import colormaps
+
+    figure, axes = new_figure()
+    colours = colormaps["viridis_r"]
+    last = max(fronts)
+    for generation, points in fronts.items():
+        x, y = zip(*sorted(points), strict=True)
+        colour = colours(generation / last)
+        axes.plot(x, y, "o-", markersize=3, color=colour, label=f"generation {generation}")
+    axes.set(xlabel=unit, ylabel=label)
+    axes.legend(fontsize="small")
+    save_figure(figure, path)
+
+
+Pair = Annotated[list[Amount], TWO]  # cost and distance
+
+
+class Point(TypedDict):
+    """A scored schedule in front.json, which search.txt would hold."""
+
+    schedule: Widths
+    distance: Amount
+    distance_error: NotRequired[Amount | None]
+    cost: NotRequired[Amount]
+    average_gflops: Amount
+    saving: Number
+    latency_ms: Amount
+    generation: NotRequired[Count]
+
+
+class Front(TypedDict):
+    """front.json: the result of a search."""
+
+    label: Name
+    encoder: NotRequired[Name]
+    images: NotRequired[Count]
+    timesteps: Annotated[list[Count], Meta(min_length=1, max_length=2**20)]
+    full_width_gflops: Amount
+    cost: NotRequired[Literal["flops", "latency"]]
+    points: Annotated[list[Point], Meta(min_length=1)]
+    chosen_point: NotRequired[Count | None]
+    chosen: NotRequired[Point]
+    uniform: list[Point]
+    scored: NotRequired[list[Pair]]
+    candidates: NotRequired[Count]
+    passes: NotRequired[Amount]
+    passes_saved: NotRequired[Amount]
+    rank_correlations: NotRequired[list[dict[Name, object]]]
+    generations: NotRequired[list[dict[Name, object]]]
+
+
+COST_UNITS = {
+    "flops": "average GFLOPs per step",
+    "latency": "average time per step, on the scale of full width's GFLOPs",
+}
+
+
+def cells(point: Mapping) -> list[str]:
+    """Distance, GFLOPs, saving and time of a point of front.json, as a table has them."""
+    error = point.get("distance_error")
+    return [
+        f"{point['distance']:.4g}" + ("" if error is None else f" ± {error:.2g}"),
+        f"{point['average_gflops']:.4g}",
+        f"{100 * point['saving']:.1f} %",
+        f"{point['latency_ms']:.4g}",
+    ]
+
+
+def front_table(front: Mapping, budget: float = 0.0) -> str:
+    """The points of a front to pick from; with `budget`, the best at that share of the FLOPs."""
+    chosen = front.get("chosen_point")
+    rows = [
+        [f"{index}{' *' if index == chosen else ''}", *cells(point)]
+        for index, point in enumerate(front["points"])
+    ]
+    lines = [
+        table(["point", front["label"], "GFLOPs / step", "saved", "ms / image"], rows),
+        "* is in use; --pick POINT takes another one",
+    ]
+    if budget:
+        limit = budget * front["full_width_gflops"] * (1 + 1e-9)
+        within = [i for i, p in enumerate(front["points"]) if p["average_gflops"] <= limit]
+        best = min(within, key=lambda i: front["points"][i]["distance"], default=None)
+        lines.append(
+            f"--flops_budget={budget:g}: "
+            + ("no point is as cheap" if best is None else f"point {best} is the best")
+        )
+    return "\n".join(lines)
+
+
+def write_front(folder: Path, front: Mapping) -> None:
+    """front.json: indented, but each list of numbers, such as a schedule, on one line."""
+
+    def joined(match: re.Match) -> str:
+        return "[" + " ".join(match[1].split()) + "]"
+
+    text = re.sub(r"\[\s+([-+.\deE,\s]+?)\s+\]", joined, json.dumps(front, indent=2))
+    write_text(folder / "front.json", text + "\n")
+
+
+def draw_front(folder: Path, front: Mapping) -> None:
+    """front.png, whose points carry their numbers, and schedule.png, from what front.json holds."""
+
+    def marks(points: Sequence[Mapping]) -> list[tuple[float, float]]:
+        return [(p.get("cost", p["average_gflops"] * 1e9) / 1e9, p["distance"]) for p in points]
+
+    chosen, points = front["chosen"], front["points"]
+    plot_front(
+        folder / "front.png",
+        {
+            "scored": [(cost / 1e9, distance) for cost, distance in front.get("scored", ())],
+            "front": marks(points),
+            "uniform widths": marks(front["uniform"]),
+            "chosen": marks([chosen]),
+        },
+        front["label"],
+        line="front",
+        unit=COST_UNITS[front.get("cost", "flops")],
+        numbers=marks(points),
+    )
+    steps, widths = front["timesteps"], chosen["schedule"]
+    if len(widths) != len(steps):
+        widths = [widths[t] for t in steps]
+    plot_schedule(folder / "schedule.png", steps, widths, "chosen schedule")
+
+
+def pick_point(folder: Path, front: dict, index: int) -> None:
+    """Make point `index` the chosen one in front.json and in the pictures."""
+    front |= {"chosen_point": index, "chosen": front["points"][index]}
+    write_front(folder, front)
+    draw_front(folder, front)
+
+
+def read_front(path: Path) -> dict:
+    """front.json of a finished search; UserError for anything else."""
+    front = read_json(path)
+    known = check(front, Front, path, "is it the front of a finished search?")
+    steps = known["timesteps"]
+    for place, point in enumerate(known["points"]):
+        entries = len(point["schedule"])
+        if entries != len(steps) and entries <= max(steps):
+            raise UserError(
+                f"{path}: points[{place}].schedule has {entries} entries; expected {len(steps)}, "
+                f"one for each sampler step, or one for each of at least {max(steps) + 1} timesteps"
+            )
+    return front
