@@ -33,7 +33,7 @@ _notices: list[str] = []
 
 
 def command(mode: str):
-    """What runs a mode: a function of the configuration."""
+    """What runs a mode but pick: a function of the configuration."""
     from commands import evaluate, export, generate, plan, search, train
 
     return {
@@ -65,15 +65,6 @@ def complain(error: UserError, status: int = 2) -> None:
     sys.exit(status)
 
 
-class _Printed(logging.Handler):
-    """What the program's parts log is printed, once for all processes."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from runtime.processes import say
-
-        say(record.getMessage())
-
-
 def thread_failed(args: threading.ExceptHookArgs) -> None:
     """Tensorboard's thread tells the main one of a full disk, which then says so in one line."""
     if getattr(args.exc_value, "errno", None) not in DISK_FULL:
@@ -86,9 +77,15 @@ def run(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             raise UserError(f"stray argument {argv[1]!r}: flags start with --")
         mode, config = options.mode(), options.configuration()
-        if config.run.dry_run and (mode not in PLANNED or config.search.pick != -1):
+        if config.run.dry_run and mode not in PLANNED:
             raise UserError(f"--dry_run: only {', '.join('--' + m for m in PLANNED)} have plans")
-        dispatch(mode, config)
+        if mode == "pick":
+            from commands.pick import pick  # without torch
+
+            print(*_notices, sep="\n", end="\n" * bool(_notices))
+            pick(config)
+        else:
+            dispatch(mode, config)
     except UserError as error:
         complain(error)
     except KeyboardInterrupt:
@@ -117,7 +114,7 @@ def dispatch(mode: str, config: options.Configuration) -> None:
     from train import Interrupted
 
     log = logging.getLogger("ddsm")
-    log.handlers, log.propagate = [_Printed()], False
+    log.handlers, log.propagate = [processes.Printed()], False
     log.setLevel(logging.INFO)
     build.open_autoencoder.cache_clear()
     build.log_once.cache_clear()

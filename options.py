@@ -167,7 +167,7 @@ def mode() -> str:
     if len(modes) != 1:
         what = f"{len(modes)} modes at once ({', '.join(modes)})" if modes else "no mode"
         raise UserError(f"{what}: give exactly one of {', '.join('--' + m for m in MODES)}")
-    return modes[0]
+    return "pick" if modes == ["search"] and FLAGS.pick != -1 else modes[0]
 
 
 def configuration() -> Configuration:

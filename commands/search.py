@@ -1,4 +1,4 @@
-"""--search: a width schedule for the supernet in LOGDIR; --pick: another point of its front."""
+"""--search: a width schedule for the supernet in LOGDIR."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import torch
 
 import build
 from build import Model
-from commands import plan
+from commands import pick, plan
 from commands.evaluate import conditions
 from evaluate import Evaluator
-from looks import front_table, pick_point, read_front
 from model import WidthSchedule, checkpoint, latency
 from report import SearchProgress, SearchResult
 from runtime import memory, processes
@@ -29,17 +28,12 @@ from sampling.noise import SEARCH
 from sampling.prefixes import SharedStates
 from sampling.protocol import Sampler, timesteps
 from search import SEGMENTS, UNUSABLE, Genome, Rung, Search, warm_start
-from settings import LOOK, Configuration
+from settings import Configuration
 
 
 def search(config: Configuration) -> None:
-    """Search a width schedule and write LOGDIR/search.txt, or pick another one of a front."""
-    folder = Path(config.search.search_dir or Path(config.run.logdir) / "search")
-    # Or into a search's own folder.
-    chosen = (folder if config.search.search_dir else Path(config.run.logdir)) / "search.txt"
-    if config.search.pick != -1:
-        pick(config, folder, chosen)
-        return
+    """Search a width schedule and write LOGDIR/search.txt."""
+    folder, chosen = pick.places(config)
     if config.run.dry_run:
         model = plan.planned_model(config)
         plan.plan_search(model, search_space(model), parse_ladder(model))
@@ -238,21 +232,3 @@ def latency_table(folder: Path, model: Model, evaluator: Evaluator) -> dict[floa
     if config.search.cost == "latency":
         agree(path, stored, about, remedy)
     return {0.0: 0.0} | times
-
-
-def pick(config: Configuration, folder: Path, search_txt: Path) -> None:
-    """Print the front of a finished search, or write another point of it to search.txt."""
-    index, front = config.search.pick, read_front(folder / "front.json")
-    if index == LOOK:
-        say(front_table(front, config.search.flops_budget))
-        return
-    if not 0 <= index < len(front["points"]):
-        raise UserError(f"--pick={index}: the front has points 0 to {len(front['points']) - 1}")
-    point = front["points"][index]
-    WidthSchedule(point["schedule"]).save(search_txt)
-    if processes.is_main():
-        pick_point(folder, front, index)
-    say(
-        f"point {index}: {front['label']} {point['distance']:.6g} at "
-        f"{point['average_gflops']:.4g} GFLOPs per step, now in {search_txt}"
-    )

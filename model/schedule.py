@@ -10,7 +10,7 @@ from pathlib import Path
 
 from runtime.errors import UserError
 from runtime.files import parse_json, read_text, write_text
-from runtime.schema import Widths, check
+from runtime.schema import Widths, check, widths_line
 
 
 class WidthSchedule:
@@ -94,7 +94,7 @@ class WidthSchedule:
 
     def save(self, path: str | Path) -> None:
         """Write the schedule as one JSON line, whole or not at all."""
-        write_text(path, json.dumps([int(w) if w == int(w) else w for w in self.widths]) + "\n")
+        write_text(path, widths_line(self.widths))
 
 
 def entry_for_call(schedule: WidthSchedule | Sequence[Hashable], step: int, t: int) -> int:

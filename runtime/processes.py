@@ -7,6 +7,7 @@ known by its rank, never by its place on a machine, so several machines need no 
 import contextlib
 import ctypes
 import datetime
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -50,6 +51,13 @@ def say(text: str) -> None:
     """Print, once for all processes."""
     if is_main():
         print(text, flush=True)
+
+
+class Printed(logging.Handler):
+    """Prints what the program's parts log, once for all processes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
 
 
 def first_to_speak() -> bool:

@@ -7,6 +7,8 @@ Two of something are a list: msgspec up to 0.22 reads beyond a tuple of two besi
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -28,6 +30,11 @@ Size = Annotated[int, Meta(ge=1, le=2**20)]  # channels, pixels a side
 Few = Annotated[int, Meta(ge=0, le=2**6)]  # layers of a block
 SHORT = Meta(min_length=1, max_length=2**6)
 TWO = Meta(min_length=2, max_length=2)
+
+
+def widths_line(widths: Iterable[float]) -> str:
+    """A width schedule as search.txt has it: one line of JSON."""
+    return json.dumps([int(w) if w == int(w) else w for w in widths]) + "\n"
 
 
 def check(value: object, schema: type[T], name: object, remedy: str = "") -> T:

@@ -1,0 +1,44 @@
+"""--search --pick: the front of a finished search as a table, or another point of it in use.
+
+Imports no torch, so that it answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from looks import front_table, pick_point, read_front
+from runtime.errors import UserError
+from runtime.files import write_text
+from runtime.schema import widths_line
+from settings import LOOK, Configuration
+
+
+def places(config: Configuration) -> tuple[Path, Path]:
+    """A search's folder, and where the schedule that it chooses is written."""
+    if config.search.search_dir:
+        folder = Path(config.search.search_dir)
+        return folder, folder / "search.txt"
+    logdir = Path(config.run.logdir)
+    return logdir / "search", logdir / "search.txt"
+
+
+def pick(config: Configuration) -> None:
+    """Print the front of a finished search, or write another point of it to search.txt."""
+    if os.environ.get("RANK", "0") != "0":  # under torchrun one process is enough
+        return
+    folder, search_txt = places(config)
+    index, front = config.search.pick, read_front(folder / "front.json")
+    if index == LOOK:
+        print(front_table(front, config.search.flops_budget))
+        return
+    if not 0 <= index < len(front["points"]):
+        raise UserError(f"--pick={index}: the front has points 0 to {len(front['points']) - 1}")
+    point = front["points"][index]
+    write_text(search_txt, widths_line(point["schedule"]))
+    pick_point(folder, front, index)
+    print(
+        f"point {index}: {front['label']} {point['distance']:.6g} at "
+        f"{point['average_gflops']:.4g} GFLOPs per step, now in {search_txt}"
+    )
