@@ -55,6 +55,7 @@ def define() -> None:
 
 
 define()
+_typed: set[str] = set()  # what the command line itself says, as FLAGS cannot tell
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -78,6 +79,8 @@ def parse(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             else:
                 command.append((name, words))
         said = {name for name, _ in command}
+        _typed.clear()
+        _typed.update(said & OPTIONS.keys())
         if "log_dir" in said:
             raise UserError("--log_dir is not an option here: did you mean --logdir?")
         if any(name in MODES and not words[0].lstrip("-").startswith("no") for name, words in
@@ -177,7 +180,7 @@ def configuration() -> Configuration:
     if values["slimmable_g16"] and "num_groups" not in given:
         values["num_groups"] = 16  # counts as given
         given.add("num_groups")
-    return Configuration(values, given)
+    return Configuration(values, given, _typed)
 
 
 # --- writing --------------------------------------------------------------------------------------

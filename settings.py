@@ -368,28 +368,32 @@ class _Part:
 
 
 class Configuration:
-    """A value for every option, and which of them the user gave; not to be changed.
+    """A value for every option, which of them the user gave, and which not in a flagfile but on the
+    command line (typed); not to be changed.
 
     The settings classes are its attributes, made and checked when they are first asked for.
     """
 
     def __init__(
-        self, values: Mapping[str, object] | None = None, given: Iterable[str] = ()
+        self,
+        values: Mapping[str, object] | None = None,
+        given: Iterable[str] = (),
+        typed: Iterable[str] = (),
     ) -> None:
         values = values or {}
         if unknown := values.keys() - OPTIONS.keys():
             raise UserError(f"there is no option --{min(unknown)}")
         self.values = {n: o.parse(values.get(n, o.default)) for n, o in OPTIONS.items()}
-        self.given = frozenset(given)
+        self.given, self.typed = frozenset(given), frozenset(typed)
 
     @classmethod
     def of(cls, **values: object) -> Configuration:
         """With these options given and the defaults of all others."""
-        return cls(values, values)
+        return cls(values, values, values)
 
     def changed(self, **values: object) -> Configuration:
         """The same but for these; they do not count as given."""
-        return Configuration({**self.values, **values}, self.given)
+        return Configuration({**self.values, **values}, self.given, self.typed)
 
     def __getitem__(self, name: str) -> object:
         return self.values[name]

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 import build
 from build import Model
-from commands import plan
+from commands import pick, plan, searched
 from evaluate import Evaluator, Scores
 from model import WidthSchedule, average, checkpoint, entries_for_calls
 from runtime import processes
 from runtime.errors import UserError
-from runtime.files import Unfinished, remove_partial, save_grid, writable_folder, write_json
+from runtime.files import (
+    Unfinished,
+    append_jsonl,
+    remove_partial,
+    save_grid,
+    writable_folder,
+    write_json,
+)
 from runtime.processes import say
 from sampling.prefixes import StepSchedule
 from sampling.protocol import timesteps
@@ -50,21 +61,24 @@ def evaluate_schedule(config: Configuration) -> None:
     """Score the width schedule of LOGDIR/search.txt, or of --schedule."""
     path = schedule_path(config)
     if config.run.dry_run:
-        model = plan.planned_model(config)
+        model = searched.as_searched(plan.planned_model(config), path)
         plan.plan_scoring(model, model.schedule(path))
         return
-    model = build.load_model(config)
+    model = searched.as_searched(build.load_model(config), path)
     schedule = model.schedule(path)
     about = {"step": model.step, "schedule": list(schedule.widths)}
-    _score("eval_stepaware", model, schedule, about)
+    _score("eval_stepaware", model, schedule, about, path)
 
 
-def _score(name: str, model: Model, schedule: WidthSchedule, about: Mapping) -> None:
-    """Score a schedule of the supernet's widths."""
+def _score(
+    name: str, model: Model, schedule: WidthSchedule, about: Mapping, path: Path | None = None
+) -> None:
+    """Score a schedule of the supernet's widths. path: its file."""
     used = sorted(set(schedule.widths) - {0.0})
     costs = model.flops(sorted({1.0, *used}))
     networks = build.candidates(model, used, build.kept_arithmetic(model.config))
-    report_scores(name, model, build.evaluator(model, networks), schedule, costs, about)
+    evaluator = build.evaluator(model, networks)
+    report_scores(name, model, evaluator, schedule, costs, about, path)
 
 
 def evaluate_ensemble(config: Configuration) -> None:
@@ -105,8 +119,10 @@ def report_scores(
     schedule: StepSchedule,
     costs: Mapping,
     about: Mapping,
+    path: Path | None = None,
 ) -> None:
-    """Score, save LOGDIR/NAME.json and LOGDIR/NAME.png, and print."""
+    """Score, save LOGDIR/NAME.json and LOGDIR/NAME.png, add a line to LOGDIR/evaluations.jsonl, and
+    print. path: the schedule's file."""
     config, sampler = model.config, model.sampler
     logdir = writable_folder(config.run.logdir)
     partial = logdir / f".{name}.unfinished-{processes.rank()}.pt"
@@ -135,6 +151,7 @@ def report_scores(
         },
     }
     if processes.is_main():
+        append_jsonl(logdir / "evaluations.jsonl", evaluation(model, evaluator, result, path))
         write_json(logdir / f"{name}.json", result)
         save_grid(logdir / f"{name}.png", images)
     say(f"{scores.label}: {scores.distance:.6g}")
@@ -155,6 +172,27 @@ def report_scores(
     unfinished.remove()
     if processes.is_main():
         remove_partial(logdir / name, ".unfinished-*.pt")
+
+
+def evaluation(
+    model: Model, evaluator: Evaluator, result: Mapping, path: Path | None
+) -> dict[str, object]:
+    """A line of evaluations.jsonl: a score, and all that it depends on, in short."""
+    config = model.config
+    record = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), **result}
+    record.pop("schedule", None)
+    if path:
+        record |= {"schedule": str(path), "schedule_digest": pick.digest(path)}
+    return record | {
+        "weights": checkpoint.fingerprint(model.net),
+        "dataset": config.data.dataset,
+        "img_size": config.data.img_size,
+        "statistics": config.evaluation.fid_cache,
+        "statistics_digest": evaluator.reference.digest,
+        "batch_size": config.run.batch_size,
+        "amp": config.run.amp,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
 
 
 def score_identity(model: Model, evaluator: Evaluator, schedule: StepSchedule) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import build
+from commands import searched
 from commands.evaluate import schedule_path
 from runtime.errors import UserError
 from runtime.processes import say
@@ -14,13 +15,14 @@ def export(config: Configuration) -> None:
     from model.diffusers.export import export_diffusers  # diffusers takes seconds to import
 
     folder = config.evaluation.export_diffusers
-    model = build.load_model(config)
+    path = schedule_path(config)
+    model = searched.as_searched(build.load_model(config), path)
     config, d = model.config, model.config.diffusion
     if model.autoencoder or model.classes:
         raise UserError("--export_diffusers: only for networks of images without classes")
     if d.precond != "none":
         raise UserError("--export_diffusers: diffusers' DDPM and DDIM have no --precond=edm")
-    schedule = model.schedule(schedule_path(config))
+    schedule = model.schedule(path)
     export_diffusers(
         folder,
         {width: model.net.subnet(width) for width in sorted(set(schedule.widths) - {0.0})},

@@ -11,7 +11,7 @@ import torch
 
 import build
 from build import Model
-from commands import plan
+from commands import plan, searched
 from commands.evaluate import conditions, uniform_schedule
 from model import WidthSchedule, average, checkpoint, entries_for_calls
 from report import labelled_grid
@@ -29,13 +29,19 @@ SHOWN = 64  # images in the grid, at most
 def generate(config: Configuration) -> None:
     """Write --num_images images to --out; those that are there already are kept."""
     if config.run.dry_run:
-        model = plan.planned_model(config)
+        model = settled(plan.planned_model(config))
         plan.plan_scoring(model, chosen_schedule(model), encode=False)
         return
     out = Path(config.evaluation.out or Path(config.run.logdir) / "generated")
     with alone_in(out, wait=False) if processes.is_main() else contextlib.nullcontext():
-        model = build.load_model(config)
+        model = settled(build.load_model(config))
         run(model, chosen_schedule(model), writable_folder(out))
+
+
+def settled(model: Model) -> Model:
+    """With the sampler that --schedule was searched with."""
+    path = model.config.evaluation.schedule
+    return searched.as_searched(model, Path(path)) if path else model
 
 
 def chosen_schedule(model: Model) -> WidthSchedule:

@@ -5,14 +5,18 @@ Imports no torch, so that it answers at once.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from pathlib import Path
 
 from looks import front_table, pick_point, read_front
 from runtime.errors import UserError
-from runtime.files import write_text
+from runtime.files import read_text, write_text
 from runtime.schema import widths_line
 from settings import LOOK, Configuration
+
+NAME = "flagfile.txt"  # in a search's folder: what it was searched with; see commands/searched.py
 
 
 def places(config: Configuration) -> tuple[Path, Path]:
@@ -22,6 +26,11 @@ def places(config: Configuration) -> tuple[Path, Path]:
         return folder, folder / "search.txt"
     logdir = Path(config.run.logdir)
     return logdir / "search", logdir / "search.txt"
+
+
+def digest(path: Path) -> str:
+    """16 hexadecimal digits that a schedule's file would change."""
+    return hashlib.sha256(read_text(path).encode()).hexdigest()[:16]
 
 
 def pick(config: Configuration) -> None:
@@ -38,6 +47,10 @@ def pick(config: Configuration) -> None:
     point = front["points"][index]
     write_text(search_txt, widths_line(point["schedule"]))
     pick_point(folder, front, index)
+    about = folder / NAME
+    if about.exists():  # older searches have none
+        now = f"# schedule: {digest(search_txt)}"
+        write_text(about, re.sub(r"\A# schedule: .*", now, read_text(about)))
     print(
         f"point {index}: {front['label']} {point['distance']:.6g} at "
         f"{point['average_gflops']:.4g} GFLOPs per step, now in {search_txt}"

@@ -12,7 +12,7 @@ import torch
 
 import build
 from build import Model
-from commands import pick, plan
+from commands import pick, plan, searched
 from commands.evaluate import conditions
 from evaluate import Evaluator
 from model import WidthSchedule, checkpoint, latency
@@ -70,6 +70,7 @@ def run(model: Model, folder: Path, search_txt: Path) -> None:
     result = SearchResult(job, candidates, flops, times, evaluator, progress.generations)
     if processes.is_main():
         result.save(folder, search_txt)
+        searched.write(folder, model, search_txt)
         say(result.summary())
     # All processes draw their share: full width and three points of the front on the same noise.
     full = WidthSchedule([1.0] * model.levels.T)

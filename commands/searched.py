@@ -13,30 +13,23 @@ from pathlib import Path
 
 import options
 from build import Model
-from model import WidthSchedule, checkpoint
+from commands.pick import NAME, digest
+from model import checkpoint
+from runtime.errors import UserError
 from runtime.files import read_text, write_text
 from runtime.settings import options_of
 from settings import OPTIONS, SamplingSettings
 
 log = logging.getLogger("ddsm")
-NAME = "flagfile.txt"
 # What a schedule is best used with; the classes are a question of what is wanted.
 TAKEN = (options_of(SamplingSettings).keys() | {"allow_skip"}) - {"classes"}
 
 
-def write(folder: Path, model: Model, schedule: WidthSchedule) -> None:
-    """Say in the search's folder what its schedule was searched with."""
-    text = options.flagfile_text(model.config)
+def write(folder: Path, model: Model, search_txt: Path) -> None:
+    """Say in a search's folder what the schedule in search_txt was searched with."""
     weights = checkpoint.fingerprint(model.net)
-    write_text(folder / NAME, f"# schedule: {schedule.fingerprint}\n# weights: {weights}\n{text}")
-
-
-def picked(folder: Path, schedule: WidthSchedule) -> None:
-    """Note that another schedule of this search is in use."""
-    path = folder / NAME
-    if path.exists():  # older searches have none
-        line = f"# schedule: {schedule.fingerprint}"
-        write_text(path, re.sub(r"^# schedule: .*", line, read_text(path), count=1))
+    text = options.flagfile_text(model.config)
+    write_text(folder / NAME, f"# schedule: {digest(search_txt)}\n# weights: {weights}\n{text}")
 
 
 def as_searched(model: Model, path: Path) -> Model:
@@ -50,7 +43,10 @@ def as_searched(model: Model, path: Path) -> Model:
         return model
     config, taken, kept = model.config, {}, []
     for line in text.splitlines():
-        name, value = _parsed(line)
+        try:
+            name, value = _parsed(line)
+        except ValueError as error:
+            raise UserError(f"{path} was searched with a {NAME} that has {line!r}") from error
         if name not in TAKEN or value == config[name]:
             continue
         if name in config.typed:
@@ -74,7 +70,7 @@ def _companion(path: Path) -> str:
         if path.is_file() and place.is_file():
             text = read_text(place)
             stated = re.match(r"# schedule: (\w+)\n", text)
-            if stated and stated[1] == WidthSchedule.fingerprint_of(path):
+            if stated and stated[1] == digest(path):
                 return text
     return ""
 

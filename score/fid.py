@@ -5,6 +5,7 @@ Everything is computed in float64 on the device where the features lie.
 """
 
 import functools
+import hashlib
 
 import numpy as np
 import scipy.linalg
@@ -107,6 +108,12 @@ class Gaussian:
     def dim(self) -> int:
         """D, the number of features."""
         return len(self.mu)
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that other statistics would change."""
+        numbers = torch.cat([self.mu.flatten(), self.sigma.flatten()]).cpu().numpy()
+        return hashlib.sha256(numbers.tobytes()).hexdigest()[:16]
 
     @functools.cached_property
     def root(self) -> torch.Tensor:

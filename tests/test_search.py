@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import contents, run_main
 from pymoo.core.population import Population
 
 from model import WidthSchedule
 from runtime.errors import UserError
+from runtime.files import read_jsonl
 from search import (
     UNUSABLE,
     Candidate,
@@ -503,3 +505,53 @@ def test_the_front_to_pick_from(run_folder: Path, monkeypatch: pytest.MonkeyPatc
         chosen = json.loads((run_folder / "search.txt").read_text())
         assert chosen == front["points"][index]["schedule"]
     assert "--pick=99" in run_main(*common, "--pick=99").error
+
+
+def test_settings_travel_with_the_schedule(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What uses search.txt samples as the search did, unless the command line says otherwise."""
+    monkeypatch.setattr("commands.search.latency", lambda *arguments: 0.001)
+    common = ["--flagfile=run/flagfile.txt", "--logdir=run", "--notrain", "--num_images=8",
+              "--batch_size=8", "--fid_cache=stats.npz"]  # fmt: skip
+    sampler = ["--sampler=ddim", "--eta=0.5", "--sample_steps=5", "--allow_skip"]
+    search = [*common, *sampler, "--search", "--num_generation=1", "--pop_size=4",
+              "--num_segments=2", "--search_objective=pareto"]  # fmt: skip
+    assert run_main(*search).status == 0
+
+    def scored(*flags: object) -> tuple[dict, str]:
+        result = run_main(*common, "--eval_stepaware", *flags)
+        assert result.status == 0, result.err
+        return json.loads((run_folder / "eval_stepaware.json").read_text()), result.out
+
+    score, said = scored()
+    assert (score["sampler"]["sampler"], score["sampler"]["eta"]) == ("ddim", 0.5)
+    assert "as run/search.txt was searched: " in said
+    assert "--sample_steps=5" in said
+    score, said = scored("--eta=0.25")
+    assert (score["sampler"]["sample_steps"], score["sampler"]["eta"]) == (5, 0.25)
+    assert "otherwise than run/search.txt was searched: --eta=0.25 (there 0.5)" in said
+    # Another point of the front was searched likewise; a schedule from elsewhere was not.
+    assert run_main("--search", "--logdir=run", "--pick=0").status == 0
+    assert scored()[0]["sampler"]["sampler"] == "ddim"
+    made = run_main(*common, "--generate", "--schedule=run/search.txt", "--out=images")
+    assert made.status == 0, made.err
+    assert json.loads(Path("images/images.json").read_text())["sampler"]["sampler"] == "ddim"
+    (run_folder / "search.txt").write_text(str([1] * 10))
+    score, said = scored()
+    assert score["sampler"]["sampler"] == "ddpm"
+    assert "searched" not in said
+    assert run_main("--search", "--logdir=run", "--pick=0").status == 0
+    state = torch.load(run_folder / "ckpt.pt", weights_only=True)
+    state["ema_model"]["tail.2.bias"] += 1
+    torch.save(state, run_folder / "ckpt.pt")
+    assert "warning: run/search.txt was searched for other weights" in scored()[1]
+    # Each score is kept with what it depends on.
+    kept = read_jsonl(run_folder / "evaluations.jsonl")
+    assert [(k["sampler"]["sampler"], k["sampler"]["eta"]) for k in kept] == [
+        ("ddim", 0.5), ("ddim", 0.25), ("ddim", 0.5), ("ddpm", 0.0), ("ddim", 0.5),
+    ]  # fmt: skip
+    assert kept[0]["distance"] != kept[1]["distance"]
+    assert kept[2]["weights"] != kept[4]["weights"]
+    assert len({k["statistics_digest"] for k in kept}) == 1
+    assert all(k["images"] == 8 and k["dataset"] == "digits" for k in kept)
