@@ -448,16 +448,13 @@ def _restored(
         in_ch = 3 if head is None or head.ndim != 4 else head.shape[1]
         net = own_network(config, device, in_ch, ch)
     checkpoint.fill(net, state["ema_model"], path)
-    step, names = int(state.get("step", 0)), _class_names(stored, path)
+    step, names = int(state.get("step", 0)), _class_names(stored)
     return Model(net, config, device, step, f"{path}, step {step}", names)
 
 
-def _class_names(stored: Mapping[str, object], path: Path) -> tuple[str, ...]:
+def _class_names(stored: Mapping[str, object]) -> tuple[str, ...]:
     """The classes' names in a checkpoint's settings, in the order of their numbers."""
-    names = stored.get("class_names") or ()
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}: its settings have class_names={names!r}, which are not names")
-    return tuple(names)
+    return tuple(stored.get("class_names") or ())
 
 
 def _check_autoencoder(vae: object, stored: Mapping[str, object], path: Path) -> None:
@@ -515,7 +512,7 @@ def training_set(
     if stored.get("num_classes") and stored["num_classes"] == len(images.classes):
         # Without names it is from when folders were numbered in the order of their names as text.
         text_order = sorted(images.classes) if d.dataset == "image_folder" else images.classes
-        names = _class_names(stored, checkpoint_path(config)) or text_order
+        names = _class_names(stored) or text_order
         images = dataset.in_class_order(images, names)
     log.info(dataset.describe(images))
     vae = open_autoencoder(d.latent_vae, device)

@@ -46,9 +46,10 @@ def labelled_grid(
 
 
 class Losses(TypedDict):
-    """train.jsonl, a line: the mean loss of each width since the line before."""
+    """train.jsonl, a line: the mean loss of each width since the line before, or what changed."""
 
     step: Count
+    changed: NotRequired[dict[Name, object]]
     loss: NotRequired[dict[Name, float]]
     grad_norm: NotRequired[float]
     lr: NotRequired[Amount]

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated, NotRequired, TypedDict
 
 import torch
 
@@ -27,6 +28,7 @@ from runtime.files import (
     write_json,
 )
 from runtime.processes import say
+from runtime.schema import TWO, Amount, Count, Name, Number, Width, Widths
 from sampling.prefixes import StepSchedule
 from sampling.protocol import timesteps
 from settings import Configuration
@@ -112,6 +114,40 @@ def _shared_settings(model: Model) -> dict[str, object]:
     return {"channels": model.net.settings.in_ch} | shared
 
 
+class Evaluation(TypedDict):
+    """eval.json and its like: a score, what it cost, and what it depends on."""
+
+    mode: Name
+    checkpoint: Name
+    step: Count
+    width: NotRequired[Width]
+    schedule: NotRequired[Widths]
+    start: NotRequired[int]
+    end: NotRequired[int]
+    label: Name
+    encoder: Name
+    distance: Amount
+    inception_score: Annotated[list[Amount], TWO] | None
+    images: Count
+    passes: Count
+    passes_saved: Count
+    sampling_seconds: Amount
+    decoding_seconds: Amount
+    average_gflops: Amount
+    full_width_gflops: Amount
+    saving: Number
+    images_per_second: Amount
+    processes: Count
+    sampler: dict[Name, object]
+    seed: int
+    device: Name
+    classes: NotRequired[list[Count] | Name]
+    guidance_scale: NotRequired[Amount]
+    autoencoder: NotRequired[Name]
+    decoder: NotRequired[dict[Name, Amount]]
+    arithmetic: dict[Name, Name]
+
+
 def report_scores(
     name: str,
     model: Model,
@@ -131,7 +167,7 @@ def report_scores(
     calls, steps = sampler.calls(), len(timesteps(sampler))
     flops, full = average(schedule, entries_for_calls(schedule, calls), costs), costs[1.0]
     rate = scores.images * processes.world() / scores.sampling_seconds
-    result = {
+    result: Evaluation = {
         "mode": name,
         "checkpoint": config.run.ckpt_name,
         **about,

@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,28 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from runtime.errors import UserError
 from runtime.files import read_tensors, replacing, write_tensors
+from runtime.schema import Count, Name, check
 
 FORMAT = 1
 ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}  # of each parameter
 REMEDY = "the file is damaged or of another program: take an earlier one with --ckpt_name"
 # Settings of files that lack them: released ones, and those older than the setting.
 DEFAULTS = {"skip_slicing": "leading", "norm_groups": "fixed", "finetune_schedule": None}
+
+
+# What a checkpoint's settings have beside options, which have types and bounds of their own.
+Settings = TypedDict(
+    "Settings",
+    {
+        "kind": Literal["diffusers"],  # and class, config, null_class: the network is of diffusers
+        "class": Name,
+        "config": dict[Name, object],
+        "null_class": bool,
+        "class_names": list[Name],
+        "autoencoder": Name,  # its fingerprint
+    },
+    total=False,
+)
 
 
 def save(path: str | Path, state: Mapping[str, object]) -> None:
@@ -65,11 +82,10 @@ def load(path: str | Path) -> dict:
     if not isinstance(state, dict) or not {"net_model", "ema_model"} <= state.keys():
         names = ", ".join(map(str, list(state)[:5])) if isinstance(state, dict) else type(state)
         raise UserError(f"{path} has no net_model and ema_model entries (it has: {names})")
-    if not isinstance(state.get("settings", {}), dict):
-        raise UserError(f"{path}: its settings are not a table of names and values")
+    check(state.get("settings", {}), Settings, f"{path}: its settings")
     try:
-        int(state.get("step", 0))
-    except (TypeError, ValueError, RuntimeError) as error:
+        check(int(state.get("step", 0)), Count, f"{path}: its step")
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UserError(
             f"{path} cannot be continued or scored: its step is not a number"
         ) from error

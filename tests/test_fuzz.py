@@ -35,6 +35,7 @@ import looks
 import options
 import report
 import score
+from commands.evaluate import Evaluation
 from commands.generate import claim
 from commands.search import Latencies
 from dataset import latents
@@ -86,6 +87,13 @@ SCORED = {
 POINT = {
     "distance": 1.0, "distance_error": None, "cost": 3.0, "average_gflops": 0.5, "saving": 0.25,
     "latency_ms": 3.0, "generation": 1, "schedule": [1.0, 0.5],
+}  # fmt: skip
+EVALUATION = {
+    "mode": "eval", "checkpoint": "ckpt", "step": 6, "width": 1.0, "label": "toy", "images": 8,
+    "encoder": "pixels", "distance": 1.5, "inception_score": [1.0, 0.1], "passes": 80, "seed": 0,
+    "passes_saved": 0, "sampling_seconds": 0.5, "decoding_seconds": 0.0, "average_gflops": 0.1,
+    "full_width_gflops": 0.1, "saving": 0.0, "images_per_second": 8.0, "processes": 1,
+    "sampler": {"S_tmax": float("inf")}, "device": "cpu", "arithmetic": {"1.0": "float32"},
 }  # fmt: skip
 FRONT = {
     "label": "toy", "encoder": "pixels", "images": 8, "timesteps": [0, 5], "cost": "flops",
@@ -249,6 +257,7 @@ KINDS = {
         lambda path: read_json(path, Latencies),
     ),
     "arithmetic": Kind("a", text(line({"1.0": "float32", "0.5": "winograd"})), arithmetic._read),
+    "evaluation": Kind("a", text(line(EVALUATION)), lambda path: read_json(path, Evaluation)),
     "losses": Kind(
         "a",
         text(2 * line({"step": 1, "loss": {"1": 0.5}, "grad_norm": 1.0, "lr": 1e-3,

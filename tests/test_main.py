@@ -24,6 +24,7 @@ from torchvision.io import write_png
 import dataset as data
 import options
 import score
+from commands.evaluate import Evaluation
 from model import SlimmableUNet, WidthSchedule, average
 from runtime import files
 from runtime.settings import Settings, option
@@ -648,7 +649,7 @@ def test_few_images_warn_and_go_on(run_folder: Path) -> None:
     assert result.status == 0, result.err
     warning = re.search("warning: 20 images .*64 features.*", result.out + result.err)
     assert "biased" in warning[0]
-    assert json.loads((run_folder / "eval.json").read_text())["images"] == 20
+    assert files.read_json(run_folder / "eval.json", Evaluation)["images"] == 20
     assert "warning" not in run_main(*EVAL, "--eval").out
 
 

@@ -1,5 +1,7 @@
-"""The pages tell the truth. `python tests/test_readme.py` prints the tables of docs/flags.md."""
+"""The pages tell the truth. `python tests/test_readme.py` prints the tables of docs/flags.md, and
+with `schemas` the schemas of docs/files.md."""
 
+import inspect
 import json
 import re
 import sys
@@ -12,11 +14,42 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 sys.path.insert(0, str(ROOT))
 
+import looks  # noqa: E402
 import options  # noqa: E402
+import report  # noqa: E402
+from commands import evaluate, generate, search  # noqa: E402
+from dataset import latents  # noqa: E402
+from model import arithmetic, checkpoint  # noqa: E402
+from model.diffusers import loading, trained  # noqa: E402
+from runtime import schema  # noqa: E402
+from search import log  # noqa: E402
 
 
 def test_the_page_of_flags_is_made_from_the_options() -> None:
     assert options.markdown() in (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
+
+
+def schemas() -> str:
+    """The schemas of all files, as docs/files.md has them: their own source."""
+    shared = inspect.getsource(schema)
+    shared = re.search(r"^# Never NaN.*?(?=^def )", shared, re.M | re.S)[0].strip()
+    owners = {
+        "arithmetic.json": re.search(r"^Arithmetics = .*$", inspect.getsource(arithmetic), re.M)[0],
+        "a checkpoint's settings": re.search(
+            r"^Settings = .*?^\)$", inspect.getsource(checkpoint), re.M | re.S
+        )[0],
+    }
+    classes = [
+        log.Header, log.Scored, looks.Point, looks.Front, search.Latencies, report.Losses,
+        report.StepScores, evaluate.Evaluation, generate.Generated, latents.Identity,
+        latents.Config, loading.Config, loading.Index, trained.Config,
+    ]  # fmt: skip
+    texts = [f"# {name}\n{text}" for name, text in owners.items()]
+    return "\n\n\n".join([shared, *texts, *(inspect.getsource(each).strip() for each in classes)])
+
+
+def test_the_page_of_files_has_the_schemas() -> None:
+    assert schemas() in (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
 
 
 def headings(page: Path) -> set[str]:
@@ -82,4 +115,4 @@ def test_the_table_of_widths_is_that_of_the_recorded_runs() -> None:
 
 
 if __name__ == "__main__":
-    print(options.markdown())
+    print(schemas() if "schemas" in sys.argv else options.markdown())

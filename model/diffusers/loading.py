@@ -63,20 +63,27 @@ def read_model(directory: str | Path) -> ModelMixin:
     config = _read_config(folder)
     file = file or _weights_file(folder)
     state = _read_weights(file)
+    model = build(config["_class_name"], config, folder / "config.json")
+    _fill(model, model._fix_state_dict_keys_on_load(state), file)  # old names of attention layers
+    return model.eval()
+
+
+def build(name: str, config: Mapping[str, object], where: object) -> ModelMixin:
+    """A model of this class of CLASSES with fresh weights. UserError, which begins with `where`,
+    where it cannot be built."""
+    check(config, Config, where)
+    kind = getattr(diffusers, name)
     try:
-        kind = getattr(diffusers, config["_class_name"])
         with torch.device("meta"):
-            size = sum(p.numel() for p in kind.from_config(config).parameters())
-        memory.require(4 * size, f"the model of {folder}", "it does not fit into this machine")
-        model = kind.from_config(config)
+            size = sum(p.numel() for p in kind.from_config(dict(config)).parameters())
+        memory.require(4 * size, f"{where}: the model", "a smaller one is needed")
+        return kind.from_config(dict(config))
     except UserError:
         raise
     except Exception as error:  # diffusers raises many kinds for values that it does not know
         raise UserError(
-            f"{folder / 'config.json'}: diffusers cannot build this model ({_one_line(error)})"
+            f"{where}: diffusers cannot build this model ({_one_line(error)})"
         ) from error
-    _fill(model, model._fix_state_dict_keys_on_load(state), file)  # old names of attention layers
-    return model.eval()
 
 
 def image_size(config: Mapping[str, object]) -> int | None:

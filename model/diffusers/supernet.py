@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import ModelMixin
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from model.diffusers.loading import CLASSES, read_model
+from model.diffusers.loading import CLASSES, build, read_model
 from model.diffusers.plan import RESNETS, Planner, narrow
 from model.diffusers.trained import trained_diffusion
 from runtime.errors import UserError
@@ -265,7 +264,7 @@ class SlimmableDiffusersUNet(nn.Module):
             if name not in CLASSES:
                 raise UserError(f"a {name} is not one of {', '.join(CLASSES)}")
             net = cls(
-                getattr(diffusers, name).from_config(dict(config)),
+                build(name, config, "the settings of a diffusers network"),
                 int(T),
                 settings.get("norm_groups", "fixed"),
                 int(settings.get("num_classes", 0)),
