@@ -9,7 +9,6 @@ import gzip
 import hashlib
 import importlib.util
 import os
-import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from dataset import sets
 from dataset.folders import ImageFiles, ImageOptions, Listing, LsunImages, image_folder
 from runtime import memory
 from runtime.errors import UserError
-from runtime.files import alone_in
+from runtime.files import alone_in, check_file
 
 # --- What a data set is --------------------------------------------------------------------------
 
@@ -79,11 +78,11 @@ def _fashion_mnist(root: Path, img_size: int, train: bool, options: ImageOptions
     stem = f"{'train' if train else 't10k'}-images-idx3-ubyte"
     raw_folder = root / "FashionMNIST" / "raw"
     archives = [folder / f"{stem}.gz" for folder in (raw_folder, root)]
-    archive = next((path for path in archives if path.is_file()), None)
+    archive = next((path for path in archives if path.exists()), None)
     if archive and not (raw_folder / stem).is_file():
         images, labels = _read_idx_gz(archive, 3), None
         label_archive = archive.with_name(archive.name.replace("images-idx3", "labels-idx1"))
-        if label_archive.is_file():
+        if label_archive.exists():
             labels = _read_idx_gz(label_archive, 1).long()
     else:
         source = _download(
@@ -163,6 +162,7 @@ NAMES = tuple(_LOADERS)
 
 
 DEFAULTS = ImageOptions()
+UNPACKED = 2**28  # bytes of an idx file, at most; the largest known has 47 million
 
 
 def channels(name: str, options: ImageOptions = DEFAULTS) -> int:
@@ -237,10 +237,14 @@ def _read_idx_gz(archive: Path, dims: int) -> torch.Tensor:
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
     read = read_image_file if dims == 3 else read_label_file
+    check_file(archive)
     try:
         with tempfile.NamedTemporaryFile() as unpacked:
             with gzip.open(archive) as packed:
-                shutil.copyfileobj(packed, unpacked)
+                content = packed.read(UNPACKED + 1)
+            if len(content) > UNPACKED:
+                raise ValueError(f"it unpacks to over {UNPACKED:,} bytes")
+            unpacked.write(content)
             unpacked.flush()
             return read(unpacked.name)
     except (OSError, EOFError, zlib.error, ValueError, AssertionError, RuntimeError) as error:

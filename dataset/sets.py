@@ -14,6 +14,7 @@ import torch
 
 from dataset.folders import Listing, images_below, images_in
 from runtime.errors import UserError
+from runtime.files import read_text
 
 # Images of each split. AFHQ: of its second version, which is slightly smaller than its first.
 COUNTS = {
@@ -38,11 +39,11 @@ def celeba(root: Path, train: bool) -> Listing:
     folder = _folder("celeba", root, ["celeba/img_align_celeba", "img_align_celeba"])
     paths = images_in(folder)
     partition = folder.parent / "list_eval_partition.txt"
-    if partition.is_file():
+    if partition.exists():
         try:
-            pairs = (line.split() for line in partition.read_text().splitlines() if line.strip())
+            pairs = (line.split() for line in read_text(partition).splitlines() if line.strip())
             names = {name for name, part in pairs if part == ("0" if train else "2")}
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise UserError(
                 f"celeba: {partition} is not the set's list of splits: download it again"
             ) from error

@@ -11,7 +11,6 @@ import contextlib
 import difflib
 import functools
 import inspect
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -22,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from diffusion import Denoiser, Noise, Observer, told_the_step
 from runtime.errors import UserError
+from runtime.files import parse_json
 from sampling.protocol import CHURN, OURS, Call, Sampler
 
 SHORT = {"dpm_solver": "DPMSolverMultistepScheduler"}
@@ -117,10 +117,7 @@ class DiffusersScheduler(Sampler):
     def _options(self) -> dict[str, object]:
         """--scheduler_options, parsed and checked."""
         text = self.settings.scheduler_options
-        try:
-            options = json.loads(text or "{}")
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"--scheduler_options is not JSON ({error})") from error
+        options = parse_json(text or "{}", "--scheduler_options")
         allowed = ALLOWED & _parameters(self._class.__init__).keys()
         if not isinstance(options, dict) or not options.keys() <= allowed:
             raise UserError(

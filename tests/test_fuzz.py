@@ -7,6 +7,7 @@ FUZZ_MINUTES, and says how many.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import random
 import resource
 import shutil
 import signal
+import struct
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -50,7 +52,7 @@ from search.log import SearchLog
 from settings import Configuration
 
 MINUTES = float(os.environ.get("FUZZ_MINUTES", 0))
-EXAMPLES = 25  # of each kind, where there is no time for more
+EXAMPLES = 12  # of each kind, where there is no time for more
 SECONDS, MEMORY = 20, 4 * 2**30  # that one reading may take
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 counts: dict[str, int] = {}
@@ -210,6 +212,14 @@ def read_image(path: Path) -> None:
     assert images[0].shape == (images.channels, 8, 8)
 
 
+IDX = "train-images-idx3-ubyte.gz"
+
+
+def write_idx(folder: Path) -> None:
+    header = struct.pack(">4i", 2051, 3, 28, 28)
+    (folder / IDX).write_bytes(gzip.compress(header + bytes(3 * 28 * 28), 1))
+
+
 def read_survey(path: Path) -> None:
     image = path.parent / "images"
     cache = Path(os.environ["XDG_CACHE_HOME"]) / "ddsm" / "images"
@@ -296,6 +306,7 @@ KINDS = {
         f"image {kind}": Kind(f"a.{kind.lower()}", write_image(kind), read_image)
         for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "PPM", "WEBP")
     },
+    "idx": Kind(IDX, write_idx, lambda path: dataset.load("fashion_mnist", path.parent, 8)),
     "survey": Kind("a", write_survey, read_survey),
     "UNet config": Kind(
         "unet/config.json", write_pipeline, lambda path: read_model(path.parent.parent)
