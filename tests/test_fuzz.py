@@ -7,6 +7,7 @@ FUZZ_MINUTES, and says how many.
 from __future__ import annotations
 
 import contextlib
+import gc
 import gzip
 import io
 import json
@@ -27,6 +28,7 @@ import torch
 from absl.testing import flagsaver
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from test_diffusers_loading import make
 from test_diffusers_loading import save as write_pipeline
 from test_latents import digits, write_autoencoder
 from test_train import trainer
@@ -44,6 +46,7 @@ from dataset import latents
 from dataset.decoding import decode, read_header
 from model import WidthSchedule, arithmetic, checkpoint
 from model.diffusers.loading import read_model
+from model.diffusers.supernet import SlimmableDiffusersUNet
 from model.diffusers.trained import trained_diffusion
 from runtime.errors import UserError
 from runtime.files import read_json, read_jsonl, write_jsonl
@@ -114,6 +117,17 @@ def write_checkpoint(folder: Path) -> None:
     checkpoint.save(folder / "ckpt.pt", {**state, "settings": settings})
 
 
+def write_converted(folder: Path) -> None:
+    """A checkpoint of a diffusers network, whose settings shape it."""
+    net = SlimmableDiffusersUNet(make(), 10)
+    widths = {"slimmable_unet": True, "min_width": 0.5, "candidate_width": [0.5]}
+    state = net.state_dict()
+    settings = net.settings_dict() | widths | {"img_size": 8}
+    checkpoint.save(
+        folder / "ckpt.pt", {"net_model": state, "ema_model": state, "settings": settings}
+    )
+
+
 TRAINER: list = []
 
 
@@ -125,6 +139,10 @@ def read_checkpoint(path: Path) -> None:
     TRAINER[0].path = path
     TRAINER[0].resume(checkpoint.load(path))
     TRAINER[0].train_step(TRAINER[0].net, torch.zeros(8, 1, 8, 8))
+
+
+def read_converted(path: Path) -> None:
+    build.load_model(Configuration.of(logdir=str(path.parent), device="cpu"))
 
 
 def read_log(path: Path) -> None:
@@ -255,6 +273,7 @@ def read_scheduler(path: Path) -> None:
 FOLDER = "unet/"
 KINDS = {
     "checkpoint": Kind("ckpt.pt", write_checkpoint, read_checkpoint),
+    "converted checkpoint": Kind("ckpt.pt", write_converted, read_converted),
     "schedule": Kind(
         "a", text(line([1, 0.5] * 5)), lambda path: WidthSchedule.load(path, 10, WIDTHS)
     ),
@@ -515,3 +534,4 @@ def test_a_file_is_a_value_or_a_clear_error(
         (seed(time.time_ns())(run) if MINUTES else run)()
         if time.monotonic() > end:
             break
+    gc.collect()  # msgspec's objects, too

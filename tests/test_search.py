@@ -1,7 +1,7 @@
 """The search on a known landscape: operators, first populations, determinism, resume, fronts."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from conftest import contents, run_main
 from pymoo.core.population import Population
 
 from model import WidthSchedule
+from runtime import files
 from runtime.errors import UserError
 from runtime.files import read_jsonl
 from search import (
@@ -24,6 +25,7 @@ from search import (
     hypervolume,
     knee,
     pareto_front,
+    warm_start,
 )
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
@@ -416,6 +418,47 @@ def test_candidates_without_a_distance_are_left_out(tmp_path: Path, changes: dic
         assert candidates
         assert min(min(c.schedule.widths) for c in candidates) > min(WIDTHS)
     assert any("unusable" in record for record in job.records.values())
+
+
+# --- what is stored is judged ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["-5", "1e400", "1" + "0" * 400, "NaN", "[1]", '"1"', "true"])
+def test_a_log_is_judged_before_it_is_touched(tmp_path: Path, value: str) -> None:
+    header, scored = {"evaluation": IDENTITY}, {"schedule": [1.0] * 8, "distance": 7.5}
+    log = tmp_path / "search.jsonl"
+    text = "\n".join(json.dumps(record) for record in (header, scored, scored)) + "\n"
+    # The keys that only newer versions know stay, those that older ones lack are not missed.
+    text = text.replace('"distance"', '"newer": [1], "distance"') + '{"unfinished'
+    log.write_text(text)
+    assert len(warm_start(log, genome(), 4)) == 1
+    log.write_text(bad := text.replace("7.5", value))
+    for read in (make(tmp_path).run, lambda: warm_start(log, genome(), 4)):
+        with pytest.raises(UserError, match=r"search\.jsonl, line 2.*distance"):
+            read()
+        assert log.read_text() == bad
+    log.write_text(text)
+    make(tmp_path, num_generation=1).run()
+    assert log.read_text().startswith(text.removesuffix('{"unfinished'))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "place"),
+    [
+        ([1, "x"], r"points\[1\]\.schedule\[1\]"), ([1, 2], r"schedule\[1\]"), ([], "schedule"),
+        ([1, 1, 1], r"points\[1\]\.schedule has 3"), ("text", "schedule"),
+    ],
+)  # fmt: skip
+def test_a_front_is_judged_before_search_txt_is_touched(
+    refused: Callable[..., str], here: Path, schedule: object, place: str
+) -> None:
+    """refused: no file is other than before."""
+    point = {"distance": 1, "average_gflops": 1, "saving": 0, "latency_ms": 1, "schedule": [1, 0.5]}
+    front = {"label": "toy", "timesteps": [0, 5], "uniform": [], "full_width_gflops": 1.0}
+    points = [point, {**point, "schedule": schedule}]
+    files.write_json("run/search/front.json", front | {"points": points})
+    files.write_text("run/search.txt", "[1, 1]")
+    refused(rf"front\.json.*{place}", "--search", "--logdir=run", "--pick=0")
 
 
 # --- through the program --------------------------------------------------------------------------
