@@ -22,6 +22,7 @@ from runtime.errors import UserError
 from runtime.files import (
     Unfinished,
     append_jsonl,
+    check_place,
     remove_partial,
     save_grid,
     writable_folder,
@@ -161,6 +162,7 @@ def report_scores(
     print. path: the schedule's file."""
     config, sampler = model.config, model.sampler
     logdir = writable_folder(config.run.logdir)
+    check_place(logdir / f"{name}.json")  # not after hours
     partial = logdir / f".{name}.unfinished-{processes.rank()}.pt"
     unfinished = Unfinished(partial, score_identity(model, evaluator, schedule))
     scores, images = evaluator.score(schedule, min(256, evaluator.num_images), unfinished)

@@ -19,7 +19,7 @@ from model import WidthSchedule, checkpoint, latency
 from report import SearchProgress, SearchResult
 from runtime import memory, processes
 from runtime.errors import UserError
-from runtime.files import alone_in, read_json, save_grid, writable_folder, write_json
+from runtime.files import alone_in, check_place, read_json, save_grid, writable_folder, write_json
 from runtime.identity import agree
 from runtime.processes import say
 from runtime.schema import Count, Name, Positive, Width
@@ -45,6 +45,8 @@ def search(config: Configuration) -> None:
         gib = config.search.state_memory
         memory.require(int(gib * 2**30), f"--state_memory={gib:g}", "lower it")
     with alone_in(folder, wait=False) if processes.is_main() else contextlib.nullcontext():
+        check_place(chosen)  # not after hours
+        check_place(folder / "front.json")
         model = build.load_model(config)
         if not model.config.widths.slimmable:
             raise UserError("--search chooses among widths: add --slimmable_unet")

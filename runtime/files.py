@@ -43,8 +43,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear(path.parent)
-        with contextlib.suppress(FileNotFoundError):
-            check_file(path)  # a device would be replaced by a file
+        check_place(path)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -105,6 +104,13 @@ def check_file(path: str | Path) -> None:
         }
         kind = next((name for is_kind, name in kinds.items() if is_kind(mode)), "device")
         raise UserError(f"cannot use {path}: it is a {kind}, not a file")
+
+
+def check_place(path: str | Path) -> None:
+    """UserError where something else than a file is in the place of one that is to be written: a
+    device would be replaced by a file."""
+    with contextlib.suppress(FileNotFoundError):
+        check_file(path)
 
 
 def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> object:
@@ -182,8 +188,7 @@ def read_json(path: str | Path, schema: type[T] = object, remedy: str = "") -> T
 def append_jsonl(path: str | Path, record: object) -> None:
     """Add one line of JSON to `path`; it is on the disk when this returns."""
     try:
-        with contextlib.suppress(FileNotFoundError):
-            check_file(path)
+        check_place(path)
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()

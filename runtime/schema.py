@@ -2,7 +2,7 @@
 
 The schema of a file is a TypedDict or a type beside its owner, of the types below. Names that a
 schema does not know, as a newer version may write, are passed over; docs/files.md has them all.
-Two of something are a list: msgspec up to 0.22 reads beyond a tuple of two beside bounded numbers.
+Two of something are a list: msgspec 0.22 reads beyond a tuple of two beside bounded numbers.
 """
 
 from __future__ import annotations

@@ -681,7 +681,9 @@ def test_folder_that_cannot_be_written(
         refused("cannot write in file/deep", *TRAIN, "--logdir=file/deep")
     elif mode == "--search":
         (run_folder / "search").write_text("in the way")
-        refused("cannot write in run/search", *EVAL, mode, "--pop_size=2", "--num_generation=1")
+        refused(
+            "cannot use run/search.*irectory", *EVAL, mode, "--pop_size=2", "--num_generation=1"
+        )
     else:
         both = [*TINY, *EVAL, "--large_logdir=run", "--small_logdir=run", "--small_ch=16"]
         refused("cannot write in file", *both, "--eval_ensemble", "--logdir=file")
