@@ -90,7 +90,7 @@ def parse(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         rest = FLAGS(
             [argv[0], *(w for words in [*kept, *(ws for _, ws in command)] for w in words)]
         )
-    except (flags.Error, UnicodeDecodeError) as error:
+    except (flags.Error, ValueError) as error:  # ValueError: --nosandwich=1
         raise UserError(" ".join(str(error).split())) from error
     return rest, _overruled(command, files)
 

@@ -267,7 +267,8 @@ def test_stray_argument(refused: Refused) -> None:
     [
         ("--lr=fast", "lr"), ("--T=ten", "T"), ("--mean_type=noise", "mean_type"),
         ("--fid_encoder=vgg", "fid_encoder"),
-        ("--train=perhaps", "train"), ("--seed=-1", "seed"), ("--amp=fp8", "amp"),
+        ("--train=perhaps", "train"), ("--nosandwich=1", "nosandwich"),
+        ("--seed=-1", "seed"), ("--amp=fp8", "amp"),
     ],
 )  # fmt: skip
 def test_value_of_another_kind(refused: Refused, argument: str, named: str) -> None:
