@@ -190,6 +190,7 @@ def _fingerprint(folder: Path, config: dict) -> str:
 def _network(folder: Path, kind: str) -> torch.nn.Module:
     import diffusers  # takes seconds
 
+    diffusers.utils.logging.set_verbosity_error()  # what it says of weights is an error below
     try:
         network, info = getattr(diffusers, kind).from_pretrained(
             str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True,
