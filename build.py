@@ -97,7 +97,7 @@ def open_autoencoder(folder: str, device: torch.device):
 class Model:
     """A network, and the configuration as its checkpoint settles it.
 
-    step: the training step that its weights are of. source: where they come from, for people.
+    step: the training step that its weights are of. source: the file or folder they come from.
     class_names: in the order of the classes' numbers, where they are known.
     """
 
@@ -107,6 +107,11 @@ class Model:
     step: int = 0
     source: str = ""
     class_names: tuple[str, ...] = ()
+
+    @property
+    def about(self) -> str:
+        """Where the weights come from, for people."""
+        return f"{self.source}, step {self.step}" if self.step else self.source
 
     @property
     def autoencoder(self):
@@ -390,7 +395,7 @@ def model_to_train(
         state = checkpoint.load(source)
         model = _restored(config, device, state, source, free=FREE_AT_START)
         stored = checkpoint.settings(state)
-        log.info(f"starts from {model.source}")
+        log.info(f"starts from {model.about}")
     elif config.training.init_diffusers:
         model = _from_diffusers(config, device)
     else:
@@ -414,15 +419,29 @@ def model_to_train(
 
 
 def load_model(config: Configuration, logdir: str | None = None, ch: int | None = None) -> Model:
-    """The EMA network of LOGDIR/CKPT_NAME.pt.
+    """The EMA network of LOGDIR/CKPT_NAME.pt; before training, the model of --init_diffusers.
 
     logdir, ch: where they are not those of `config`, as for the small network of an ensemble.
     """
     check_name(config.sampling.sampler)  # an unknown name should not wait for a checkpoint
     device, path = choose_device(config.run.device), checkpoint_path(config, logdir)
-    model = _restored(config, device, checkpoint.load(path), path, ch)
+    # A folder with other checkpoints is a run's: there a name is wrong, and nothing is untrained.
+    if config.training.init_diffusers and not path.exists() and not any(path.parent.glob("*.pt")):
+        model = _as_it_came(config, device)
+    else:
+        model = _restored(config, device, checkpoint.load(path), path, ch)
     model.net.to(device).eval()
     return model
+
+
+def _as_it_came(config: Configuration, device: torch.device) -> Model:
+    """The model of --init_diffusers before any training."""
+    model = _from_diffusers(config, device)
+    log.info(f"the model of {model.source} as it is, --sampler={model.config.sampling.sampler}")
+    if model.config.network.num_classes:
+        log.info("classes are drawn at equal odds: no training set says how frequent they are")
+    # Nothing was trained here: guidance needs a null class that the model had.
+    return replace(model, config=model.config.changed(label_dropout=0.0, ckpt_name=model.source))
 
 
 def _restored(
@@ -449,7 +468,7 @@ def _restored(
         net = own_network(config, device, in_ch, ch)
     checkpoint.fill(net, state["ema_model"], path)
     step, names = int(state.get("step", 0)), _class_names(stored)
-    return Model(net, config, device, step, f"{path}, step {step}", names)
+    return Model(net, config, device, step, str(path), names)
 
 
 def _class_names(stored: Mapping[str, object]) -> tuple[str, ...]:
@@ -474,12 +493,9 @@ def _check_autoencoder(vae: object, stored: Mapping[str, object], path: Path) ->
 def load_model_or_untrained(config: Configuration) -> Model:
     """The trained network, or an untrained one for questions that weights do not matter to."""
     path = checkpoint_path(config)
-    if path.exists():
+    if path.exists() or config.training.init_diffusers:
         return load_model(config)
     device, config = choose_device(config.run.device), settled(config)
-    if config.training.init_diffusers:
-        model = _from_diffusers(config, device)
-        return Model(model.net.to(device).eval(), model.config, device, 0, model.source)
     vae = open_autoencoder(config.data.latent_vae, device)
     named, options = config.data.dataset, image_options(config)
     channels = vae.channels if vae else dataset.channels(named, options)

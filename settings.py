@@ -191,8 +191,8 @@ class TrainSettings(Settings):
         "answer", stored="training")
     label_dropout: float = option(0.1, "class-conditional: share of training images whose class "
         "is not told, which --guidance_scale needs", least=0, most=1, stored="training")
-    init_diffusers: str = option("", "start from the UNet in this folder that diffusers wrote",
-        path=True)
+    init_diffusers: str = option("", "start from the UNet in this folder that diffusers wrote; "
+        "without a checkpoint, score, search and sample it as it is", path=True)
     init_checkpoint: str = option("", "start a new run from this checkpoint's averaged weights; "
         "what shapes the network comes from it", path=True)
     finetune_schedule: str = option("", "train each timestep at its own width of this schedule "

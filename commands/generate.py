@@ -93,7 +93,7 @@ def run(model: Model, schedule: WidthSchedule, out: Path) -> None:
         identity
         | {
             "images": max(count, len(list(out.glob("[0-9]*.png")))),
-            "checkpoint": str(build.checkpoint_path(config)),
+            "checkpoint": model.source,
             "step": model.step,
             "average_gflops": mean / 1e9,
             "full_width_gflops": costs[1.0] / 1e9,
@@ -105,7 +105,7 @@ def run(model: Model, schedule: WidthSchedule, out: Path) -> None:
         numbers, names = classes.labels(torch.arange(len(first))).tolist(), model.class_names
         labels = [names[n] if names else str(n) for n in numbers]
     title = (
-        f"{model.source}, {config.sampling.sampler}, {len(calls)} network calls, "
+        f"{model.about}, {config.sampling.sampler}, {len(calls)} network calls, "
         f"{100 * mean / costs[1.0]:.0f} % of full width's FLOPs"
     )
     columns = math.ceil(math.sqrt(len(first)))

@@ -49,7 +49,7 @@ def duration(seconds: float) -> str:
 def planned_model(config: Configuration) -> Model:
     """The network that a plan is for."""
     model = build.load_model_or_untrained(config)
-    say(model.source)
+    say(model.about)
     return model
 
 

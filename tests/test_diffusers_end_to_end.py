@@ -6,13 +6,16 @@ import functools
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from conftest import run_main
+from PIL import Image
 from test_latents import write_autoencoder
 from torch import nn
 
@@ -22,7 +25,7 @@ from model import checkpoint
 from model.diffusers.importance import order_by_importance
 from model.diffusers.step_aware_unet import StepAwareUNet
 from model.diffusers.supernet import SlimmableDiffusersUNet
-from sampling.noise import TRAINING, normal
+from sampling.noise import SAMPLING, TRAINING, ImageNoise, normal
 from sampling.samplers import make_sampler
 from settings import RunSettings, SamplingSettings, TrainSettings, WidthSettings
 from train import Trainer
@@ -38,6 +41,11 @@ TRAIN = [
     "--batch_size=8", "--total_steps=4", "--save_step=2", "--sample_step=4", "--sample_size=2",
     "--log_step=1", "--warmup=0", "--min_width=0.5", "--candidate_width=0.75", "--device=cpu",
     "--logdir=run", "--fid_encoder=pixels",
+]  # fmt: skip
+BEFORE = [
+    "--init_diffusers=model", "--dataset=digits", "--num_images=3", "--batch_size=2",
+    "--min_width=0.5", "--candidate_width=0.75", "--fid_encoder=pixels", "--device=cpu",
+    "--logdir=run",
 ]  # fmt: skip
 FLAGS = ["--flagfile=run/flagfile.txt", "--num_images=8", "--batch_size=8"]
 
@@ -244,6 +252,69 @@ def test_a_converted_model_makes_the_images_of_its_own_pipeline(here: Path, name
     close(ours("DDIMScheduler", sample_steps=5), theirs(diffusers.DDIMPipeline, **steps))
     steps["use_clipped_model_output"] = True
     close(ours("ddim", sample_steps=5), theirs(diffusers.DDIMPipeline, **steps))
+
+
+def their_images(pipeline: object, count: int, monkeypatch: pytest.MonkeyPatch, **options) -> list:
+    """uint8 (H, W) of each image of a pipeline that draws the noise of --seed=0."""
+    noise = ImageNoise(0, SAMPLING, torch.arange(count), (1, 8, 8))
+
+    def drawn(shape: object, **more: object) -> torch.Tensor:
+        return noise.initial() if not calls else noise(int(calls[-1]))
+
+    calls: list = []
+    pipeline.unet.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[1]))
+    for module in (
+        sys.modules[type(pipeline).__module__],
+        sys.modules[type(pipeline.scheduler).__module__],
+    ):
+        monkeypatch.setattr(module, "randn_tensor", drawn)
+    pipeline.set_progress_bar_config(disable=True)
+    return [np.asarray(image) for image in pipeline(count, **options).images]
+
+
+UNTRAINED = {  # the scheduler that the folder has, flags that make its pipeline's images, steps
+    "DDPMScheduler": ([], 20),
+    "DDIMScheduler": (["--sampler=DDIMScheduler", "--sample_steps=5"], 5),
+}
+
+
+@pytest.mark.parametrize("scheduler", UNTRAINED)
+def test_before_training_a_model_makes_the_images_of_its_own_pipeline(
+    here: Path, scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("commands.plan.latency", lambda *arguments: 0.001)
+    save_model(Path("model"))
+    flags, steps = UNTRAINED[scheduler]
+    pipeline = getattr(diffusers, scheduler.replace("Scheduler", "Pipeline"))
+    pipeline.from_pretrained("model").save_pretrained("model")
+    out = succeeds("--generate", *BEFORE, *flags, "--out=images")
+    if flags:
+        assert "--sampler=DDIMScheduler" in succeeds("--profile", *BEFORE)
+    else:
+        assert "--sampler=ddpm" in out
+    theirs = their_images(
+        pipeline.from_pretrained("model"), 3, monkeypatch, num_inference_steps=steps
+    )
+    for i, image in enumerate(theirs):
+        ours = np.asarray(Image.open(f"images/{i:06d}.png"))
+        assert np.abs(ours.astype(int) - image.astype(int)).max() <= 1
+        assert ours.std() > 10
+
+
+def test_a_model_is_scored_and_searched_before_training(
+    beside: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for command in ("plan", "search"):
+        monkeypatch.setattr(f"commands.{command}.latency", lambda *arguments: 0.001)
+    steps = [*BEFORE, "--sampler=ddim", "--sample_steps=3"]
+    succeeds("--eval", *steps)
+    said = json.loads(Path("run/eval.json").read_text())
+    assert (said["checkpoint"], said["step"]) == ("model", 0)
+    succeeds("--search", *steps, "--num_generation=1", "--pop_size=2")
+    succeeds("--eval_stepaware", *steps)
+    assert "network passes" in succeeds("--eval", "--dry_run", *steps)
+    Path("run/other.pt").touch()  # the folder of a run: its checkpoint is missing
+    refused("no checkpoint at run/ckpt.pt", "--eval", *steps)
 
 
 UNDECIDED = [  # a setting that no flag of ours has, a flag that says what to do instead

@@ -32,6 +32,8 @@ VAR_TYPES = {
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 # What must be given where there is no scheduler; the two β have no meaning in squaredcos_cap_v2.
 NEEDED = ("T", "beta_1", "beta_T", "beta_schedule", "mean_type")
+_TRAINING = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+             "prediction_type", "rescale_betas_zero_snr")  # fmt: skip
 _NOT_CLIPPED = ("clip_sample", "clip_sample_range", "thresholding")
 _THRESHOLD = ("dynamic_thresholding_ratio", "sample_max_value")  # details of thresholding
 
@@ -52,13 +54,15 @@ class Setting:
 class Trained:
     """What a scheduler's config says.
 
-    path: of the config. scheduler: its class. flags: what the network was trained for, flag ->
+    path: of the config. scheduler: its class. own: flags that make its pipeline's own chain, where
+    ddpm is not that. flags: what the network was trained for, flag ->
     value; a flag that says otherwise is a mistake. sampling: how its pipeline samples, flag ->
     value; a flag may say otherwise.
     """
 
     path: Path
     scheduler: str
+    own: str
     flags: Mapping[str, object]
     sampling: Mapping[str, object]
     settings: tuple[Setting, ...]
@@ -78,7 +82,10 @@ class Trained:
 
     def table(self, values: Mapping[str, object], given: Collection[str]) -> str:
         """What becomes of each setting, a line each. values: flag -> value in use."""
-        rows = [("scheduler", self.scheduler, f"--sampler={values['sampler']}")]
+        here = f"--sampler={values['sampler']}"
+        if self.own and "sampler" not in given:
+            here += f"; as its own pipeline: {self.own}"
+        rows = [("scheduler", self.scheduler, here)]
         for setting in self.settings:
             here = [
                 f"--{flag}={values[flag]}{' (given)' if flag in given else ''}"
@@ -106,6 +113,7 @@ def trained_diffusion(directory: str | Path) -> Trained | None:
     return Trained(
         path,
         config.name,
+        _own_sampler(config),
         {flag: value for setting in training for flag, value in setting.flags},
         {flag: value for setting in sampling for flag, value in setting.flags},
         (*training, *sampling, *_others(config, {s.name for s in training + sampling})),
@@ -161,6 +169,20 @@ class _Config:
             raise UserError(f"{self.path}: {name} is {str(self[name])[:40]}; only {names} can be "
                             "used")  # fmt: skip
         return self[name]
+
+
+def _own_sampler(config: _Config) -> str:
+    """Flags that make the chain of the model's own pipeline; "" where --sampler=ddpm is that."""
+    said_by_flags = {*_TRAINING, "clip_sample", "variance_type"}
+    options = {
+        name: value
+        for name, value in config.entries.items()
+        if name in config and name not in said_by_flags and value != config.defaults[name]
+    }
+    if config.name == "DDPMScheduler" and not options:
+        return ""
+    given = f" --scheduler_options='{json.dumps(options)}'" if options else ""
+    return f"--sampler={config.name}{given}"
 
 
 def _training(config: _Config) -> list[Setting]:
