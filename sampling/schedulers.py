@@ -242,6 +242,18 @@ class DiffusersScheduler(Sampler):
             )
         return tuple(shown), order
 
+    def step_options(self, scheduler: object) -> dict[str, float]:
+        """The settings that are arguments of the scheduler's step."""
+        s, taken = self.settings, _parameters(scheduler.step)
+        given = {
+            "eta": s.eta,
+            "s_churn": s.S_churn,
+            "s_tmin": s.S_tmin,
+            "s_tmax": s.S_tmax,
+            "s_noise": s.S_noise,
+        }
+        return {key: value for key, value in given.items() if key in taken}
+
     def _run(
         self,
         scheduler: object,
@@ -250,15 +262,7 @@ class DiffusersScheduler(Sampler):
         noise: Noise,
         observe: Observer | None,
     ) -> Tensor:
-        s, T, taken = self.settings, self.levels.T, _parameters(scheduler.step)
-        given = {
-            "eta": s.eta,
-            "s_churn": s.S_churn,
-            "s_tmin": s.S_tmin,
-            "s_tmax": s.S_tmax,
-            "s_noise": s.S_noise,
-        }
-        given = {key: value for key, value in given.items() if key in taken}
+        T, given = self.levels.T, self.step_options(scheduler)
         drawn: dict[int, int] = {}
         x, step = x_T * scheduler.init_noise_sigma, 0
         for i, time in enumerate(scheduler.timesteps):

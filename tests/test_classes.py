@@ -263,8 +263,6 @@ def test_network_with_classes(refused: Refused, run_conditional: Path) -> None:
         "--num_classes=3": "--num_classes: 10 there, 3 here",
     }.items():
         refused(match, *EVAL, "--eval", argument)
-    (run_conditional / "search.txt").write_text(json.dumps([1] * 10))
-    refused("--export_diffusers.*classes", *EVAL, "--export_diffusers=out")
 
 
 def test_mistakes_in_training(refused: Refused, here: Path) -> None:

@@ -3,19 +3,27 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import contents
-from diffusers import UNet2DModel
+from conftest import contents, tiny_network
+from diffusers import DDPMScheduler, UNet2DModel
+from test_latents import write_autoencoder
 
+import build
+from commands.export import write
 from diffusion import NoiseSchedule, sample_ddim, sample_ddpm
-from model import SlimmableUNet, StepAwareDenoiser, WidthSchedule
+from model import SlimmableUNet, StepAwareDenoiser, WidthSchedule, sampling_networks
+from model.diffusers import step_aware_unet
 from model.diffusers.export import export_diffusers, step_aware
-from model.diffusers.step_aware_unet import build
 from model.diffusers.supernet import SlimmableDiffusersUNet
 from runtime.errors import UserError
+from sampling.prefixes import Chain
+from settings import Configuration
 
 T, SIZE = 20, 8
 BETAS = (1e-3, 0.2, T)
@@ -51,7 +59,7 @@ def own_network(norm_groups: str = "fixed") -> SlimmableUNet:
     return jiggle(net)
 
 
-def diffusers_network(norm_groups: str = "fixed") -> SlimmableDiffusersUNet:
+def diffusers_network(norm_groups: str = "fixed", num_classes: int = 0) -> SlimmableDiffusersUNet:
     torch.manual_seed(0)
     model = UNet2DModel(
         sample_size=SIZE,
@@ -63,8 +71,9 @@ def diffusers_network(norm_groups: str = "fixed") -> SlimmableDiffusersUNet:
         upsample_type="resnet",
         norm_num_groups=8,
         attention_head_dim=8,
+        num_class_embeds=num_classes or None,
     )
-    return jiggle(SlimmableDiffusersUNet(model, T, norm_groups))
+    return jiggle(SlimmableDiffusersUNet(model, T, norm_groups, num_classes))
 
 
 def jiggle(net: torch.nn.Module) -> torch.nn.Module:
@@ -108,12 +117,29 @@ def our_images(net: torch.nn.Module) -> dict[str, torch.Tensor]:
     return images
 
 
+def run_alone(code: str, folder: Path, names: Iterable[str]) -> None:
+    """Run `code` on folders, in a process that does not find this project."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *(str(folder / name) for name in names)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_fresh_process_gets_our_images_from_the_folder(tmp_path):
     nets = {name: make() for name, make in NETWORKS.items()}
+    scheduler = DDPMScheduler(T, *BETAS[:2], variance_type="fixed_large", clip_sample=False)
     for name, net in nets.items():
-        export_diffusers(tmp_path / name, subnets(net), WIDTHS, (3, SIZE, SIZE), BETAS)
+        unet = step_aware(subnets(net), WIDTHS, (3, SIZE, SIZE))
+        export_diffusers(tmp_path / name, unet, scheduler)
         assert contents(tmp_path / name).keys() == {
             "model_index.json",
+            "pipeline.py",
             "scheduler/scheduler_config.json",
             "unet/config.json",
             "unet/diffusion_pytorch_model.safetensors",
@@ -121,16 +147,7 @@ def test_a_fresh_process_gets_our_images_from_the_folder(tmp_path):
         }
         config = json.loads((tmp_path / name / "unet/config.json").read_text())
         assert config["schedule"] == list(WIDTHS.widths)
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, *(str(tmp_path / name) for name in nets)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    run_alone(RUN, tmp_path, nets)
     for name, net in nets.items():
         theirs = np.load(tmp_path / f"{name}.npz")
         for sampler, images in our_images(net).items():
@@ -148,7 +165,7 @@ def test_folders_of_earlier_versions_can_be_built():
             spec["num_groups"] = 8
         else:
             del spec["num_groups"]
-        network = build(spec)
+        network = step_aware_unet.build(spec)
         network.load_state_dict(unet.candidates["width_0_5"].state_dict())
         x, t = torch.randn(2, 3, SIZE, SIZE), torch.tensor([4, 4])
         output = network(x, t)
@@ -160,7 +177,7 @@ def test_folders_of_earlier_versions_can_be_built():
 def test_any_timestep_takes_the_width_of_the_nearest_trained_one(kind):
     net = NETWORKS[kind]()
     schedule = WidthSchedule([1.0, 0.5, 0.25], [0, 6, 12])
-    unet = step_aware(subnets(net), schedule, (3, SIZE, SIZE), timesteps=[0, 6, 12])
+    unet = step_aware(subnets(net), schedule, (3, SIZE, SIZE))
     assert [unet.width(t) for t in (-1, 0, 2.9, 3.1, 6, 8.5, 9.5, 19)] == (
         [1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.25, 0.25]
     )
@@ -186,20 +203,180 @@ def test_only_the_widths_in_use_are_written():
     ("what", "changes"),
     [
         (r"width 0\.75", dict(schedule=WidthSchedule([0.75] * T))),
-        ("mean_type=xprev", dict(mean_type="xprev")),
-        ("var_type=learned", dict(var_type="learned")),
         ("Linear", dict(networks=dict.fromkeys((1.0, 0.5, 0.25), torch.nn.Linear(1, 1)))),
         ("SlimmableUNet", dict(networks=dict.fromkeys((1.0, 0.5, 0.25), own_network()))),
-        ("not empty", dict(directory="b")),
     ],
 )
-def test_mistakes_are_one_line_and_overwrite_nothing(tmp_path, what, changes):
+def test_what_is_no_step_aware_model(what, changes):
+    arguments = dict(networks=subnets(own_network()), schedule=WIDTHS, image_shape=(3, SIZE, SIZE))
+    with pytest.raises(UserError, match=what):
+        step_aware(**arguments | changes)
+
+
+def test_an_export_overwrites_nothing(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b/mine.txt").write_text("mine")
-    arguments = dict(directory="a", networks=subnets(own_network()), schedule=WIDTHS,
-                     image_shape=(3, SIZE, SIZE), betas=BETAS)  # fmt: skip
-    arguments |= changes
-    arguments["directory"] = tmp_path / arguments["directory"]
-    with pytest.raises(UserError, match=what):
-        export_diffusers(**arguments)
+    unet = step_aware(subnets(own_network()), WIDTHS, (3, SIZE, SIZE))
+    with pytest.raises(UserError, match="not empty"):
+        export_diffusers(tmp_path / "b", unet, DDPMScheduler())
     assert contents(tmp_path) == {"b/mine.txt": b"mine"}
+
+
+# --- what was searched ----------------------------------------------------------------------------
+
+# Like RUN: each folder by its own pipeline, which is not told how to sample.
+RUN_AS_SEARCHED = """
+import sys
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+
+for folder in sys.argv[1:]:
+    pipeline = DiffusionPipeline.from_pretrained(
+        folder, custom_pipeline=folder, trust_remote_code=True, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(7)
+    np.save(folder + ".npy", pipeline(2, generator, output_type="np").images)
+assert not any(name.split(".")[0] in ("model", "runtime", "diffusion") for name in sys.modules)
+"""
+EVERY, STEPS = [1.0] * 3 + [0.5] * 4 + [0.25] * 3, [0.5, 1.0, 0.25, 0.5]
+STEPS_5 = [1.0, 0.25, 0.5, 1.0, 0.5]
+SEARCHED = {  # network, schedule, sampling options
+    "ddpm": ("own", EVERY, {}),
+    "ddpm, clipped": (
+        "own",
+        STEPS_5,
+        dict(sample_steps=5, var_type="fixedsmall", clip_denoised=True),
+    ),
+    "ddpm, quadratic": ("diffusers", EVERY, dict(sample_steps=5, timestep_spacing="quadratic")),
+    "ddpm, skip": ("own", [0.5, 0.0, 1.0] * 3 + [0.25], dict(allow_skip=True)),
+    "ddim": ("own", STEPS_5, dict(sampler="ddim", sample_steps=5, mean_type="v")),
+    "ddim, one step": ("own", [0.5], dict(sampler="ddim", sample_steps=1)),
+    "ddim, leading": (
+        "own",
+        EVERY,
+        dict(sampler="ddim", sample_steps=4, timestep_spacing="leading"),
+    ),
+    "ddim, trailing": (
+        "own",
+        EVERY,
+        dict(sampler="ddim", sample_steps=5, timestep_spacing="trailing"),
+    ),
+    "ddpm, linspace": ("own", EVERY, dict(sample_steps=4, timestep_spacing="linspace")),
+    "ddim, eta": ("own", EVERY, dict(sampler="ddim", sample_steps=5, eta=0.7, clip_denoised=True)),
+    "edm": ("own", STEPS, dict(sampler="edm", sample_steps=4, clip_denoised=True)),
+    "edm, every": (
+        "diffusers",
+        EVERY,
+        dict(sampler="edm", sample_steps=4, beta_schedule="scaled_linear"),
+    ),
+    "edm, Euler": ("own", STEPS, dict(sampler="edm", sample_steps=4, heun=False, rho=3.0)),
+    "dpm_solver": (
+        "diffusers",
+        STEPS,
+        dict(sampler="dpm_solver", sample_steps=4, scheduler_options='{"use_karras_sigmas": true}'),
+    ),
+    "ancestral": (
+        "diffusers",
+        EVERY,
+        dict(sampler="EulerAncestralDiscreteScheduler", sample_steps=4),
+    ),
+    "Heun": ("own", STEPS, dict(sampler="HeunDiscreteScheduler", sample_steps=4)),
+    "UniPC": ("own", EVERY, dict(sampler="UniPCMultistepScheduler", sample_steps=4)),
+    "DDIMScheduler": (
+        "diffusers",
+        EVERY,
+        dict(sampler="DDIMScheduler", sample_steps=5, clip_denoised=True),
+    ),
+    "classes": (
+        "own with classes",
+        EVERY,
+        dict(guidance_scale=2.0, classes="3,5", clip_denoised=True),
+    ),
+    "classes of diffusers": (
+        "diffusers with classes",
+        EVERY,
+        dict(guidance_scale=0.5, sampler="edm", sample_steps=4),
+    ),
+    "latents": ("latent", EVERY, dict(latent_vae="shifted")),
+    "quantised latents": ("own", STEPS_5, dict(latent_vae="vq", sampler="ddim", sample_steps=5)),
+}
+SEARCHED_NETWORKS = {
+    "own": tiny_network,
+    "own with classes": functools.partial(tiny_network, num_classes=10),
+    "latent": functools.partial(tiny_network, in_ch=4),
+    "diffusers": diffusers_network,
+    "diffusers with classes": functools.partial(diffusers_network, num_classes=10),
+}
+
+
+def searched(name: str, folder: Path) -> tuple[build.Model, WidthSchedule]:
+    network, widths, values = SEARCHED[name]
+    net = SEARCHED_NETWORKS[network]()
+    if "latent_vae" in values:
+        values = {**values, "latent_vae": str(folder / values["latent_vae"]), "img_size": 16}
+    values = {"img_size": SIZE, "T": 10, "beta_1": 1e-3, "beta_T": 0.3} | values
+    model = build.Model(net, Configuration.of(**values), torch.device("cpu"))
+    entries = None if len(widths) == 10 else model.sampler.entries()
+    return model, WidthSchedule(widths, entries)
+
+
+@torch.no_grad()
+def our_searched_images(model: build.Model, schedule: WidthSchedule) -> np.ndarray:
+    """Two images (B, H, W, C) in [0, 1], on the noise that a pipeline draws."""
+    networks = sampling_networks(model.net, (1.0, 0.5, 0.25))
+    condition = model.classes.condition(torch.arange(2)) if model.classes else None
+    if condition and not model.classes.fixed:
+        condition = replace(condition, labels=torch.arange(2))
+    denoise = StepAwareDenoiser(networks, schedule, 10, "cpu", condition)
+    generator = torch.Generator().manual_seed(7)
+    noise = lambda t=0: torch.randn(2, *model.image_shape, generator=generator)  # noqa: E731
+    steps = Chain.of(schedule, model.sampler).steps
+    every = len(steps) == len(set(model.sampler.entries()))
+    x_0 = model.sampler.sample(denoise, noise(), noise, None if every else steps)
+    if model.autoencoder:
+        x_0 = model.autoencoder._decode(x_0)
+    return (x_0.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).numpy()
+
+
+def test_a_fresh_process_samples_as_was_searched(tmp_path):
+    write_autoencoder(tmp_path / "shifted", shift_factor=0.3, in_channels=3, out_channels=3)
+    write_autoencoder(tmp_path / "vq", kind="VQModel", in_channels=3, out_channels=3)
+    for name in SEARCHED:
+        write(*searched(name, tmp_path), tmp_path / name)
+    run_alone(RUN_AS_SEARCHED, tmp_path, SEARCHED)
+    for name in SEARCHED:
+        ours, theirs = (
+            our_searched_images(*searched(name, tmp_path)),
+            np.load(tmp_path / f"{name}.npy"),
+        )
+        assert ours.std() > 0.01
+        np.testing.assert_allclose(theirs, ours, atol=1e-3, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        (dict(sampler="ddim", sample_steps=4), "--sample_steps that divides"),
+        (dict(sampler="ddim", sample_steps=5, timestep_spacing="quadratic"), "--timestep_spacing"),
+        (dict(sampler="ddim", sample_steps=5, timestep_spacing="linspace"), "--timestep_spacing"),
+        (dict(sampler="edm", sample_steps=4, S_churn=4.0), "--S_churn"),
+        (dict(sampler="edm", sample_steps=4, mean_type="xstart"), "--mean_type=xstart"),
+        (dict(sampler="edm", sample_steps=4, heun=False, clip_denoised=True), "--clip_denoised"),
+        (dict(mean_type="xprev"), "--mean_type=xprev"),
+        (dict(precond="edm", sampler="edm"), "--precond=edm"),
+    ],
+)
+def test_chains_that_diffusers_does_not_have(tmp_path, values, what):
+    config = Configuration.of(img_size=SIZE, T=10, **values)
+    model = build.Model(tiny_network(), config, torch.device("cpu"))
+    with pytest.raises(UserError, match=what):
+        write(model, WidthSchedule(EVERY), tmp_path / "a")
+    assert not contents(tmp_path)
+
+
+def test_a_chain_that_leaves_its_last_step_out(tmp_path):
+    model = build.Model(
+        tiny_network(), Configuration.of(T=10, allow_skip=True), torch.device("cpu")
+    )
+    with pytest.raises(UserError, match="width 0"):
+        write(model, WidthSchedule([0.0, *EVERY[1:]]), tmp_path / "a")

@@ -392,8 +392,6 @@ def test_evaluation_with_another_autoencoder(
         ("--clip_denoised", "--clip_denoised"),
     ):
         refused(match, *EVAL, "--eval", flag)
-    (run_latent / "search.txt").write_text("[" + ", ".join(["1"] * 10) + "]")
-    refused("--export_diffusers", *EVAL, "--export_diffusers=out")
 
 
 def test_training_with_another_autoencoder(

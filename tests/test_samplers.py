@@ -427,7 +427,9 @@ def test_the_table_of_what_works_with_what(
     )  # fmt: skip
     cell_is(says["eval"], *SCORE, *flags, "--eval", "--assigned_width=0.5")
     cell_is(says["eval_stepaware"], *SCORE, *flags, "--eval_stepaware")
-    cell_is(says["export_diffusers"], *SCORE, *flags, "--export_diffusers=exported")
+    cell_is(
+        says["export_diffusers"], *SCORE, *flags, "--sample_steps=5", "--export_diffusers=exported"
+    )
     assert Path("exported/unet/config.json").exists() == (says["export_diffusers"] == "yes")
     search = [*SCORE, *flags, "--search", "--num_generation=2", "--pop_size=4"]
     said = cell_is(says["search"], *search, "--search_dir=s1")

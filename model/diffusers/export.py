@@ -1,7 +1,8 @@
 """Export: a folder that diffusers' pipelines load and run, the width schedule in its config.
 
 This file knows the folder's layout. The networks are dense ones, as `subnet` makes them.
-step_aware_unet.py, which runs them in diffusers, is copied into the folder.
+step_aware_unet.py, which runs them in diffusers, and pipeline.py, which samples with them, are
+copied into the folder.
 """
 
 from __future__ import annotations
@@ -9,25 +10,19 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import diffusers
-import torch
-from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from model.diffusers import step_aware_unet
+from model.diffusers import pipeline, step_aware_unet
 from model.diffusers.step_aware_unet import StepAwareUNet, key
 from model.diffusers.supernet import DenseDiffusersUNet
 from model.schedule import WidthSchedule
 from model.unet import SlimmableUNet
 from runtime.errors import UserError
-
-# Our names -> those of diffusers
-PREDICTION = {"epsilon": "epsilon", "xstart": "sample", "v": "v_prediction"}
-VARIANCE = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}
 
 
 def _shapes(network: nn.Module) -> dict[str, list[int]]:
@@ -42,7 +37,8 @@ def _groups(network: nn.Module) -> dict[str, int]:
 
 def _spec(network: nn.Module) -> tuple[dict, nn.Module]:
     """The argument of step_aware_unet.build, and the module whose state dict fills its result."""
-    if isinstance(network, SlimmableUNet) and not hasattr(network.time_embedding, "timembedding"):
+    is_dense = not hasattr(getattr(network, "time_embedding", None), "timembedding")
+    if isinstance(network, SlimmableUNet) and is_dense:
         return {"kind": "ddsm", "shapes": _shapes(network), "num_groups": _groups(network)}, network
     if isinstance(network, DenseDiffusersUNet):
         model = network.model
@@ -63,15 +59,16 @@ def step_aware(
     networks: Mapping[float, nn.Module],
     schedule: WidthSchedule,
     image_shape: tuple[int, int, int],
-    timesteps: Sequence[int] | None = None,
+    sampling: Mapping[str, object] | None = None,
 ) -> StepAwareUNet:
     """One diffusers model that holds copies of the networks that `schedule` names.
 
-    networks: width -> what `subnet(width)` returned. image_shape: (C, H, W). timesteps: what the
-    schedule's entries are for, where it is shorter than T. Raises UserError where the
-    schedule names a width that has no network.
+    networks: width -> what `subnet(width)` returned. image_shape: (C, H, W). sampling: see
+    StepAwareUNet. A step of width 0 is left out: its timestep has its neighbour's width. Raises
+    UserError where the schedule names a width that has no network.
     """
-    steps = sorted(timesteps) if timesteps is not None else range(len(schedule))
+    every = schedule.timesteps or range(len(schedule))
+    steps = sorted({t for t in every if schedule[t]})
     widths = [float(schedule[t]) for t in steps]
     specs, states = {}, {}
     for width in sorted(set(widths)):
@@ -87,73 +84,44 @@ def step_aware(
         out_channels=len(next(iter(outputs.values()))),
         networks=specs,
         schedule=widths,
-        timesteps=None if timesteps is None else list(steps),
+        timesteps=None if steps == list(range(len(schedule))) else steps,
+        sampling=None if sampling is None else dict(sampling),
     )
     unet.load_state_dict(states)
     return unet.eval()
 
 
-def _scheduler(
-    betas: tuple[float, float, int],
-    beta_schedule: str,
-    mean_type: str,
-    var_type: str,
-    clip_denoised: bool,
-) -> DDPMScheduler:
-    """diffusers' scheduler for β from betas[0] to betas[1] over betas[2] timesteps."""
-    if mean_type not in PREDICTION:
-        raise UserError(f"--mean_type={mean_type}: diffusers supports {', '.join(PREDICTION)}")
-    if var_type not in VARIANCE:
-        raise UserError(f"--var_type={var_type}: one of {', '.join(VARIANCE)}")
-    return DDPMScheduler(
-        num_train_timesteps=betas[2],
-        beta_start=betas[0],
-        beta_end=betas[1],
-        beta_schedule=beta_schedule,
-        prediction_type=PREDICTION[mean_type],
-        variance_type=VARIANCE[var_type],
-        clip_sample=clip_denoised,
-    )
-
-
 def export_diffusers(
-    directory: str | Path,
-    networks: Mapping[float, nn.Module],
-    schedule: WidthSchedule,
-    image_shape: tuple[int, int, int],
-    betas: tuple[float, float, int],
-    *,
-    beta_schedule: str = "linear",
-    timesteps: Sequence[int] | None = None,
-    mean_type: str = "epsilon",
-    var_type: str = "fixedlarge",
-    clip_denoised: bool = False,
+    directory: str | Path, unet: StepAwareUNet, scheduler: object, vae: nn.Module | None = None
 ) -> None:
-    """Write a pipeline folder that DDPMPipeline and DDIMPipeline load with `trust_remote_code`.
+    """Write a folder that diffusers loads with `trust_remote_code`.
 
-    networks: width -> what `subnet(width)` returned. schedule: the width of each timestep, or of
-    each of `timesteps`. image_shape: (C, H, W). betas: (beta_1, beta_T, T) of the noise schedule,
-    beta_schedule its kind as diffusers names it. The rest are as the samplers take them. The folder
-    holds model_index.json, scheduler/, and unet/ with config.json, safetensors and
-    step_aware_unet.py.
+    unet: of `step_aware`. scheduler: configured. vae: of a network in latents. The folder holds
+    model_index.json, scheduler/, unet/ with config.json, safetensors and step_aware_unet.py, vae/,
+    and pipeline.py, which samples as `unet.config.sampling` says. DDPMPipeline or DDIMPipeline runs
+    it, too, where that has all that the model needs.
 
-    Raises UserError where the directory is not empty or diffusers cannot express a setting.
+    Raises UserError where the directory is not empty.
     """
     directory = Path(directory)
-    scheduler = _scheduler(betas, beta_schedule, mean_type, var_type, clip_denoised)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(
             f"--export_diffusers={directory} exists and is not empty; name a new directory"
         )
-    with torch.no_grad():
-        unet = step_aware(networks, schedule, image_shape, timesteps)
+    kind = type(scheduler).__name__
+    usual = {"DDPMScheduler": "DDPMPipeline", "DDIMScheduler": "DDIMPipeline"}.get(kind)
+    needs_more = vae is not None or "classes" in (unet.config.sampling or {})
     module = Path(step_aware_unet.__file__)
-    index = {
-        "_class_name": "DDPMPipeline",
+    index: dict[str, object] = {
+        "_class_name": [Path(pipeline.__file__).stem, pipeline.StepAwarePipeline.__name__]
+        if needs_more or not usual
+        else usual,
         "_diffusers_version": diffusers.__version__,
-        "scheduler": ["diffusers", "DDPMScheduler"],
+        "scheduler": ["diffusers", kind],
         "unet": [module.stem, "StepAwareUNet"],
     }
+    if vae is not None:
+        index["vae"] = ["diffusers", type(vae).__name__]
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".export.") as temporary:
@@ -161,7 +129,10 @@ def export_diffusers(
             folder = Path(temporary, "folder")
             unet.save_pretrained(folder / "unet", safe_serialization=True)
             shutil.copyfile(module, folder / "unet" / module.name)
+            shutil.copyfile(pipeline.__file__, folder / Path(pipeline.__file__).name)
             scheduler.save_pretrained(folder / "scheduler")
+            if vae is not None:
+                vae.save_pretrained(folder / "vae", safe_serialization=True)
             text = json.dumps(index, indent=2) + "\n"
             (folder / "model_index.json").write_text(text, encoding="utf-8")
             folder.replace(directory)

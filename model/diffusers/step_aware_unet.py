@@ -126,6 +126,33 @@ class _TimeTable(nn.Module):
         return self.table[t]
 
 
+class _AllBlocks(nn.Module):
+    """t (B,), labels (B,) -> what every block adds for timestep and class, side by side (B, ΣC).
+
+    The last class, which None stands for, says nothing of the image.
+    """
+
+    def __init__(self, shapes: Shapes, name: str) -> None:
+        super().__init__()
+        for part in ("time", "classes", "weight", "bias"):
+            self.register_buffer(part, torch.zeros(*shapes[f"{name}.{part}"]))
+
+    def forward(self, t: Tensor, labels: Tensor | None) -> Tensor:
+        added = self.classes[-1] if labels is None else self.classes[labels]
+        return F.linear(F.silu(self.time[t] + added), self.weight, self.bias)
+
+
+class _Part(nn.Module):
+    """One block's columns of what _AllBlocks makes."""
+
+    def __init__(self, start: int, count: int) -> None:
+        super().__init__()
+        self.start, self.count = start, count
+
+    def forward(self, added: Tensor) -> Tensor:
+        return added[:, self.start : self.start + self.count]
+
+
 class _Attention(nn.Module):
     """One head over all pixels, (B, C, H, W) -> the same, with a residual connection."""
 
@@ -148,16 +175,19 @@ class _Attention(nn.Module):
 
 
 class _Block(nn.Module):
-    """(B, in, H, W), t (B,) -> (B, out, H, W)."""
+    """(B, in, H, W), t (B,) -> (B, out, H, W); of a network with classes, _AllBlocks' result
+    instead of t, in which this block's columns begin at `start`."""
 
-    def __init__(self, shapes: Shapes, name: str, groups: Groups) -> None:
+    def __init__(self, shapes: Shapes, name: str, groups: Groups, start: int) -> None:
         super().__init__()
         self.block1 = nn.Sequential(
             _norm(shapes, f"{name}.block1.0", groups),
             nn.SiLU(),
             _conv(shapes, f"{name}.block1.2"),
         )
-        self.temb_proj = _TimeTable(shapes[f"{name}.temb_proj.table"])
+        table = shapes.get(f"{name}.temb_proj.table")
+        self.added = self.block1[2].out_channels
+        self.temb_proj = _TimeTable(table) if table else _Part(start, self.added)
         self.block2 = nn.Sequential(
             _norm(shapes, f"{name}.block2.0", groups),
             nn.SiLU(),
@@ -189,21 +219,24 @@ class _Resample(nn.Module):
 class DenseUNet(nn.Module):
     """The published DDSM network at one width: x (B, C, H, W), t (B,) -> like x.
 
-    Timesteps are rounded to trained ones.
+    Timesteps are rounded to trained ones. class_labels (B,): of a network with classes.
     """
 
     def __init__(self, shapes: Shapes, num_groups: Groups) -> None:
         super().__init__()
+        start = 0
 
         def layers(part: str) -> nn.ModuleList:
+            nonlocal start
+            found = nn.ModuleList()
             count = 1 + max(int(n.split(".")[1]) for n in shapes if n.startswith(f"{part}."))
-            names = [f"{part}.{i}" for i in range(count)]
-            return nn.ModuleList(
-                _Resample(shapes, name, double=part == "upblocks")
-                if f"{name}.main.weight" in shapes
-                else _Block(shapes, name, num_groups)
-                for name in names
-            )
+            for name in (f"{part}.{i}" for i in range(count)):
+                if f"{name}.main.weight" in shapes:
+                    found.append(_Resample(shapes, name, double=part == "upblocks"))
+                else:
+                    found.append(_Block(shapes, name, num_groups, start))
+                    start += found[-1].added
+            return found
 
         self.head = _conv(shapes, "head")
         self.downblocks = layers("downblocks")
@@ -212,10 +245,15 @@ class DenseUNet(nn.Module):
         self.tail = nn.Sequential(
             _norm(shapes, "tail.0", num_groups), nn.SiLU(), _conv(shapes, "tail.2")
         )
-        self.T = next(shape[0] for name, shape in shapes.items() if name.endswith(".table"))
+        classes = "class_embedding.time" in shapes
+        self.class_embedding = _AllBlocks(shapes, "class_embedding") if classes else None
+        tables = (".table", "class_embedding.time")
+        self.T = next(shape[0] for name, shape in shapes.items() if name.endswith(tables))
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         t = t.round().long().clamp(0, self.T - 1)
+        if self.class_embedding is not None:
+            t = self.class_embedding(t, class_labels)
         h = self.head(x)
         skips = [h]
         for layer in self.downblocks:
@@ -247,6 +285,7 @@ class StepAwareUNet(ModelMixin, ConfigMixin):
     networks: `key(width)` -> the argument of `build`. schedule: one width for each of `timesteps`,
     which are in rising order; without `timesteps`, entry t is for timestep t. Any other timestep,
     as samplers with other spacings or float timesteps use, takes the width of the nearest one.
+    sampling: how pipeline.py runs the chain that the schedule was searched for.
     """
 
     @register_to_config
@@ -258,6 +297,7 @@ class StepAwareUNet(ModelMixin, ConfigMixin):
         networks: dict,
         schedule: list[float],
         timesteps: list[int] | None = None,
+        sampling: dict | None = None,
     ) -> None:
         super().__init__()
         self.candidates = nn.ModuleDict({name: build(spec) for name, spec in networks.items()})
@@ -274,18 +314,23 @@ class StepAwareUNet(ModelMixin, ConfigMixin):
         sample: Tensor,
         timestep: Tensor | float,
         return_dict: bool = True,
+        width: float | None = None,
         **conditioning: object,
     ) -> UNet2DOutput | tuple[Tensor]:
         """sample (B, C, H, W), timestep a number or (B,) -> a prediction like sample.
 
-        conditioning: further inputs of a conditional network.
+        width: where it is not the schedule's at this timestep. conditioning: further inputs of a
+        conditional network.
         """
         t = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
-        widths = [self.width(float(value)) for value in t[:1].tolist()]
-        if t.numel() > 1 and bool((t != t[0]).any()):
-            widths = [self.width(float(value)) for value in t.tolist()]
-        if len(set(widths)) > 1:
-            raise ValueError(f"one batch has timesteps of several widths: {sorted(set(widths))}")
-        output = self.candidates[key(widths[0])](sample, t, **conditioning)
+        if width is None:
+            widths = [self.width(float(value)) for value in t[:1].tolist()]
+            if t.numel() > 1 and bool((t != t[0]).any()):
+                widths = [self.width(float(value)) for value in t.tolist()]
+            if len(set(widths)) > 1:
+                several = sorted(set(widths))
+                raise ValueError(f"one batch has timesteps of several widths: {several}")
+            width = widths[0]
+        output = self.candidates[key(width)](sample, t, **conditioning)
         output = output if isinstance(output, Tensor) else output.sample
         return UNet2DOutput(sample=output) if return_dict else (output,)

@@ -1,0 +1,129 @@
+"""A sampler's chain by a scheduler of diffusers alone, for folders that are exported.
+
+This file knows which of diffusers' schedulers makes which of our chains, and refuses those that
+none makes. It knows neither networks nor folders.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import diffusers
+
+from diffusion import EDMSchedule
+from runtime.errors import UserError
+from sampling.protocol import Sampler
+from sampling.schedulers import PREDICTION, VARIANCE, DiffusersScheduler
+
+
+@dataclass(frozen=True)
+class DiffusersChain:
+    """scheduler: configured. set_timesteps, step: arguments of these methods, as JSON has them,
+    beside what every pipeline gives them. timesteps: of each call, as the network is told them."""
+
+    scheduler: object
+    set_timesteps: dict[str, object]
+    step: dict[str, object]
+    timesteps: list[int]
+
+
+def in_diffusers(sampler: Sampler, steps: Sequence[int]) -> DiffusersChain:
+    """What makes the chain of `sampler` that visits `steps`, falling.
+
+    Raises UserError where diffusers has no scheduler that makes the same images.
+    """
+    s, levels = sampler.settings, sampler.levels
+    if isinstance(levels, EDMSchedule):
+        raise _cannot(
+            "a network trained with --precond=edm is told timesteps, and diffusers' EDM schedulers "
+            "tell it ln(σ)/4"
+        )
+    if sampler.mean_type not in PREDICTION:
+        raise UserError(
+            f"--mean_type={sampler.mean_type}: diffusers supports {', '.join(PREDICTION)}"
+        )
+    settings: dict[str, object] = {
+        "beta_start": levels.beta_1,
+        "beta_end": levels.beta_T,
+        "beta_schedule": levels.beta_schedule,
+    }
+    if isinstance(sampler, DiffusersScheduler):
+        scheduler = sampler._scheduler()
+        scheduler.register_to_config(**settings)  # for readers: its trained_betas are these
+        number = {"num_inference_steps": s.sample_steps or levels.T}
+        return _checked(sampler, steps, scheduler, number, sampler.step_options(scheduler))
+    settings |= {
+        "num_train_timesteps": levels.T,
+        "prediction_type": PREDICTION[sampler.mean_type],
+    }
+    kept: dict[str, object] = {"timesteps": list(steps)}
+    if s.sampler == "ddpm":
+        if steps[-1] != 0:
+            raise _cannot("diffusers' DDPMScheduler adds no noise at timestep 0 alone, so that "
+                          "step cannot have width 0")  # fmt: skip
+        scheduler = diffusers.DDPMScheduler(
+            variance_type=VARIANCE[s.var_type], clip_sample=s.clip_denoised, **settings
+        )
+        return _checked(sampler, steps, scheduler, kept, {})
+    if s.sampler == "ddim":
+        gap = levels.T // len(steps)  # of its steps, whichever timesteps it visits
+        scheduler = diffusers.DDIMScheduler(
+            clip_sample=s.clip_denoised,
+            timestep_spacing="leading" if steps[-1] == 0 else "trailing",
+            **settings,
+        )
+        if any(t - following != gap for t, following in itertools.pairwise(steps)):
+            raise _cannot(
+                f"diffusers' DDIMScheduler makes {len(steps)} steps of {gap} timesteps each: use a "
+                f"--sample_steps that divides --T={levels.T}, --timestep_spacing=uniform, leading "
+                "or trailing, and no width 0"
+            )
+        options = {"eta": s.eta, "use_clipped_model_output": s.clip_denoised}
+        kept = {"num_inference_steps": len(steps)}
+        return _checked(sampler, steps, scheduler, kept, options)
+    if s.S_churn:
+        raise _cannot(
+            f"--S_churn={s.S_churn:g}: diffusers' schedulers add that noise after the network has "
+            "answered, not before"
+        )
+    if sampler.mean_type == "xstart":
+        raise _cannot("diffusers' Euler and Heun schedulers have no prediction of --mean_type="
+                      "xstart")  # fmt: skip
+    if s.heun:
+        scheduler = diffusers.HeunDiscreteScheduler(clip_sample=s.clip_denoised, **settings)
+    elif s.clip_denoised:
+        raise _cannot("--clip_denoised: diffusers' EulerDiscreteScheduler does not clip")
+    else:
+        scheduler = diffusers.EulerDiscreteScheduler(**settings)
+    return _checked(sampler, steps, scheduler, kept, {})
+
+
+def _cannot(reason: str) -> UserError:
+    return UserError(f"--export_diffusers: {reason}")
+
+
+def _checked(
+    sampler: Sampler,
+    steps: Sequence[int],
+    scheduler: object,
+    set_timesteps: dict[str, object],
+    step: dict[str, object],
+) -> DiffusersChain:
+    """The chain, if it calls the network where the sampler does."""
+    scheduler.set_timesteps(**set_timesteps)
+    last = sampler.levels.T - 1
+    theirs = [min(max(round(float(time)), 0), last) for time in scheduler.timesteps]
+    ours = [call.t for call in sampler.calls(steps)]
+    if theirs != ours:
+        raise _cannot(
+            f"--sampler={sampler.settings.sampler} visits timesteps {_some(ours)} and diffusers' "
+            f"{type(scheduler).__name__} {_some(theirs)}: use another --sample_steps or "
+            "--timestep_spacing"
+        )
+    return DiffusersChain(scheduler, set_timesteps, step, ours)
+
+
+def _some(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:4])) + (", …" if len(numbers) > 4 else "")
