@@ -170,6 +170,8 @@ class Model:
     def classes(self) -> Classes | None:
         """Which classes images are asked to show; None where the network has none."""
         s, settings = self.config.sampling, self.net.settings
+        if getattr(settings, "embeddings", ()):
+            return self._rows()
         if not getattr(self.net.settings, "num_classes", 0):
             for name in ("guidance_scale", "classes"):
                 if self.config[name] != OPTIONS[name].default:
@@ -191,6 +193,21 @@ class Model:
             named = ", ".join(f"{self.class_names[n]} ({n})" for n in fixed)
             log_once(f"--classes: {named}")
         return classes
+
+    def _rows(self) -> Classes | None:
+        """Which row of the embeddings each image is shown, as Classes say it; None where all are
+        shown the only one."""
+        s, settings = self.config.sampling, self.net.settings
+        count = settings.embeddings[0] - settings.null_class
+        if s.guidance_scale != 1 and not settings.null_class:
+            raise UserError(
+                f"--guidance_scale={s.guidance_scale}: guidance needs embeddings that say nothing, "
+                "null (1, L, D), in the file of --conditioning"
+            )
+        if count == 1 and s.guidance_scale == 1:
+            return None
+        rows = conditioning.parse(s.classes) or tuple(range(count))
+        return Classes((1 / count,) * count, s.guidance_scale, rows, self.config.run.seed)
 
     @property
     def passes_per_call(self) -> int:
@@ -318,6 +335,7 @@ def _from_diffusers(config: Configuration, device: torch.device) -> Model:
         folder, config.diffusion.T, config.network.norm_groups, config.network.num_classes
     )
     theirs = net.settings.config
+    _set_embeddings(net, config)
     _check_suits(net, folder)
     taken = {} if "slimmable_unet" in config.given else {"slimmable_unet": True}
     if "img_size" not in config.given:
@@ -331,6 +349,21 @@ def _from_diffusers(config: Configuration, device: torch.device) -> Model:
     return Model(_checked(net, config, device), config, device, source=str(folder))
 
 
+def _set_embeddings(net: nn.Module, config: Configuration) -> None:
+    """Show `net` the embeddings of --conditioning, if there are any."""
+    path, settings = config.data.conditioning, net.settings
+    if not path:
+        return
+    if getattr(settings, "class_name", "") != "UNet2DConditionModel":
+        raise UserError(f"--conditioning={path}: the network reads no embeddings")
+    if config.network.num_classes:
+        raise UserError("--conditioning and --num_classes: only one of them can be used")
+    from model.diffusers import loading
+
+    embeddings, null = loading.read_embeddings(path, net.features)
+    net.set_embeddings(embeddings.to(next(net.parameters()).device), null)
+
+
 def _check_suits(net: nn.Module, folder: Path) -> None:
     """Refuse a model of diffusers that needs or makes what there is not here."""
     config, needs = net.settings.config, net.conditioning()
@@ -341,7 +374,10 @@ def _check_suits(net: nn.Module, folder: Path) -> None:
             f"or {count - 1} if the last one stands for images without a class"
         )
     if needs:
-        raise UserError(f"{folder}: the model needs {needs[0]}; images have none here")
+        give = {"encoder_hidden_states": ": give them with --conditioning"}.get(needs[0], "")
+        raise UserError(
+            f"{folder}: the model needs {needs[0]}{give or ', which images have none of here'}"
+        )
     reads, makes = config["in_channels"], config["out_channels"]
     if makes != reads:
         reason = "it does more than denoise, such as upscale or inpaint"
@@ -390,6 +426,10 @@ def model_to_train(
     stored = checkpoint.settings(state) if state else {}
     if stored.get("kind") == "diffusers":
         model = _from_settings(config, device, stored, checkpoint_path(config))
+        _set_embeddings(model.net, config)
+        theirs = checkpoint.entries(state["net_model"], checkpoint_path(config)).get("embeddings")
+        if config.data.conditioning and not torch.equal(model.net.embeddings, theirs):
+            raise UserError("--conditioning: the run has begun with other embeddings")
     elif state is None and config.training.init_checkpoint:
         source = Path(config.training.init_checkpoint)
         state = checkpoint.load(source)
@@ -401,6 +441,12 @@ def model_to_train(
     else:
         model = None
     config = model.config if model else config
+    shown = getattr(model.net.settings, "embeddings", ()) if model else ()
+    if shown and shown[0] - model.net.settings.null_class != 1:
+        raise UserError(
+            "--conditioning: training shows all images the same embeddings, so it takes one row; "
+            "sampling, search and evaluation take one for each image"
+        )
     if config.training.sandwich and not config.widths.slimmable:
         raise UserError("--sandwich trains several widths: add --slimmable_unet")
     images = training_set(config, device, stored)
@@ -467,6 +513,7 @@ def _restored(
         in_ch = 3 if head is None or head.ndim != 4 else head.shape[1]
         net = own_network(config, device, in_ch, ch)
     checkpoint.fill(net, state["ema_model"], path)
+    _set_embeddings(net, config)
     step, names = int(state.get("step", 0)), _class_names(stored)
     return Model(net, config, device, step, str(path), names)
 

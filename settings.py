@@ -168,6 +168,9 @@ class DataSettings(Settings):
         choices=("auto", "on", "off"), stored="training")
     latent_vae: str = option("", "diffuse in the latents of the AutoencoderKL or VQModel in this "
         "folder, which diffusers wrote", path=True, stored="default")
+    conditioning: str = option("", "what a UNet2DConditionModel is shown: a .safetensors file with "
+        "encoder_hidden_states (N, L, D), one row for all images or row i mod N for image i, and "
+        "null (1, L, D), which --guidance_scale needs", path=True)
     latent_cache: str = option("", "file of the data set's latents, made where it is missing; "
         "default DATA_ROOT/latents/NAME.npy", path=True)
 

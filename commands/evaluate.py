@@ -256,6 +256,11 @@ def conditions(model: Model) -> dict[str, object]:
     about: dict[str, object] = {}
     if model.classes:
         about["classes"] = list(model.classes.fixed) or "as in the training set"
+        if (
+            about["classes"] == list(range(model.classes.count))
+            and not model.config.sampling.classes
+        ):
+            about["classes"] = "the rows of --conditioning in turn"
         about["guidance_scale"] = model.classes.guidance
     if model.autoencoder:
         about["autoencoder"] = model.autoencoder.fingerprint

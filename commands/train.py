@@ -129,7 +129,7 @@ def make_trainer(model: Model, images: dataset.AnySet) -> Trainer:
     if config.run.compile:
         check_compiler(device)
     build.check_batch(model, config.run.batch_size // processes.world())
-    _ = model.sampler  # refused now, not at the first grid
+    _ = model.sampler, model.classes  # refused now, not at the first grid
 
     schedule = None
     if config.training.finetune_schedule:
@@ -155,7 +155,7 @@ def make_trainer(model: Model, images: dataset.AnySet) -> Trainer:
         device=device,
         identity=identity,
         choose_arithmetic=choose_arithmetic,
-        null_class=model.classes.count if model.classes else None,
+        null_class=config.network.num_classes or None,
         schedule=schedule and schedule.widths,
         parallel=build.use_parallel(config, device),
     )

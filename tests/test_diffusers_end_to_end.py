@@ -13,6 +13,7 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import run_main
 from PIL import Image
@@ -23,8 +24,10 @@ import dataset
 from diffusion import NoiseSchedule, sample_ddim
 from model import checkpoint
 from model.diffusers.importance import order_by_importance
+from model.diffusers.loading import read_embeddings
 from model.diffusers.step_aware_unet import StepAwareUNet
 from model.diffusers.supernet import SlimmableDiffusersUNet
+from runtime.errors import UserError
 from sampling.noise import SAMPLING, TRAINING, ImageNoise, normal
 from sampling.samplers import make_sampler
 from settings import RunSettings, SamplingSettings, TrainSettings, WidthSettings
@@ -434,6 +437,88 @@ def test_classes_from_a_folder_to_scores(here: Path, refused: Callable, embeddin
     succeeds(*FLAGS, *steps, "--profile")
     refused("--num_classes", *FLAGS, *steps, "--eval", "--num_classes=9")
     succeeds(*FLAGS, *steps, "--clip_denoised=false", "--sampler=ddpm", "--export_diffusers=out")
+
+
+def save_conditional(folder: Path) -> None:
+    """A folder with a small UNet2DConditionModel, and embeddings for it beside."""
+    torch.manual_seed(0)
+    changes = dict(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=12,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=4,
+    )  # fmt: skip
+    diffusers.UNet2DConditionModel(**{**UNET, **changes}).save_pretrained(folder / "unet")
+    diffusers.DDIMScheduler(**BETAS, clip_sample=False).save_pretrained(folder / "scheduler")
+    rows = {"encoder_hidden_states": torch.randn(2, 5, 12), "null": torch.randn(1, 5, 12)}
+    safetensors.torch.save_file(rows, "two.safetensors")
+    rows["encoder_hidden_states"] = rows["encoder_hidden_states"][0]
+    safetensors.torch.save_file(rows, "one.safetensors")
+
+
+def test_embeddings_before_training(here: Path) -> None:
+    save_conditional(Path("model"))
+    sampling = ["--conditioning=two.safetensors", "--guidance_scale=2", "--sampler=ddim",
+                "--sample_steps=5"]  # fmt: skip
+    succeeds("--generate", *BEFORE, *sampling, "--out=images")
+    unet = diffusers.UNet2DConditionModel.from_pretrained("model/unet").requires_grad_(False)
+    scheduler = diffusers.DDIMScheduler.from_pretrained("model/scheduler")
+    scheduler.set_timesteps(5)
+    file = safetensors.torch.load_file("two.safetensors")
+    rows, null = file["encoder_hidden_states"][[0, 1, 0]], file["null"].expand(3, -1, -1)
+    x = ImageNoise(0, SAMPLING, torch.arange(3), (1, 8, 8)).initial()
+    for t in scheduler.timesteps:
+        shown, nothing = (unet(x, t, encoder_hidden_states=e).sample for e in (rows, null))
+        x = scheduler.step(nothing + 2 * (shown - nothing), t, x).prev_sample
+    for i, image in enumerate(dataset.to_uint8(x)[:, 0].numpy()):
+        ours = np.asarray(Image.open(f"images/{i:06d}.png")).astype(int)
+        assert np.abs(ours - image).max() <= 1
+        assert ours.std() > 10
+
+
+def test_embeddings_from_training_to_export(
+    here: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("commands.search.latency", lambda *arguments: 0.001)
+    save_conditional(Path("model"))
+    refused("needs encoder_hidden_states.*--conditioning", "--eval", *BEFORE)
+    refused("takes one row", *TRAIN, "--conditioning=two.safetensors")
+    succeeds(*TRAIN, "--total_steps=1", "--conditioning=one.safetensors")
+    steps = ["--sampler=ddim", "--sample_steps=4", "--conditioning="]  # as in the checkpoint
+    succeeds(*FLAGS, *steps, "--search", "--num_generation=1", "--pop_size=2")
+    succeeds(*FLAGS, *steps, "--eval_stepaware")
+    succeeds(*FLAGS, "--conditioning=", "--export_diffusers=out")
+    pipeline = diffusers.DDIMPipeline(
+        StepAwareUNet.from_pretrained("out/unet"),
+        diffusers.DDIMScheduler.from_pretrained("out/scheduler"),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(1, num_inference_steps=4, output_type="np").images.std() > 0.01
+    Path("one.safetensors").rename("other")
+    safetensors.torch.save_file(
+        {"encoder_hidden_states": torch.zeros(1, 5, 12), "null": torch.zeros(1, 5, 12)},
+        "one.safetensors",
+    )
+    refused("other embeddings", *TRAIN, "--conditioning=one.safetensors")
+
+
+EMBEDDINGS = {  # what a file of --conditioning must not be
+    "nothing": ({}, "encoder_hidden_states"),
+    "features": ({"encoder_hidden_states": torch.zeros(1, 5, 8)}, "12"),
+    "not finite": ({"encoder_hidden_states": torch.full((5, 12), torch.nan)}, "finite"),
+    "empty": ({"encoder_hidden_states": torch.zeros(0, 5, 12)}, "12"),
+    "many nulls": ({"encoder_hidden_states": torch.zeros(5, 12), "null": torch.zeros(2, 5, 12)},
+                   "null has 2 rows"),
+    "lengths": ({"encoder_hidden_states": torch.zeros(5, 12), "null": torch.zeros(1, 4, 12)}, "L"),
+    "others": ({"encoder_hidden_states": torch.zeros(5, 12), "pooled": torch.zeros(1)}, "pooled"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_files_that_hold_no_embeddings(tmp_path: Path, name: str) -> None:
+    tensors, message = EMBEDDINGS[name]
+    path = tmp_path / "file.safetensors"
+    safetensors.torch.save_file(tensors, path)
+    with pytest.raises(UserError, match=f"file.safetensors.*{message}"):
+        read_embeddings(str(path), 12)
 
 
 def test_a_model_without_scheduler_needs_the_flags_that_it_would_set(

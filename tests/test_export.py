@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import contents, tiny_network
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from test_latents import write_autoencoder
 
 import build
@@ -74,6 +74,19 @@ def diffusers_network(norm_groups: str = "fixed", num_classes: int = 0) -> Slimm
         num_class_embeds=num_classes or None,
     )
     return jiggle(SlimmableDiffusersUNet(model, T, norm_groups, num_classes))
+
+
+def conditional_network(rows: int, null: bool) -> SlimmableDiffusersUNet:
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(
+        sample_size=SIZE, in_channels=3, out_channels=3, block_out_channels=(32, 64),
+        layers_per_block=1, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), norm_num_groups=8,
+        cross_attention_dim=12, attention_head_dim=4,
+    )  # fmt: skip
+    net = jiggle(SlimmableDiffusersUNet(model, 10))
+    net.set_embeddings(torch.randn(rows + null, 5, 12), null)
+    return net
 
 
 def jiggle(net: torch.nn.Module) -> torch.nn.Module:
@@ -297,12 +310,18 @@ SEARCHED = {  # network, schedule, sampling options
         EVERY,
         dict(guidance_scale=0.5, sampler="edm", sample_steps=4),
     ),
+    "rows": ("rows", EVERY, dict(sampler="ddim", sample_steps=5)),
+    "rows, guided": ("guided row", EVERY, dict(guidance_scale=2.0, sampler="ddim", sample_steps=5)),
+    "one row": ("one row", EVERY, dict(sampler="ddim", sample_steps=5)),
     "latents": ("latent", EVERY, dict(latent_vae="shifted")),
     "quantised latents": ("own", STEPS_5, dict(latent_vae="vq", sampler="ddim", sample_steps=5)),
 }
 SEARCHED_NETWORKS = {
     "own": tiny_network,
     "own with classes": functools.partial(tiny_network, num_classes=10),
+    "rows": functools.partial(conditional_network, 2, True),
+    "guided row": functools.partial(conditional_network, 1, True),
+    "one row": functools.partial(conditional_network, 1, False),
     "latent": functools.partial(tiny_network, in_ch=4),
     "diffusers": diffusers_network,
     "diffusers with classes": functools.partial(diffusers_network, num_classes=10),

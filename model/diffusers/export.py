@@ -76,6 +76,9 @@ def step_aware(
             raise UserError(f"the schedule names width {width:g}, for which there is no network")
         specs[key(width)], network = _spec(networks[width])
         states.update({f"candidates.{key(width)}.{n}": v for n, v in network.state_dict().items()})
+    embeddings = getattr(networks[widths[0]], "embeddings", None)
+    if embeddings is not None:
+        states["embeddings"] = embeddings
     channels, *sides = image_shape
     outputs = {n: v for n, v in states.items() if n.endswith(("tail.2.weight", "conv_out.weight"))}
     unet = StepAwareUNet(
@@ -86,6 +89,7 @@ def step_aware(
         schedule=widths,
         timesteps=None if steps == list(range(len(schedule))) else steps,
         sampling=None if sampling is None else dict(sampling),
+        embeddings_shape=None if embeddings is None else list(embeddings.shape),
     )
     unet.load_state_dict(states)
     return unet.eval()

@@ -201,6 +201,30 @@ def _read_file(file: Path) -> dict[str, Tensor]:
     return state
 
 
+def read_embeddings(path: str, features: int) -> tuple[Tensor, bool]:
+    """What a file of --conditioning shows the network, float32 (rows, L, features), and whether the
+    last row is the one that says nothing. UserError where it is no such file."""
+    state, name = _read_file(Path(path)), "encoder_hidden_states"
+    if name not in state or state.keys() - {name, "null"}:
+        raise UserError(
+            f"--conditioning={path}: has {_some(state) or 'nothing'}; wanted are {name} (N, L, D) "
+            "and, for guidance, null (1, L, D)"
+        )
+    parts = [rows[None] if rows.ndim == 2 else rows for rows in (state[k] for k in sorted(state))]
+    for rows in parts:
+        fits = rows.ndim == 3 and len(rows) and rows.shape[1:] == parts[0].shape[1:]
+        if not fits or rows.shape[2] != features or not rows.is_floating_point():
+            raise UserError(
+                f"--conditioning={path}: embeddings are {tuple(rows.shape)}; the model reads "
+                f"(N, L, {features})"
+            )
+        if not bool(rows.float().isfinite().all()):
+            raise UserError(f"--conditioning={path}: has entries that are not finite numbers")
+    if len(parts) == 2 and len(parts[1]) != 1:
+        raise UserError(f"--conditioning={path}: null has {len(parts[1])} rows; it must be one")
+    return torch.cat([rows.float() for rows in parts]), len(parts) == 2
+
+
 def _fill(model: ModelMixin, state: Mapping[str, Tensor], file: Path) -> None:
     """Copy `state` into `model`; UserError where one has what the other has not."""
     parameters = model.state_dict()

@@ -32,6 +32,7 @@ class StepAwarePipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         class_labels: int | list[int] | Tensor | None = None,
         guidance_scale: float | None = None,
+        encoder_hidden_states: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
@@ -39,7 +40,8 @@ class StepAwarePipeline(DiffusionPipeline):
 
         latents: the initial noise (B, C, H, W), unit Gaussian, instead of the generator's.
         class_labels: of a class-conditional model, one or one for each image; without, those that
-        were exported in turn. guidance_scale: by default as exported.
+        were exported in turn. guidance_scale: by default as exported. encoder_hidden_states: (1, L,
+        D) or one for each image, instead of the exported embeddings and without guidance.
         """
         unet, scheduler, device = self.unet, self.scheduler, self._execution_device
         config = unet.config
@@ -49,7 +51,14 @@ class StepAwarePipeline(DiffusionPipeline):
         shape = (batch_size, config.in_channels, *sides)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=unet.dtype)
-        labels = None
+        given, labels = {}, None
+        if encoder_hidden_states is not None:
+            states = encoder_hidden_states.to(device, unet.dtype)
+            given, classes = {"encoder_hidden_states": states.expand(batch_size, -1, -1)}, None
+        if not classes and (class_labels is not None or guidance_scale not in (None, 1)):
+            raise ValueError(
+                "class_labels, guidance_scale: this model was exported without classes"
+            )
         if classes:
             if class_labels is None:
                 class_labels = [
@@ -68,7 +77,7 @@ class StepAwarePipeline(DiffusionPipeline):
             if classes:
                 output = self._guided(seen, t, width, labels, classes["null"], guidance_scale)
             else:
-                output = unet(seen, t, width=width).sample
+                output = unet(seen, t, width=width, **given).sample
             x = scheduler.step(output, time, x, **options).prev_sample
         if self.vae is not None:
             scale, shift = (

@@ -285,7 +285,9 @@ class StepAwareUNet(ModelMixin, ConfigMixin):
     networks: `key(width)` -> the argument of `build`. schedule: one width for each of `timesteps`,
     which are in rising order; without `timesteps`, entry t is for timestep t. Any other timestep,
     as samplers with other spacings or float timesteps use, takes the width of the nearest one.
-    sampling: how pipeline.py runs the chain that the schedule was searched for.
+    sampling: how pipeline.py runs the chain that the schedule was searched for. embeddings_shape:
+    (N, L, D) of the encoder_hidden_states that lie beside the weights; where a call gives none, its
+    class_labels are rows of these, and without labels all images are shown the first.
     """
 
     @register_to_config
@@ -298,8 +300,11 @@ class StepAwareUNet(ModelMixin, ConfigMixin):
         schedule: list[float],
         timesteps: list[int] | None = None,
         sampling: dict | None = None,
+        embeddings_shape: list[int] | None = None,
     ) -> None:
         super().__init__()
+        shown = torch.zeros(*embeddings_shape) if embeddings_shape else None
+        self.register_buffer("embeddings", shown)
         self.candidates = nn.ModuleDict({name: build(spec) for name, spec in networks.items()})
 
     def width(self, timestep: float) -> float:
@@ -331,6 +336,10 @@ class StepAwareUNet(ModelMixin, ConfigMixin):
                 several = sorted(set(widths))
                 raise ValueError(f"one batch has timesteps of several widths: {several}")
             width = widths[0]
+        if self.embeddings is not None and "encoder_hidden_states" not in conditioning:
+            rows = conditioning.pop("class_labels", None)
+            rows = torch.zeros(len(sample), dtype=torch.long) if rows is None else rows
+            conditioning["encoder_hidden_states"] = self.embeddings[rows]
         output = self.candidates[key(width)](sample, t, **conditioning)
         output = output if isinstance(output, Tensor) else output.sample
         return UNet2DOutput(sample=output) if return_dict else (output,)

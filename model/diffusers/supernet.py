@@ -32,7 +32,8 @@ class DiffusersSettings:
     """What defines a network. T: trained timesteps. in_ch: image channels. levels: resolutions.
 
     config: the model's as diffusers stores it. norm_groups: see UNetSettings. num_classes: 0 where
-    there are none. null_class: whether the model that it was made from had one.
+    there are none. null_class: whether the model that it was made from had one. embeddings: the
+    shape of those that it is shown, where it is shown any; null_class is of their last row then.
     """
 
     T: int
@@ -43,6 +44,7 @@ class DiffusersSettings:
     norm_groups: str = "fixed"
     num_classes: int = 0
     null_class: bool = True
+    embeddings: tuple[int, ...] = ()
 
     def check_image_size(self, size: int) -> None:
         """Raise UserError where the levels cannot halve an image of `size` pixels a side."""
@@ -56,24 +58,36 @@ class DiffusersSettings:
 class DenseDiffusersUNet(nn.Module):
     """A diffusers model, `.model`, called as a network of this project: (x, t) -> a tensor.
 
-    num_classes: see SlimmableDiffusersUNet.
+    num_classes, embeddings: see SlimmableDiffusersUNet.
     """
 
-    def __init__(self, model: ModelMixin, num_classes: int = 0) -> None:
+    def __init__(
+        self, model: ModelMixin, num_classes: int = 0, embeddings: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.model, self.num_classes = model, num_classes
+        self.register_buffer("embeddings", embeddings)
 
     def forward(
         self, x: Tensor, t: Tensor, labels: Tensor | None = None, **conditioning: object
     ) -> Tensor:
-        conditioning = _with_classes(conditioning, labels, self.num_classes, x)
+        conditioning = _labelled(conditioning, labels, self, self.num_classes, x)
         return self.model(x, t, return_dict=False, **conditioning)[0]
 
 
-def _with_classes(
-    conditioning: dict[str, object], labels: Tensor | None, num_classes: int, x: Tensor
+def _labelled(
+    conditioning: dict[str, object],
+    labels: Tensor | None,
+    net: nn.Module,
+    num_classes: int,
+    x: Tensor,
 ) -> dict[str, object]:
-    """`conditioning` and labels (B,), of which None is the null class, for a network of classes."""
+    """`conditioning` and what labels (B,) stand for: rows of the net's embeddings, None being the
+    first, or classes, None being the null class."""
+    if net.embeddings is not None and "encoder_hidden_states" not in conditioning:
+        rows = net.embeddings
+        rows = rows[:1].expand(len(x), -1, -1) if labels is None else rows[labels]
+        return {**conditioning, "encoder_hidden_states": rows}
     if not num_classes or "class_labels" in conditioning:
         return conditioning
     if labels is None:
@@ -121,6 +135,7 @@ class SlimmableDiffusersUNet(nn.Module):
     that cannot be narrowed. num_classes: makes a model with a class embedding a class-conditional
     network, called with labels (B,) in [0, num_classes]. The last of these, like None, is the null
     class, which guidance needs: the embedding's last row if it has num_classes + 1, or a new one.
+    After `set_embeddings` labels are rows of those.
     """
 
     def __init__(
@@ -145,6 +160,14 @@ class SlimmableDiffusersUNet(nn.Module):
         )
         if num_classes:
             self.class_embedding = _Frequencies(num_classes)
+        self.register_buffer("embeddings", None)
+
+    def set_embeddings(self, embeddings: Tensor, null: bool) -> None:
+        """Show the network these encoder_hidden_states (N, L, D) where it is given no others; the
+        last row is that which says nothing, if `null`."""
+        self.embeddings = embeddings
+        shape = tuple(embeddings.shape)
+        self.settings = replace(self.settings, embeddings=shape, null_class=null)
 
     def forward(
         self,
@@ -158,7 +181,7 @@ class SlimmableDiffusersUNet(nn.Module):
 
         On the meta device, where FLOPs are counted, placeholders stand for what is missing.
         """
-        conditioning = _with_classes(conditioning, labels, self.settings.num_classes, x)
+        conditioning = _labelled(conditioning, labels, self, self.settings.num_classes, x)
         if x.is_meta:
             conditioning = {**self._placeholders(x), **conditioning}
         self._check_conditioning(conditioning)
@@ -240,7 +263,8 @@ class SlimmableDiffusersUNet(nn.Module):
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.clone()
-        return DenseDiffusersUNet(model, self.settings.num_classes).eval()
+        rows = None if self.embeddings is None else self.embeddings.clone()
+        return DenseDiffusersUNet(model, self.settings.num_classes, rows).eval()
 
     def settings_dict(self) -> dict:
         """What `from_settings` takes, as plain JSON-friendly values."""
@@ -254,6 +278,8 @@ class SlimmableDiffusersUNet(nn.Module):
         }
         if s.num_classes:
             values |= {"num_classes": s.num_classes, "null_class": s.null_class}
+        if s.embeddings:
+            values |= {"embeddings": list(s.embeddings), "null_class": s.null_class}
         return values
 
     @classmethod
@@ -271,6 +297,8 @@ class SlimmableDiffusersUNet(nn.Module):
             )
             null_class = bool(settings.get("null_class", True))
             net.settings = replace(net.settings, null_class=null_class)
+            if shape := settings.get("embeddings"):
+                net.set_embeddings(torch.zeros(*map(int, shape)), null_class)
             return net
         except UserError:
             raise
@@ -304,9 +332,21 @@ class SlimmableDiffusersUNet(nn.Module):
         classes = getattr(self.model, "class_embedding", None) is not None
         if classes and not self.settings.num_classes:
             names.append("class_labels")
+        config = self.settings.config
         if self.settings.class_name == "UNet2DConditionModel":
-            names.append("encoder_hidden_states")
+            if self.embeddings is None:
+                names.append("encoder_hidden_states")
+            texts = config.get("addition_embed_type") in (None, "text")
+            if not texts or config.get("encoder_hid_dim_type") not in (None, "text_proj"):
+                names.append("added_cond_kwargs")
         return names
+
+    @property
+    def features(self) -> int:
+        """Of each encoder_hidden_states vector that a UNet2DConditionModel reads."""
+        config = self.settings.config
+        size = config["encoder_hid_dim"] or config["cross_attention_dim"]
+        return size if isinstance(size, int) else size[0]
 
     def _check_conditioning(self, conditioning: Mapping[str, object]) -> None:
         for name in self.conditioning():
@@ -326,9 +366,7 @@ class SlimmableDiffusersUNet(nn.Module):
             labels = x.new_zeros(len(x), dtype=torch.long)
             inputs["class_labels"] = labels if size is None else x.new_zeros(len(x), size)
         if self.settings.class_name == "UNet2DConditionModel":
-            size = config["encoder_hid_dim"] or config["cross_attention_dim"]
-            size = size if isinstance(size, int) else size[0]
-            inputs["encoder_hidden_states"] = x.new_zeros(len(x), TOKENS, size)
+            inputs["encoder_hidden_states"] = x.new_zeros(len(x), TOKENS, self.features)
             if config["addition_embed_type"] == "text_time":
                 times = 6 * config["addition_time_embed_dim"]
                 pooled = config["projection_class_embeddings_input_dim"] - times
