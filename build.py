@@ -378,6 +378,12 @@ def _check_suits(net: nn.Module, folder: Path) -> None:
         raise UserError(
             f"{folder}: the model needs {needs[0]}{give or ', which images have none of here'}"
         )
+    fourier = config.get("time_embedding_type") == "fourier"
+    if fourier and net.settings.class_name == "UNet2DModel":
+        raise UserError(
+            f"{folder}: the model's Fourier time embedding takes a logarithm of its time, and is "
+            "not a number at timestep 0"
+        )
     reads, makes = config["in_channels"], config["out_channels"]
     if makes != reads:
         reason = "it does more than denoise, such as upscale or inpaint"
