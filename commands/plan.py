@@ -25,12 +25,15 @@ from train import Trainer
 
 @dataclass(frozen=True)
 class Scoring:
-    """So many candidates, each scored on so many images by so many calls of the network."""
+    """So many candidates, each scored on so many images by so many calls of the network, whose
+    widths are these in equal parts. rounds: generations that this is done in."""
 
     name: str
     candidates: int
     images: int
     calls: int
+    widths: Sequence[float]
+    rounds: int = 1
 
     @property
     def passes(self) -> int:
@@ -64,64 +67,85 @@ def measured_batch(model: Model) -> int:
 
 def plan_scoring(model: Model, schedule: WidthSchedule, encode: bool = True) -> None:
     """Say what making, and scoring where `encode`, a schedule's images would cost."""
-    calls = model.sampler.calls()
-    scoring = Scoring("images", 1, model.config.evaluation.num_images, len(calls))
+    calls, images = model.sampler.calls(), model.config.evaluation.num_images
     widths = [schedule[t] for t in entries_for_calls(schedule, calls)]
-    say(_scoring_plan(model, [scoring], widths, "no other load", encode))
+    _say_costs(model, [Scoring("images", 1, images, len(calls), widths)], "no other load", encode)
 
 
 def plan_search(model: Model, genome: Genome, ladder: Sequence[tuple[str, int, Sampler]]) -> None:
-    """Say what a search would cost, rung by rung or stage by stage."""
+    """Say what a search would cost, stage by stage, and how far --search_minutes will get."""
     settings, images = model.config.search, model.config.evaluation.num_images
-    calls = len(model.sampler.calls())
-    note = "at the widths' mean cost, before shared states save any"
+    calls, widths = len(model.sampler.calls()), model.config.widths.all
     if settings.search_method == "sensitivity":
+        shared = settings.state_memory > 0 and model.sampler.resumes
         scorings = [
-            Scoring(name, count, each, max(1, round(share * calls)))
-            for name, count, each, share in search_stages(settings, genome, images)
+            # A narrowed chain goes on from full width's, so half of it is run.
+            Scoring(
+                s.name, s.candidates, s.images, math.ceil(calls / 2) if shared else calls, [1.0]
+            )
+            if s.narrowed
+            else Scoring(s.name, s.candidates, s.images, calls, widths, s.rounds)
+            for s in search_stages(settings, genome, images)
         ]
-        say(_scoring_plan(model, scorings, model.config.widths.all, f"{note}; at most"))
-        return
-    count, scorings = settings.num_generation * settings.pop_size, []
-    for name, each, rung in ladder:
-        scorings.append(Scoring(f"rung {name}", count, each, len(rung.calls())))
-        count = math.ceil(settings.ladder_keep * count)
-    scorings.append(Scoring("full setting", count, images, calls))
-    say(_scoring_plan(model, scorings, model.config.widths.all, note))
+        note = "at most; rounds end early where they gain nothing"
+    else:
+        rounds, scorings = settings.num_generation, []
+        count = rounds * settings.pop_size
+        for name, each, rung in ladder:
+            scorings.append(Scoring(f"rung {name}", count, each, len(rung.calls()), widths, rounds))
+            count, rounds = math.ceil(settings.ladder_keep * count), 1
+        scorings.append(Scoring("full setting", count, images, calls, widths, rounds))
+        note = "at the widths' mean cost, before shared states save any"
+    seconds = _say_costs(model, scorings, note)
+    if settings.search_minutes:
+        reached = _reached(scorings, seconds, 60 * settings.search_minutes)
+        say(f"--search_minutes={settings.search_minutes:g}: {reached}")
 
 
-def _scoring_plan(
-    model: Model,
-    scorings: Sequence[Scoring],
-    widths: Sequence[float],
-    note: str,
-    encode: bool = True,
-) -> str:
-    """The cost of `scorings` where calls have these widths in equal parts."""
-    used, passes = sorted(set(widths) - {0.0}), model.passes_per_call
-    flops = model.flops(used)
-    times = {0.0: 0.0} | _seconds(model, used, 0.5)
-    lines = [
-        f"{s.name}: {s.candidates} candidates × {s.images} images × {s.calls} network calls = "
-        f"{passes * s.passes:.3g} network passes"
-        for s in scorings
-    ]
-    mean_flops, mean_time = (sum(t[w] for w in widths) / len(widths) for t in (flops, times))
-    calls = sum(s.passes for s in scorings)
-    total = calls * mean_time
-    if encode:
-        seconds = _encoder_seconds(model)
-        if isinstance(seconds, UserError):
-            lines.append(f"without the encoder's time: {seconds}")
-        else:
-            total += sum(s.candidates * s.images for s in scorings) * seconds
+def _reached(scorings: Sequence[Scoring], seconds: Sequence[float], left: float) -> str:
+    """How much of `scorings`, which take so many seconds each, is done in `left` seconds."""
+    reached = []
+    for scoring, needed in zip(scorings, seconds, strict=True):
+        if needed > left:
+            rounds = scoring.rounds
+            part = (
+                f"{int(rounds * left / needed)} of {rounds} generations" if rounds > 1 else "a part"
+            )
+            reached.append(f"{part} of {scoring.name}")
+            return f"{', '.join(reached)}; the same command continues the search"
+        reached.append(scoring.name)
+        left -= needed
+    return "enough for all"
+
+
+def _say_costs(
+    model: Model, scorings: Sequence[Scoring], note: str, encode: bool = True
+) -> list[float]:
+    """Say what each of `scorings` costs, and all; seconds of each."""
+    used, passes = sorted({w for s in scorings for w in s.widths} - {0.0}), model.passes_per_call
+    flops, times = model.flops(used), {0.0: 0.0} | _seconds(model, used, 0.5)
+    encoding = _encoder_seconds(model) if encode else 0.0
+    if isinstance(encoding, UserError):
+        note += f"; without the encoder's time: {encoding}"
+        encoding = 0.0
     if model.autoencoder:
         note += f"; without the decoder's {1000 * decoder_seconds(model):.3g} ms per image"
-    lines.append(
-        f"all: {passes * calls:.3g} passes, {calls * mean_flops / 1e9:.3g} GFLOPs, about "
-        f"{duration(total)} ({note})"
+    total, seconds = 0.0, []
+    for s in scorings:
+        cost, calling = (
+            s.passes * sum(t[w] for w in s.widths) / len(s.widths) for t in (flops, times)
+        )
+        total += cost
+        seconds.append(calling + s.candidates * s.images * encoding)
+        say(
+            f"{s.name}: {s.candidates} candidates × {s.images} images × {s.calls} network calls = "
+            f"{passes * s.passes:.3g} network passes, about {duration(seconds[-1])}"
+        )
+    say(
+        f"all: {passes * sum(s.passes for s in scorings):.3g} passes, {total / 1e9:.3g} GFLOPs, "
+        f"about {duration(sum(seconds))} ({note})"
     )
-    return "\n".join(lines)
+    return seconds
 
 
 def _seconds(model: Model, widths: Sequence[float], spend: float = 1.0) -> dict[float, float]:

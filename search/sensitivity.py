@@ -237,17 +237,26 @@ class Sensitivity:
             self.on_generation(number, list(self.candidates.values()))
 
 
-def stages(
-    settings: SearchSettings, genome: Genome, images: int
-) -> list[tuple[str, int, int, float]]:
-    """(name, candidates, images, share of the chain) of each stage, at most: for plans."""
-    population = settings.pop_size
+@dataclass(frozen=True)
+class Stage:
+    """What a part of the search scores, at most. narrowed: full width but for one gene each."""
+
+    name: str
+    candidates: int
+    images: int
+    rounds: int = 1
+    narrowed: bool = False
+
+
+def stages(settings: SearchSettings, genome: Genome, images: int) -> list[Stage]:
+    """The parts of a search, for plans."""
+    population, rounds = settings.pop_size, settings.num_generation - 1
+    narrowed = genome.genes * (len(genome.widths) - 1)
     return [
-        ("uniform widths", len(genome.uniform()), images, 1.0),
-        # A narrowed chain goes on from full width's, so half of it is run.
-        ("table", genome.genes * (len(genome.widths) - 1), images, 0.5),
-        ("rounds", (settings.num_generation - 1) * population, images, 1.0),
-        ("fresh noise", 5 * population // 2, settings.confirm_images or 2 * images, 1.0),
+        Stage("uniform widths", len(genome.uniform()), images),
+        Stage("table", narrowed, images, narrowed=True),
+        Stage("proposals", rounds * population, images, rounds),
+        Stage("fresh noise", 5 * population // 2, settings.confirm_images or 2 * images),
     ]
 
 

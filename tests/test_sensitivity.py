@@ -2,12 +2,14 @@
 
 import itertools
 import math
+import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import run_main
 from test_search import COSTS, IDENTITY, WIDTHS, lines, summary
 
 from model import WidthSchedule
@@ -291,3 +293,21 @@ def test_search_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method:
     assert summary(candidates) == expected
     with pytest.raises(UserError, match="--search_minutes"):
         SearchSettings(search_minutes=-1)
+
+
+def test_plan(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes and time of each stage at a millisecond per image and call, and what fits in 1.04 s:
+    uniform widths 0.32 s, table 0.24 s, and of two rounds of 0.32 s one."""
+    monkeypatch.setattr("commands.plan.latency", lambda *arguments: 0.001)
+    monkeypatch.setattr("commands.plan._encoder_seconds", lambda model: 0.0)
+    search = ["--search", "--dry_run", "--logdir=run", "--device=cpu", "--num_images=8",
+              "--num_generation=3", "--pop_size=4", "--num_segments=2"]  # fmt: skip
+    said = run_main(*search, "--search_method=sensitivity", f"--search_minutes={1.04 / 60}").out
+    assert (
+        "uniform widths: 4 candidates × 8 images × 10 network calls = 320 network passes, " in said
+    )
+    assert re.search(r"table: 6 candidates × 8 images × 5 network calls .*, about 0\.2 s", said)
+    assert re.search(r"fresh noise: 10 candidates × 16 images × 10 .*, about 1\.6 s", said)
+    assert "uniform widths, table, 1 of 2 generations of proposals" in said
+    said = run_main(*search, f"--search_minutes={0.7 / 60}").out  # a generation takes 0.32 s
+    assert "2 of 3 generations of full setting" in said
