@@ -166,26 +166,28 @@ def cells(point: Mapping) -> list[str]:
     ]
 
 
-def front_table(front: Mapping, budget: float = 0.0) -> str:
-    """The points of a front to pick from; with `budget`, the best at that share of the FLOPs."""
+def front_table(front: Mapping) -> str:
+    """The points of a front to pick from."""
     chosen = front.get("chosen_point")
     rows = [
         [f"{index}{' *' if index == chosen else ''}", *cells(point)]
         for index, point in enumerate(front["points"])
     ]
-    lines = [
-        table(["point", front["label"], "GFLOPs / step", "saved", "ms / image"], rows),
-        "* is in use; --pick POINT takes another one",
-    ]
-    if budget:
-        limit = budget * front["full_width_gflops"] * (1 + 1e-9)
-        within = [i for i, p in enumerate(front["points"]) if p["average_gflops"] <= limit]
-        best = min(within, key=lambda i: front["points"][i]["distance"], default=None)
-        lines.append(
-            f"--flops_budget={budget:g}: "
-            + ("no point is as cheap" if best is None else f"point {best} is the best")
-        )
-    return "\n".join(lines)
+    header = ["point", front["label"], "GFLOPs / step", "saved", "ms / image"]
+    return f"{table(header, rows)}\n* is in use; --pick POINT takes another one"
+
+
+def best_within(front: Mapping, budget: float) -> int | None:
+    """The index of the best point that costs no more than this share of full width."""
+    limit = budget * front["full_width_gflops"] * (1 + 1e-9)
+    points = front["points"]
+    within = [index for index, point in enumerate(points) if giga_cost(point) <= limit]
+    return min(within, key=lambda index: points[index]["distance"], default=None)
+
+
+def giga_cost(point: Mapping) -> float:
+    """What a point's step costs: GFLOPs, or time on the scale of full width's GFLOPs."""
+    return point.get("cost", point["average_gflops"] * 1e9) / 1e9
 
 
 def write_front(folder: Path, front: Mapping) -> None:
@@ -202,7 +204,7 @@ def draw_front(folder: Path, front: Mapping) -> None:
     """front.png, whose points carry their numbers, and schedule.png, from what front.json holds."""
 
     def marks(points: Sequence[Mapping]) -> list[tuple[float, float]]:
-        return [(p.get("cost", p["average_gflops"] * 1e9) / 1e9, p["distance"]) for p in points]
+        return [(giga_cost(p), p["distance"]) for p in points]
 
     chosen, points = front["chosen"], front["points"]
     plot_front(

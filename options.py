@@ -152,7 +152,7 @@ def _overruled(
     changed = [
         f"--{name}={', '.join(values)} (there {', '.join(said[name])})"
         for name, values in ours.items()
-        if name in OPTIONS and name in said and said[name] != values
+        if name in OPTIONS and name in said and said[name] != values and name != "pick"
     ]
     return [f"over the flagfile: {'; '.join(changed)}"] if changed else []
 

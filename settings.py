@@ -276,7 +276,7 @@ class SearchSettings(Settings):
     distance_limit: float = option(0.0, "pareto: the largest distance of interest, as a multiple "
         "of the least in the first generation; 0: any", least=0)
     pick: int = option(-1, "take this point of the finished search's front as search.txt instead; "
-        "without a number: print the front as a table")
+        "without a number: the best one within --flops_budget, or print the front as a table")
     num_segments: int = option(0, "genes, each for a run of steps; 0: one gene per step, or with "
         "--search_method=sensitivity 12", least=0)
     level_seeds: bool = option(False, "two- and three-level schedules in the first population")

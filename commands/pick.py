@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from looks import front_table, pick_point, read_front
+from looks import best_within, front_table, pick_point, read_front
 from runtime.errors import UserError
 from runtime.files import read_text, write_text
 from runtime.schema import widths_line
@@ -39,8 +39,13 @@ def pick(config: Configuration) -> None:
         return
     folder, search_txt = places(config)
     index, front = config.search.pick, read_front(folder / "front.json")
+    if index == LOOK and "flops_budget" in config.typed:
+        budget = config.search.flops_budget
+        index = best_within(front, budget)
+        if index is None:
+            raise UserError(f"--flops_budget={budget:g}: no point of the front is as cheap")
     if index == LOOK:
-        print(front_table(front, config.search.flops_budget))
+        print(front_table(front))
         return
     if not 0 <= index < len(front["points"]):
         raise UserError(f"--pick={index}: the front has points 0 to {len(front['points']) - 1}")

@@ -168,7 +168,8 @@ def write_log(folder: Path) -> None:
 
 def read_front(path: Path) -> None:
     front = looks.read_front(path)
-    looks.front_table(front, 0.5)
+    looks.front_table(front)
+    looks.best_within(front, 0.5)
     for point in front["points"]:
         WidthSchedule(point["schedule"]).save(path.parent / "search.txt")
     if MINUTES and random.random() < 0.05:  # a picture takes long

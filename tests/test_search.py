@@ -512,7 +512,9 @@ def test_shared_states_are_of_one_noise(run_folder: Path, monkeypatch: pytest.Mo
     assert len({rung for rung, *_ in logs[0]}) == 3
 
 
-def test_the_front_to_pick_from(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_front_to_pick_from(
+    run_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By sensitivity: a table of points with their errors; a picked one is chosen everywhere."""
     monkeypatch.setattr("commands.search.latency", lambda *arguments: 0.001)
     common = ["--search", "--logdir=run", "--device=cpu", "--fid_encoder=pixels"]
@@ -532,7 +534,10 @@ def test_the_front_to_pick_from(run_folder: Path, monkeypatch: pytest.MonkeyPatc
     for point in front["points"]:
         assert f'"schedule": {json.dumps(point["schedule"])}' in text  # in one line
     files = contents(run_folder)
-    result = run_main(*common, "--pick", "--flops_budget=0.01")
+    (here / "budget.txt").write_text(
+        "--flops_budget=0.01"
+    )  # what it was searched for picks nothing
+    result = run_main(*common, "--pick", "--flagfile=budget.txt")
     assert result.status == 0, result.err
     rows = [line.split() for line in result.out.splitlines()]
     for index, point in enumerate(front["points"]):
@@ -548,6 +553,15 @@ def test_the_front_to_pick_from(run_folder: Path, monkeypatch: pytest.MonkeyPatc
         chosen = json.loads((run_folder / "search.txt").read_text())
         assert chosen == front["points"][index]["schedule"]
     assert "--pick=99" in run_main(*common, "--pick=99").error
+    shares = [point["average_gflops"] / front["full_width_gflops"] for point in front["points"]]
+    for budget in (1, shares[-1]):
+        within = [i for i, share in enumerate(shares) if share <= budget + 1e-9]
+        assert run_main(*common, "--pick", f"--flops_budget={budget}").status == 0
+        best = min(within, key=lambda i: front["points"][i]["distance"])
+        assert (
+            json.loads((run_folder / "search" / "front.json").read_text())["chosen_point"] == best
+        )
+    assert "--flops_budget=0.01" in run_main(*common, "--pick", "--flops_budget=0.01").error
 
 
 def test_settings_travel_with_the_schedule(
