@@ -91,6 +91,8 @@ def run(argv: Sequence[str]) -> None:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from what is on the disk", flush=True)
         sys.exit(130)
+    except BrokenPipeError:  # see start
+        raise
     except Exception as error:  # nobody foresaw it: a line for the user, and the whole in a file
         unforeseen(error, mode, Path(config.run.logdir))
 

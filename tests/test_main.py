@@ -759,6 +759,18 @@ def test_a_reader_that_leaves(here: Path) -> None:
     assert (done.stdout, done.stderr) == ("python main.py --MODE [flags]\n", "")
 
 
+def test_a_reader_that_leaves_is_no_failure(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a mode, too: no traceback is kept, and no line says so."""
+
+    def pick(config: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("commands.pick.pick", pick)
+    with pytest.raises(BrokenPipeError):  # which main.start ends at
+        run_main("--search", "--pick", "--logdir=.")
+    assert not contents(here)
+
+
 def test_a_run_is_alone_in_its_folder(refused: Refused, run_folder: Path, here: Path) -> None:
     first = start_main(here, *TRAIN, "--total_steps=100000", "--logdir=first")
     try:
