@@ -5,6 +5,9 @@ Imports neither torch nor what does, so that to look at a front and pick a point
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import io
 import itertools
 import json
 import re
@@ -140,6 +143,7 @@ class Front(TypedDict):
     points: Annotated[list[Point], Meta(min_length=1)]
     chosen_point: NotRequired[Count | None]
     chosen: NotRequired[Point]
+    sampled: NotRequired[list[Count]]
     uniform: list[Point]
     scored: NotRequired[list[Pair]]
     candidates: NotRequired[Count]
@@ -220,17 +224,77 @@ def draw_front(folder: Path, front: Mapping) -> None:
         unit=COST_UNITS[front.get("cost", "flops")],
         numbers=marks(points),
     )
-    steps, widths = front["timesteps"], chosen["schedule"]
-    if len(widths) != len(steps):
-        widths = [widths[t] for t in steps]
-    plot_schedule(folder / "schedule.png", steps, widths, "chosen schedule")
+    plot_schedule(
+        folder / "schedule.png", front["timesteps"], step_widths(front, chosen), "chosen schedule"
+    )
 
 
-def pick_point(folder: Path, front: dict, index: int) -> None:
-    """Make point `index` the chosen one in front.json and in the pictures."""
+def step_widths(front: Mapping, point: Mapping) -> list[float]:
+    """The width of each of the sampler's steps, the last step's first."""
+    steps, widths = front["timesteps"], point["schedule"]
+    return widths if len(widths) == len(steps) else [widths[t] for t in steps]
+
+
+def write_page(folder: Path, front: Mapping, command: str) -> None:
+    """report.html: the front to choose from, with all that it shows inside.
+
+    command: picks a point, whose number follows it.
+    """
+
+    def shown(point: Mapping) -> dict:
+        return {
+            "distance": point["distance"],
+            "error": point.get("distance_error"),
+            "cost": giga_cost(point),
+            "gflops": point["average_gflops"],
+            "saving": point["saving"],
+            "milliseconds": point["latency_ms"],
+            "widths": step_widths(front, point)[::-1],
+        }
+
+    data = {
+        "where": str(folder),
+        "command": command,
+        "label": front["label"],
+        "unit": COST_UNITS[front.get("cost", "flops")],
+        "images": front.get("images"),
+        "chosen": front.get("chosen_point"),
+        "points": [*map(shown, front["points"])],
+        "uniform": [*map(shown, front["uniform"])],
+        "samples": _sheet(folder / "samples.png", front.get("sampled")),
+    }
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    text = json.dumps(data).replace("<", "\\u003c")  # nothing in it ends the script
+    write_text(folder / "report.html", template.replace("__DATA__", text))
+
+
+def _sheet(path: Path, rows: Sequence[int] | None) -> dict | None:
+    """The picture of samples for a page, at most about 800 pixels wide: a row of full width, and
+    below it one for each of these points. None where there is none."""
+    if rows is None:
+        return None
+    from PIL import Image
+
+    with contextlib.suppress(OSError), Image.open(path) as image:
+        if image.width > 1000:
+            image = image.reduce(image.width // 800 + 1)
+        file = io.BytesIO()
+        image.save(file, "png")
+        return {
+            "image": f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}",
+            "width": image.width,
+            "height": image.height,
+            "rows": rows,
+        }
+    return None
+
+
+def pick_point(folder: Path, front: dict, index: int, command: str) -> None:
+    """Make point `index` the chosen one in front.json, in the pictures and on the page."""
     front |= {"chosen_point": index, "chosen": front["points"][index]}
     write_front(folder, front)
     draw_front(folder, front)
+    write_page(folder, front, command)
 
 
 def read_front(path: Path) -> dict:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
+import numpy as np
 import torch
 
 from evaluate import Evaluator
@@ -22,7 +24,7 @@ from looks import (
 )  # fmt: skip
 from model import average
 from runtime import processes
-from runtime.files import append_jsonl, read_jsonl, write_jsonl
+from runtime.files import append_jsonl, read_image, read_jsonl, write_jsonl
 from runtime.schema import Amount, Count, Name, Width
 from search import Candidate, Search, hypervolume, pareto_front
 
@@ -135,7 +137,6 @@ class SearchProgress:
 
     folder: Path
     generations: list[dict] = field(default_factory=list)
-    _writer: object = None
     _reference: tuple[float, float] = (0.0, 0.0)
 
     def note(self, generation: int, candidates: Sequence[Candidate]) -> None:
@@ -154,13 +155,22 @@ class SearchProgress:
             }
         )
         if processes.is_main():
-            if self._writer is None:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._writer = SummaryWriter(str(self.folder))
             self._writer.add_scalar("hypervolume", volume, generation)
             self._writer.add_scalar("best_distance", front[0].distance, generation)
             self._writer.flush()
+
+    def pictures(self) -> None:
+        """Show TensorBoard the result's pictures."""
+        for name in ("front", "schedule", "samples"):
+            picture = read_image(self.folder / f"{name}.png")[:3]
+            self._writer.add_image(name, picture, len(self.generations))
+        self._writer.flush()
+
+    @functools.cached_property
+    def _writer(self):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        return SummaryWriter(str(self.folder))
 
 
 @dataclass
@@ -184,6 +194,12 @@ class SearchResult:
         self.timesteps = list(self.search.genome.timesteps)
         self.calls = len(self.search.genome.evaluations)
         self.label = self.evaluator.encoder.label
+        points = [(c.distance, c.cost) for c in self.front]
+        chosen = (self.chosen.distance, self.chosen.cost)
+        # None where the weighted sum is least off the front, which ties alone allow.
+        self.chosen_point = points.index(chosen) if chosen in points else None
+        spread = np.linspace(0, len(points) - 1, min(9, len(points))).round()
+        self.sampled = sorted({*map(int, spread)} | {self.chosen_point or 0})
 
     def point(self, candidate: Candidate) -> dict:
         """A candidate as front.json has it; its schedule is what search.txt would hold."""
@@ -234,12 +250,11 @@ class SearchResult:
         ]
         return "\n".join(lines)
 
-    def save(self, folder: Path, search_txt: Path) -> None:
-        """search.txt, front.json and the pictures."""
+    def save(self, folder: Path, search_txt: Path) -> dict:
+        """search.txt, front.json, which is returned, and its pictures but for the samples."""
         self.search.genome.stored(self.chosen.schedule).save(search_txt)
         run, saved = self.passes()
-        points = [(c.distance, c.cost) for c in self.front]
-        chosen = (self.chosen.distance, self.chosen.cost)
+        (folder / "samples.png").unlink(missing_ok=True)  # they are another front's
         front = {
             "label": self.label,
             "encoder": self.evaluator.encoder.name,
@@ -248,9 +263,9 @@ class SearchResult:
             "full_width_gflops": self.flops[1.0] / 1e9,
             "cost": "flops" if self.search.costs is self.flops else "latency",
             "points": [self.point(c) for c in self.front],
-            # Null where the weighted sum is least off the front, which ties alone allow.
-            "chosen_point": points.index(chosen) if chosen in points else None,
+            "chosen_point": self.chosen_point,
             "chosen": self.point(self.chosen),
+            "sampled": self.sampled,
             "uniform": [self.point(c) for c in self.uniform()],
             "scored": [[c.cost, c.distance] for c in self.candidates],
             "candidates": len(self.search.records),
@@ -262,7 +277,7 @@ class SearchResult:
         write_front(folder, front)
         draw_front(folder, front)
         if not self.generations:
-            return  # --search_minutes ended the first one
+            return front  # --search_minutes ended the first one
         every = max(1, len(self.generations) // 6)
         shown = {g["generation"]: g["front"] for g in [*self.generations[::-1][::every]][::-1]}
         plot_fronts(
@@ -271,3 +286,4 @@ class SearchResult:
             self.label,
             COST_UNITS[front["cost"]],
         )
+        return front

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 from pathlib import Path
 
 from looks import best_within, front_table, pick_point, read_front
@@ -26,6 +27,13 @@ def places(config: Configuration) -> tuple[Path, Path]:
         return folder, folder / "search.txt"
     logdir = Path(config.run.logdir)
     return logdir / "search", logdir / "search.txt"
+
+
+def command(config: Configuration) -> str:
+    """What picks a point, whose number follows it."""
+    s = config.search.search_dir
+    place = f"--search_dir={s}" if s else f"--logdir={config.run.logdir}"
+    return shlex.join(["python", "main.py", "--search", place, "--pick"])
 
 
 def digest(path: Path) -> str:
@@ -51,7 +59,7 @@ def pick(config: Configuration) -> None:
         raise UserError(f"--pick={index}: the front has points 0 to {len(front['points']) - 1}")
     point = front["points"][index]
     write_text(search_txt, widths_line(point["schedule"]))
-    pick_point(folder, front, index)
+    pick_point(folder, front, index, command(config))
     about = folder / NAME
     if about.exists():  # older searches have none
         now = f"# schedule: {digest(search_txt)}"

@@ -15,6 +15,7 @@ from build import Model
 from commands import pick, plan, searched
 from commands.evaluate import conditions
 from evaluate import Evaluator
+from looks import write_page
 from model import WidthSchedule, checkpoint, latency
 from report import SearchProgress, SearchResult
 from runtime import memory, processes
@@ -29,6 +30,8 @@ from sampling.prefixes import SharedStates
 from sampling.protocol import Sampler, timesteps
 from search import SEGMENTS, UNUSABLE, Genome, Rung, Search, warm_start
 from settings import Configuration
+
+SHOWN = 8  # images of each point
 
 
 def search(config: Configuration) -> None:
@@ -71,17 +74,18 @@ def run(model: Model, folder: Path, search_txt: Path) -> None:
     candidates = job.run()
     result = SearchResult(job, candidates, flops, times, evaluator, progress.generations)
     if processes.is_main():
-        result.save(folder, search_txt)
+        front = result.save(folder, search_txt)
         searched.write(folder, model, search_txt)
         say(result.summary())
-    # All processes draw their share: full width and three points of the front on the same noise.
+    # All processes draw their share: full width and points of the front on the same noise.
     full = WidthSchedule([1.0] * model.levels.T)
-    shown = [full, *(c.schedule for c in (result.front[0], result.chosen, result.front[-1]))]
-    rows = [evaluator.generator.images(schedule, 16) for schedule in shown]
-    grid = folder / "samples.png"
+    shown = [full, *(result.front[index].schedule for index in result.sampled)]
+    rows = [evaluator.generator.images(schedule, SHOWN) for schedule in shown]
     if processes.is_main():
-        save_grid(grid, torch.cat(rows), columns=16)
-    say(f"saved {search_txt}, {folder / 'front.json'}, pictures and {grid}")
+        save_grid(folder / "samples.png", torch.cat(rows), columns=SHOWN)
+        progress.pictures()
+        write_page(folder, front, pick.command(model.config))
+    say(f"saved {search_txt}; look at {folder / 'report.html'} to choose another point")
 
 
 def make_search(model: Model, evaluator: Evaluator, folder: Path) -> Search:

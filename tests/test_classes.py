@@ -213,6 +213,7 @@ def test_guided_runs(run_conditional: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Costs count both passes; images do not depend on the batch; a search and what it is used
     with have the same guidance."""
     monkeypatch.setattr("report.draw_front", lambda folder, front: None)
+    monkeypatch.setattr("report.SearchProgress.pictures", lambda self: None)
     monkeypatch.setattr("report.plot_fronts", lambda *arguments: None)
     for command in ("search", "plan"):
         monkeypatch.setattr(f"commands.{command}.latency", lambda *arguments: 0.001)

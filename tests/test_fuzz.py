@@ -174,7 +174,7 @@ def read_front(path: Path) -> None:
         WidthSchedule(point["schedule"]).save(path.parent / "search.txt")
     if MINUTES and random.random() < 0.05:  # a picture takes long
         shutil.copy(path, path.parent / "front.json")
-        looks.pick_point(path.parent, looks.read_front(path), 0)
+        looks.pick_point(path.parent, looks.read_front(path), 0, "pick")
 
 
 def read_flagfile(path: Path) -> None:

@@ -420,6 +420,7 @@ def test_the_table_of_what_works_with_what(
     monkeypatch.setattr("commands.search.latency", lambda *arguments: 0.001)
     monkeypatch.setattr("score.flops", lambda net, width, shape: int(1e6 * width**2))
     monkeypatch.setattr("report.draw_front", lambda folder, front: None)
+    monkeypatch.setattr("report.SearchProgress.pictures", lambda self: None)
     monkeypatch.setattr("report.plot_fronts", lambda *arguments: None)
     cell_is(
         says["train"], *TINY, *flags, "--train", "--sandwich", "--batch_size=4", "--total_steps=1",

@@ -1,6 +1,10 @@
 """The search on a known landscape: operators, first populations, determinism, resume, fronts."""
 
 import json
+import re
+import shlex
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -8,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import contents, run_main
+from PIL import Image
 from pymoo.core.population import Population
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import looks
 from model import WidthSchedule
 from runtime import files
 from runtime.errors import UserError
@@ -533,6 +540,10 @@ def test_the_front_to_pick_from(
     assert all(point["distance_error"] > 0 for point in front["points"])
     for point in front["points"]:
         assert f'"schedule": {json.dumps(point["schedule"])}' in text  # in one line
+    events = EventAccumulator(str(run_folder / "search")).Reload()
+    assert {"front", "schedule", "samples"} <= {*events.Tags()["images"]}
+    samples = page_data(run_folder / "search")["samples"]
+    assert samples["rows"] == front["sampled"] == [*range(len(front["points"]))]
     files = contents(run_folder)
     (here / "budget.txt").write_text(
         "--flops_budget=0.01"
@@ -552,6 +563,9 @@ def test_the_front_to_pick_from(
         assert changed == front | {"chosen_point": index, "chosen": front["points"][index]}
         chosen = json.loads((run_folder / "search.txt").read_text())
         assert chosen == front["points"][index]["schedule"]
+        page = page_data(run_folder / "search")
+        assert (page["chosen"], page["samples"]) == (index, samples)  # not made again
+        assert run_main(*shlex.split(page["command"])[2:], index).status == 0
     assert "--pick=99" in run_main(*common, "--pick=99").error
     shares = [point["average_gflops"] / front["full_width_gflops"] for point in front["points"]]
     for budget in (1, shares[-1]):
@@ -562,6 +576,68 @@ def test_the_front_to_pick_from(
             json.loads((run_folder / "search" / "front.json").read_text())["chosen_point"] == best
         )
     assert "--flops_budget=0.01" in run_main(*common, "--pick", "--flops_budget=0.01").error
+
+
+def page_data(folder: Path) -> dict:
+    """What search/report.html shows."""
+    text = (folder / "report.html").read_text()
+    assert not re.findall(
+        r"https?://(?!www.w3.org/2000/svg)", text
+    )  # it is whole without a network
+    return json.loads(re.search(r"const data = (.*);\n", text)[1])
+
+
+BROWSER = shutil.which("chromium")
+MEASURE = """<script>
+  const box = e => e.getBoundingClientRect(), all = s => [...document.querySelectorAll(s)].map(box);
+  const meets = (a, b) => a !== b && a.left < b.right && b.left < a.right
+    && a.top + 3 < b.bottom && b.top + 3 < a.bottom;  // a line of text is higher than its letters
+  const labels = all('.label'), marks = all('circle, rect');
+  document.body.append(JSON.stringify({
+    overlaps: labels.flatMap(a => [...labels, ...marks].filter(b => meets(a, b))).length,
+    labels: labels.length, rows: all('#rows tr').length, strips: all('.strip').length,
+    wide: document.documentElement.scrollWidth - innerWidth,
+    title: title.textContent, command: command.textContent}) + '#');
+</script>"""
+
+
+@pytest.mark.skipif(not BROWSER, reason="there is no chromium")
+@pytest.mark.parametrize("width", [1300, 500])
+def test_the_page_in_a_browser(tmp_path: Path, width: int) -> None:
+    """Points that lie close, and names that would end a script: no label hides another or a point,
+    nothing sticks out, and #7 is point 7."""
+    folder = tmp_path / "a</script>&b"
+    folder.mkdir(parents=True)
+
+    def point(share: float, schedule: list, error: float | None) -> dict:
+        return {
+            "distance": 0.1 + 0.02 / share, "distance_error": error, "average_gflops": share,
+            "saving": 1 - share, "latency_ms": 5 * share, "schedule": schedule,
+        }  # fmt: skip
+
+    shares = [*np.linspace(0.9, 0.5, 9), *np.linspace(0.2, 0.18, 9), 0.1]
+    front = {
+        "label": "FID", "timesteps": [*range(100)], "full_width_gflops": 1.0, "chosen_point": 3,
+        "points": [point(s, [0.25, 1] * 50, 0.004) for s in shares],
+        "uniform": [point(w**2, [w] * 100, None) for w in WIDTHS], "sampled": [0, 7],
+    }  # fmt: skip
+    Image.new("RGB", (1600, 600), "#1668b5").save(folder / "samples.png")
+    looks.write_page(folder, front, "python main.py --pick")
+    path, picture = folder / "report.html", tmp_path / "page.png"
+    path.write_text(path.read_text().replace("</html>", MEASURE))
+    done = subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom",
+         f"--window-size={width},2400", f"--screenshot={picture}", f"{path.as_uri()}#7"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    seen = json.loads(re.search(r"\{\"overlaps.*\}(?=#)", done.stdout)[0])
+    assert (seen["overlaps"], seen["wide"]) == (0, 0)
+    assert seen["labels"] >= 12
+    assert (seen["rows"], seen["strips"]) == (len(shares) + len(WIDTHS), 2)
+    assert (seen["title"], seen["command"]) == ("Point 7", "python main.py --pick 7")
+    colours = dict((c, n) for n, c in Image.open(picture).convert("RGB").getcolors(2**24))
+    assert colours[0xD9, 0x48, 0x0F] > 50  # the chosen point
+    assert colours[0x16, 0x68, 0xB5] > 10000  # the images
 
 
 def test_settings_travel_with_the_schedule(
