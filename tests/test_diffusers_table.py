@@ -192,7 +192,7 @@ def test_a_model_goes_the_whole_way(here: Path, refused: Callable, name: str) ->
 
 FEWER = {  # flags that make the walk short; the last of two counts
     "--train": ["--total_steps=2", "--sample_step=0", "--batch_size=4"],
-    "--search": ["--num_images=3", "--num_generation=1", "--pop_size=2"],
+    "--search": ["--num_images=3", "--num_generation=1", "--pop_size=2", "--num_segments=2"],
     "--eval": ["--num_images=3"], "--eval_stepaware": ["--num_images=3"],
     "--generate": ["--num_images=2"],
 }  # fmt: skip

@@ -4,6 +4,7 @@ network that overflows says; --generate."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, contents, run_main, tiny_network
+from conftest import ROOT, TINY, contents, run_main, tiny_network
 from torch import Tensor, nn
 
 import score
@@ -468,3 +469,23 @@ def test_a_network_that_overflows_is_one_line(lively: Callable) -> None:
     search = ["--search", "--amp=fp16", "--num_generation=1", "--pop_size=4", "--fid_cache=s.npz"]
     assert "no candidate has a distance" in run_main(*SAMPLE, *search).error
     assert len(made("--assigned_width=0.5")) == 10
+
+
+def test_the_page_for_python(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/python.md, from top to bottom."""
+    monkeypatch.setattr("commands.search.latency", lambda *arguments: 0.001)
+    Path("logs").mkdir()
+    run_folder.rename("logs/digits")
+    result = run_main(
+        *TINY, "--search", "--logdir=logs/digits", "--sampler=ddim", "--sample_steps=10",
+        "--num_images=4", "--num_generation=1", "--pop_size=3",
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    assert len(blocks) >= 5
+    names: dict[str, object] = {}
+    exec("\n".join(blocks), names)
+    assert names["x_0"].shape == (4, 1, 8, 8)
+    assert names["images"].dtype == torch.uint8
+    assert names["scores"].images == 64
