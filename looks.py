@@ -302,11 +302,15 @@ def read_front(path: Path) -> dict:
     front = read_json(path)
     known = check(front, Front, path, "is it the front of a finished search?")
     steps = known["timesteps"]
-    for place, point in enumerate(known["points"]):
+    for place, point in [
+        (f"{kind}[{index}]", point)
+        for kind in ("points", "uniform")
+        for index, point in enumerate(known[kind])
+    ]:
         entries = len(point["schedule"])
         if entries != len(steps) and entries <= max(steps):
             raise UserError(
-                f"{path}: points[{place}].schedule has {entries} entries; expected {len(steps)}, "
+                f"{path}: {place}.schedule has {entries} entries; expected {len(steps)}, "
                 f"one for each sampler step, or one for each of at least {max(steps) + 1} timesteps"
             )
     return front

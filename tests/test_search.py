@@ -567,6 +567,13 @@ def test_the_front_to_pick_from(
         assert (page["chosen"], page["samples"]) == (index, samples)  # not made again
         assert run_main(*shlex.split(page["command"])[2:], index).status == 0
     assert "--pick=99" in run_main(*common, "--pick=99").error
+    files = contents(run_folder)
+    for kind in ("points", "uniform"):
+        broken = {**front, kind: [{**front[kind][0], "schedule": [1.0] * 3}]}
+        (run_folder / "search" / "front.json").write_text(json.dumps(broken))
+        assert f"{kind}[0].schedule has 3" in run_main(*common, "--pick=0").error
+    (run_folder / "search" / "front.json").write_bytes(files["search/front.json"])
+    assert contents(run_folder) == files
     shares = [point["average_gflops"] / front["full_width_gflops"] for point in front["points"]]
     for budget in (1, shares[-1]):
         within = [i for i, share in enumerate(shares) if share <= budget + 1e-9]
