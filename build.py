@@ -84,13 +84,21 @@ def use_parallel(config: Configuration, device: torch.device) -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def open_autoencoder(folder: str, device: torch.device):
-    """The autoencoder in `folder`; None for "", where diffusion is in pixels."""
+def open_autoencoder(folder: str, scale: float, device: torch.device):
+    """The autoencoder in `folder`; None for "", where diffusion is in pixels. scale: its
+    scaling_factor where that is not 0."""
     if not folder:
+        if scale:
+            raise UserError(f"--latent_scale={scale}: only with --latent_vae")
         return None
     from dataset.latents import Autoencoder  # diffusers takes seconds to import
 
-    return Autoencoder(folder, device)
+    return Autoencoder(folder, device, scale)
+
+
+def autoencoder_of(config: Configuration, device: torch.device):
+    """The autoencoder that the settings name, or None."""
+    return open_autoencoder(config.data.latent_vae, config.data.latent_scale, device)
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,7 @@ class Model:
 
     @property
     def autoencoder(self):
-        return open_autoencoder(self.config.data.latent_vae, self.device)
+        return autoencoder_of(self.config, self.device)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -273,7 +281,7 @@ def _network_shape(
     config: Configuration, device: torch.device, channels: int
 ) -> tuple[int, int, int]:
     """What a network of so many channels is shown: images of --img_size, or their latents."""
-    vae, side = open_autoencoder(config.data.latent_vae, device), config.data.img_size
+    vae, side = autoencoder_of(config, device), config.data.img_size
     if vae is None:
         return channels, side, side
     if channels != vae.channels:
@@ -339,7 +347,7 @@ def _from_diffusers(config: Configuration, device: torch.device) -> Model:
     _check_suits(net, folder)
     taken = {} if "slimmable_unet" in config.given else {"slimmable_unet": True}
     if "img_size" not in config.given:
-        size, vae = loading.image_size(theirs), open_autoencoder(config.data.latent_vae, device)
+        size, vae = loading.image_size(theirs), autoencoder_of(config, device)
         if size is None:
             raise UserError(f"{folder}: its config.json has no sample_size: give --img_size")
         taken["img_size"] = size * (vae.factor if vae else 1)
@@ -511,7 +519,7 @@ def _restored(
     if ch is not None:
         stored.pop("ch", None)
     config = adopt(config, stored, path)
-    _check_autoencoder(open_autoencoder(config.data.latent_vae, device), stored, path)
+    _check_autoencoder(autoencoder_of(config, device), stored, path)
     if stored.get("kind") == "diffusers":
         net = _from_settings(config, device, stored, path).net
     else:
@@ -549,7 +557,7 @@ def load_model_or_untrained(config: Configuration) -> Model:
     if path.exists() or config.training.init_diffusers:
         return load_model(config)
     device, config = choose_device(config.run.device), settled(config)
-    vae = open_autoencoder(config.data.latent_vae, device)
+    vae = autoencoder_of(config, device)
     named, options = config.data.dataset, image_options(config)
     channels = vae.channels if vae else dataset.channels(named, options)
     net = own_network(config, device, channels).to(device).eval()
@@ -584,7 +592,7 @@ def training_set(
         names = _class_names(stored) or text_order
         images = dataset.in_class_order(images, names)
     log.info(dataset.describe(images))
-    vae = open_autoencoder(d.latent_vae, device)
+    vae = autoencoder_of(config, device)
     if vae is None:
         return images
     if d.flip == "on":
@@ -596,7 +604,9 @@ def training_set(
     if config.run.dry_run and not path.exists():
         log.info(f"before training, {len(images)} images are encoded into {path}")
         return latents.sample(images, vae, batch_size)
-    return latents.encoded(images, vae, d.img_size, path, batch_size, d.num_workers)
+    made = latents.encoded(images, vae, d.img_size, path, batch_size, d.num_workers)
+    log.info(latents.spread(made))
+    return made
 
 
 # --- images and scores ----------------------------------------------------------------------------

@@ -171,6 +171,8 @@ class DataSettings(Settings):
     conditioning: str = option("", "what a UNet2DConditionModel is shown: a .safetensors file with "
         "encoder_hidden_states (N, L, D), one row for all images or row i mod N for image i, and "
         "null (1, L, D), which --guidance_scale needs", path=True)
+    latent_scale: float = option(0.0, "number that latents are multiplied by, in place of the "
+        "scaling_factor in the VAE's config; 0: as the config says", least=0, stored="default")
     latent_cache: str = option("", "file of the data set's latents, made where it is missing; "
         "default DATA_ROOT/latents/NAME.npy", path=True)
 

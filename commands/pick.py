@@ -57,13 +57,13 @@ def pick(config: Configuration) -> None:
         return
     if not 0 <= index < len(front["points"]):
         raise UserError(f"--pick={index}: the front has points 0 to {len(front['points']) - 1}")
-    point = front["points"][index]
+    point, about = front["points"][index], folder / NAME
+    text = read_text(about) if about.exists() else ""  # older searches have none
     write_text(search_txt, widths_line(point["schedule"]))
     pick_point(folder, front, index, command(config))
-    about = folder / NAME
-    if about.exists():  # older searches have none
+    if text:
         now = f"# schedule: {digest(search_txt)}"
-        write_text(about, re.sub(r"\A# schedule: .*", now, read_text(about)))
+        write_text(about, re.sub(r"\A# schedule: .*", now, text))
     print(
         f"point {index}: {front['label']} {point['distance']:.6g} at "
         f"{point['average_gflops']:.4g} GFLOPs per step, now in {search_txt}"

@@ -43,20 +43,21 @@ class Autoencoder:
     """The autoencoder in a folder that diffusers wrote, in float32.
 
     channels: of the latents. image_channels: of the images. factor: side of an image over the side
-    of its latents. fingerprint: of weights and config.
+    of its latents. fingerprint: of weights, config and `scale`, which replaces the config's
+    scaling_factor where it is not 0.
     """
 
-    def __init__(self, folder: str | Path, device: torch.device | str) -> None:
+    def __init__(self, folder: str | Path, device: torch.device | str, scale: float = 0.0) -> None:
         self.folder, self.device = Path(folder), torch.device(device)
         config = _config(self.folder)
-        self.fingerprint = _fingerprint(self.folder, config)
+        self.fingerprint = _fingerprint(self.folder, config) + (f" × {scale:g}" if scale else "")
         self.network = _network(self.folder, config["_class_name"]).to(device)
         config = self.network.config
         self.quantised = "num_vq_embeddings" in config
         self.channels = int((self.quantised and config.vq_embed_dim) or config.latent_channels)
         self.image_channels = int(config.in_channels)
         self.factor = 2 ** (len(config.block_out_channels) - 1)
-        self.shift, self.scale = _normalisation(self.folder, self.channels, self.device)
+        self.shift, self.scale = _normalisation(self.folder, self.channels, self.device, scale)
         if config.out_channels != self.image_channels:
             raise UserError(
                 f"--latent_vae: {folder} turns images of {self.image_channels} channels into "
@@ -136,18 +137,19 @@ def _config(folder: Path) -> dict:
     return config
 
 
-def _normalisation(folder: Path, channels: int, device: torch.device) -> tuple:
+def _normalisation(folder: Path, channels: int, device: torch.device, scale: float) -> tuple:
     """(shift, scale), each a number or a tensor (c, 1, 1): networks see (latents − shift)·scale.
 
     They are scaling_factor / latents_std, and latents_mean or shift_factor. scaling_factor must be
     in the file: the default of diffusers' classes is that of one model, and wrong for others.
     """
     path = folder / "config.json"
-    config = read_json(path)
+    config = read_json(path) | ({"scaling_factor": scale} if scale else {})
     if "scaling_factor" not in config:
         raise UserError(
-            f"--latent_vae: {path} has no scaling_factor, by which latents are multiplied; add it "
-            "(0.18215 for the first Stable Diffusion models; 1 leaves latents as they are)"
+            f"--latent_vae: {path} has no scaling_factor, by which latents are multiplied; give "
+            "--latent_scale (0.18215 for the first Stable Diffusion models; 1 leaves latents as "
+            "they are)"
         )
 
     def numbers(name: str, default: float) -> float | Tensor:
@@ -262,6 +264,17 @@ def encoded(
         raise UserError(f"{path} is damaged: {REMEDY}")
     # A mirrored latent is not the latent of the mirrored image.
     return Images(dataset.name, torch.from_numpy(latents), False, dataset.labels, dataset.classes)
+
+
+def spread(latents: Images) -> str:
+    """The mean and deviation of latents, of about 1,000 images, and a warning where diffusion does
+    not suit them: it takes images for numbers of mean 0 and deviation about 1."""
+    some = latents.tensor[:: max(1, len(latents) // 1000)].float()
+    mean, deviation = float(some.mean()), float(some.std())
+    text = f"latents: mean {mean:.3g}, deviation {deviation:.3g}"
+    if abs(mean) > 0.5 or not 0.5 < deviation < 2:
+        text = f"warning: {text}, far from 0 and 1; see --latent_scale"
+    return text
 
 
 def _check_identity(path: Path, wanted: dict[str, object]) -> None:

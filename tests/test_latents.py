@@ -70,6 +70,25 @@ def digits(count: int = 30) -> data.Images:
     return data.Images("digits", whole.tensor[:count], False, whole.labels[:count], whole.classes)
 
 
+def test_latents_are_scaled_as_said(vae: Path, refused: Refused) -> None:
+    """--latent_scale in place of the config's 0.5; runs and files of latents know it."""
+    train = [*LATENT, "--total_steps=1", "--sample_step=0"]
+    said = run_main(*train)
+    assert said.status == 0, said.err
+    usual = Autoencoder(vae, "cpu").encode(digits().tensor[:30])
+    assert f"latents: mean {float(usual.half().float().mean()):.1g}"[:13] in said.out
+    other = [*train, "--latent_scale=5"]
+    refused("run/ckpt.pt|latents", *other)
+    said = run_main(*other, "--logdir=other", "--latent_cache=other.npy")
+    assert said.status == 0, said.err
+    latents_5 = np.load("other.npy").astype(np.float32)
+    np.testing.assert_allclose(latents_5[:30], 10 * usual, rtol=2e-3, atol=1e-3)
+    # What a checkpoint was trained with is what it is sampled with.
+    made = run_main("--generate", "--logdir=other", "--device=cpu", "--num_images=1")
+    assert made.status == 0, made.err
+    refused("--latent_scale", *TRAIN, "--logdir=new", "--latent_scale=2")
+
+
 # --- The autoencoder ------------------------------------------------------------------------------
 
 
