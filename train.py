@@ -34,7 +34,8 @@ from settings import RunSettings, TrainSettings, WidthSettings
 
 # What --allow_changes lets differ where training goes on from a checkpoint.
 CHANGEABLE = ("lr", "warmup", "batch_size", "ema_decay", "amp", "grad_clip")
-UNTRAINED = 0.01  # share of the averaged weights that may still be the first ones at the end
+# Share of the averaged weights that may still be the first ones at the end: untrained, or trained.
+FIRST = (0.01, 0.5)
 
 
 class Interrupted(Exception):  # noqa: N818 - it is a state of affairs, not an error
@@ -114,17 +115,18 @@ class Trainer:
         self._losses: dict[float, list[Tensor]] = defaultdict(list)
 
     def warnings(self) -> list[str]:
-        """What is odd about the settings of a run that starts from nothing."""
+        """What is odd about how long the run is."""
         s, lines = self.settings, []
         if s.warmup >= s.total_steps:
             lines.append(
                 f"--warmup={s.warmup}: the learning rate never reaches --lr in --total_steps="
                 f"{s.total_steps}"
             )
-        if (share := s.ema_decay**s.total_steps) > UNTRAINED and not s.init_checkpoint:
+        share, trained = s.ema_decay**s.total_steps, bool(s.init_checkpoint or s.init_diffusers)
+        if share > FIRST[trained]:
             lines.append(
                 f"--ema_decay={s.ema_decay}: after --total_steps={s.total_steps} the averaged "
-                f"weights, which make the images, are still {100 * share:.0f} % the untrained ones"
+                f"weights, which make the images, are still {100 * share:.0f} % those of the start"
             )
         return lines
 
@@ -152,7 +154,7 @@ class Trainer:
         try:
             checkpoint.load_optimizer(self.optim, state["optim"])
             self.sched.load_state_dict(state["sched"])
-            self.step = int(state["step"])
+            rate, self.step = self.sched.base_lrs[0], int(state["step"])
             self.arithmetic = "" if "amp" in changed else str(state.get("arithmetic", ""))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
@@ -162,6 +164,11 @@ class Trainer:
         if getattr(x_T, "shape", None) == self.x_T.shape:  # else of another --sample_size
             checkpoint.check_tensor(x_T, self.x_T, f"{self.path}: x_T")
             self.x_T = x_T
+        if "lr" not in stored:  # in a released file its optimizer's state alone says it
+            if self.settings.allow_changes and rate != self.settings.lr:
+                changed["lr"] = (rate, self.settings.lr)
+            else:
+                agree(self.path, {"lr": rate}, {"lr": self.settings.lr}, remedy)
         if changed.keys() & {"lr", "warmup"}:  # the state brought back the rates of before
             self.sched.base_lrs = [self.settings.lr]
             rate = self.settings.lr * self.sched.lr_lambdas[0](self.sched.last_epoch)

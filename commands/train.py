@@ -63,6 +63,14 @@ def train(config: Configuration) -> None:
                 f"{logdir} has no {path.name} but {', '.join(others)}: name the one to go on from "
                 "with --ckpt_name, or another --logdir to start anew"
             )
+        # Where all is as it was, the run makes these very files again.
+        otherwise = changed or (state and "format" not in state)
+        later = [p for p in checkpoint.later(own, trainer.step) if p != path]
+        if otherwise and later:
+            raise UserError(
+                f"{later[0]} is of a run that was trained otherwise and would pass for this one's, "
+                f"which goes on from step {trainer.step}: move such files away first"
+            )
         if own != path:
             say(f"{path} is kept as it is; the run goes on as {own}")
             trainer.path = own

@@ -106,11 +106,16 @@ def keep(path: Path, name: Path) -> None:
     replaces the one at `path`, not this one."""
     try:
         os.link(path, name)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without links
-        with replacing(name) as temporary:
-            shutil.copyfile(path, temporary)
+    except OSError:
+        if not name.exists():  # on a file system without links
+            with replacing(name) as temporary:
+                shutil.copyfile(path, temporary)
+
+
+def later(path: Path, step: int) -> list[Path]:
+    """Kept checkpoints NAME_STEP.pt beside NAME.pt of steps after `step`."""
+    kept = [(re.fullmatch(r".*_(\d+)", p.stem), p) for p in path.parent.glob(f"{path.stem}_*.pt")]
+    return sorted(p for match, p in kept if match and int(match[1]) > step)
 
 
 def keep_foreign(path: Path, state: Mapping[str, object]) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -674,6 +675,54 @@ def test_what_may_change_on_the_way(run_folder: Path, refused: Callable) -> None
     assert run_main("--train", "--flagfile=run/flagfile.txt", "--total_steps=9").status == 0
 
 
+def test_the_advice_after_a_loss_that_is_not_finite_can_be_followed(here: Path) -> None:
+    command = [*TRAIN, "--logdir=run", "--lr=1e30", "--sample_step=0"]
+    assert run_main(*command, "--total_steps=1").status == 0
+    line = run_main(*command).error
+    assert "not finite" in line
+    followed = [flag for flag in command if not flag.startswith("--lr=")] + ["--lr=0.001"]
+    advised = re.findall(r"--allow_changes|--lr", line)
+    assert advised == ["--allow_changes", "--lr"]
+    assert run_main(*followed, advised[0]).status == 0
+    state = checkpoint.load(here / "run" / "ckpt.pt")
+    assert (state["step"], state["settings"]["lr"]) == (6, 0.001)
+
+
+def released(path: Path) -> dict:
+    """Make a checkpoint one without entries of ours."""
+    state = torch.load(path, weights_only=True)
+    del state["settings"], state["format"]
+    torch.save(state, path)
+    return state
+
+
+def test_the_rate_of_a_released_checkpoint(run_folder: Path, refused: Callable) -> None:
+    """Its optimizer's state alone says it, and would win over --lr."""
+    released(run_folder / "ckpt.pt")
+    on = (*TRAIN, "--logdir=run", "--total_steps=7", "--sample_step=0", "--lr=0.0001")
+    refused("lr: 0.001 there, 0.0001 here.*--allow_changes", *on)
+    assert "--lr is 0.0001 instead of 0.001" in run_main(*on, "--allow_changes").out
+    state = checkpoint.load(run_folder / "ckpt.pt")
+    assert state["optim"]["param_groups"][0]["lr"] == state["settings"]["lr"] == 0.0001
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_kept_checkpoints_of_a_run_trained_otherwise(
+    run_folder: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    other = run_folder / "ckpt_9.pt"
+    other.write_bytes(b"another run's")
+    on = (*TRAIN, "--logdir=run", "--sample_step=0", "--total_steps=9")
+    refused(r"ckpt_9\.pt", *on, "--allow_changes", "--lr=0.0001")
+    if not links:
+        monkeypatch.setattr(os, "link", Mock(side_effect=PermissionError))
+    assert run_main(*on).status == 0  # as it was: the run would make that file again
+    assert other.read_bytes() == b"another run's"
+    other.unlink()
+    checkpoint.keep(run_folder / "ckpt.pt", other)
+    assert checkpoint.load(other)["step"] == 9
+
+
 def test_nothing_changes_where_nothing_differs(run_folder: Path, here: Path) -> None:
     (here / "other").mkdir()
     (here / "other" / "ckpt.pt").write_bytes((run_folder / "ckpt.pt").read_bytes())
@@ -684,17 +733,15 @@ def test_nothing_changes_where_nothing_differs(run_folder: Path, here: Path) -> 
     assert same(first["ema_model"], second["ema_model"])
 
 
-@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("foreign", [False, True])
 def test_a_numbered_checkpoint_is_not_written_over(
-    run_folder: Path, refused: Callable, released: bool
+    run_folder: Path, refused: Callable, foreign: bool
 ) -> None:
     numbered, own = run_folder / "ckpt_6.pt", run_folder / "ckpt.pt"
     own.rename(numbered)
-    if released:
-        state = torch.load(numbered, weights_only=True)
-        del state["settings"], state["format"]
+    if foreign:
+        released(numbered)
         numbered = numbered.rename(run_folder / "ckpt_7.pt")  # its name and its step may differ
-        torch.save(state, numbered)
     before = numbered.read_bytes()
     on = (*TRAIN, "--logdir=run", f"--ckpt_name={numbered.stem}", "--save_step=1")
     assert run_main(*on, "--total_steps=8").status == 0
@@ -706,9 +753,7 @@ def test_a_numbered_checkpoint_is_not_written_over(
 
 def test_a_foreign_checkpoint_is_kept(run_folder: Path) -> None:
     path = run_folder / "ckpt.pt"
-    state = torch.load(path, weights_only=True)
-    del state["settings"], state["format"]
-    torch.save(state, path)
+    released(path)
     before = path.read_bytes()
     for steps in (7, 8):
         assert run_main(*TRAIN, "--logdir=run", f"--total_steps={steps}").status == 0
@@ -722,3 +767,10 @@ def test_warm_up_or_mean_longer_than_the_run_is_said(here: Path) -> None:
     assert "warning: --warmup=20" in said
     assert "warning: --ema_decay=0.9999" in said
     assert "warning" not in run_main(*plan, "--warmup=19", "--ema_decay=0.7").out
+
+
+def test_training_that_the_averaged_weights_hardly_see_is_said(run_folder: Path) -> None:
+    start = ("--logdir=new", "--init_checkpoint=run/ckpt.pt")
+    plan = (*TRAIN, *start, "--dry_run", "--total_steps=20")
+    assert "are still 98 % those of the start" in run_main(*plan, "--ema_decay=0.999").out
+    assert "warning" not in run_main(*plan, "--ema_decay=0.96").out
