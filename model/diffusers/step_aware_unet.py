@@ -178,6 +178,9 @@ class _Block(nn.Module):
     """(B, in, H, W), t (B,) -> (B, out, H, W); of a network with classes, _AllBlocks' result
     instead of t, in which this block's columns begin at `start`."""
 
+    # Not asked by isinstance: diffusers runs this file anew for each model that it loads.
+    takes_skip = True
+
     def __init__(self, shapes: Shapes, name: str, groups: Groups, start: int) -> None:
         super().__init__()
         self.block1 = nn.Sequential(
@@ -207,6 +210,8 @@ class _Block(nn.Module):
 
 class _Resample(nn.Module):
     """Halves or doubles H and W."""
+
+    takes_skip = False
 
     def __init__(self, shapes: Shapes, name: str, double: bool) -> None:
         super().__init__()
@@ -262,7 +267,7 @@ class DenseUNet(nn.Module):
         for layer in self.middleblocks:
             h = layer(h, t)
         for layer in self.upblocks:
-            h = layer(torch.cat([h, skips.pop()], 1) if isinstance(layer, _Block) else h, t)
+            h = layer(torch.cat([h, skips.pop()], 1) if layer.takes_skip else h, t)
         return self.tail(h)
 
 
