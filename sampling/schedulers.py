@@ -31,8 +31,8 @@ VARIANCE = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}
 # trained noise levels. All others say what the network is shown or was trained for, or are flags.
 ALLOWED = {
     "algorithm_type", "clip_sample_range", "corrector_order", "disable_corrector",
-    "dynamic_thresholding_ratio", "euler_at_final", "final_sigmas_type", "interpolation_type",
-    "lambda_min_clipped", "lower_order_final", "original_inference_steps", "predict_x0",
+    "dynamic_thresholding_ratio", "euler_at_final", "final_sigmas_type", "lambda_min_clipped",
+    "lower_order_final", "original_inference_steps", "predict_x0",
     "predictor_order", "sample_max_value", "set_alpha_to_one", "skip_prk_steps", "solver_order",
     "solver_type", "steps_offset", "thresholding", "timestep_scaling", "timestep_spacing",
     "use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas", "use_lu_lambdas",
@@ -118,11 +118,22 @@ class DiffusersScheduler(Sampler):
         """--scheduler_options, parsed and checked."""
         text = self.settings.scheduler_options
         options = parse_json(text or "{}", "--scheduler_options")
-        allowed = ALLOWED & _parameters(self._class.__init__).keys()
-        if not isinstance(options, dict) or not options.keys() <= allowed:
+        taken = _parameters(self._class.__init__)
+        allowed = sorted(ALLOWED & taken.keys())
+        if not isinstance(options, dict):
+            raise UserError(f"--scheduler_options={text}: must be a JSON object")
+        for name, value in options.items():
+            if name not in allowed:
+                raise UserError(
+                    f"--scheduler_options: {name} is not among the entries that "
+                    f"{self._class.__name__} takes here: {', '.join(allowed)}"
+                )
+            kind = type(taken[name].default)
+            if not (type(value) is kind or (kind is float and type(value) is int)):
+                raise UserError(f"--scheduler_options: {name} is {value!r}, not a {kind.__name__}")
+        if options.get("thresholding") and self.limit != 1:
             raise UserError(
-                f"--scheduler_options={text}: a JSON object with entries among "
-                f"{', '.join(sorted(allowed))}"
+                "--scheduler_options: thresholding is for pixels; latents have no such bounds"
             )
         return options
 
@@ -195,6 +206,11 @@ class DiffusersScheduler(Sampler):
                 f"noise levels of the network: its first one is at timesteps {first:g} and "
                 f"{others[0]:g}; take another number of steps, or another spacing or σ"
             )
+        if not all(0 <= t < self.levels.T for t in (first, *others)):
+            raise UserError(
+                f"--scheduler_options={self.settings.scheduler_options}: {self._steps} steps then "
+                f"leave the timesteps 0 to {self.levels.T - 1}; see timestep_spacing, steps_offset"
+            )
         return scheduler
 
     @contextlib.contextmanager
@@ -207,9 +223,10 @@ class DiffusersScheduler(Sampler):
             NotImplementedError, RuntimeError, TypeError, ValueError, UnboundLocalError,
         ) as error:  # fmt: skip
             text = " ".join(str(error).split())[:160] or type(error).__name__
+            options = f" and {o}" if (o := self.settings.scheduler_options) else ""
             raise UserError(
                 f"--sampler={self.settings.sampler} cannot run {self._steps} steps with these "
-                f"settings: {text}"
+                f"settings{options}: {text}"
             ) from error
 
     @functools.lru_cache(maxsize=16)  # noqa: B019 - it is frozen

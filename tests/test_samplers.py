@@ -24,6 +24,7 @@ from sampling import schedulers
 from sampling.noise import SAMPLING, ImageNoise
 from sampling.protocol import OURS, Sampler, timesteps
 from sampling.samplers import make_sampler
+from sampling.schedulers import DiffusersScheduler
 from settings import Configuration, SamplingSettings
 
 STANDARD = NoiseSchedule(1e-4, 0.02, 1000)
@@ -304,11 +305,20 @@ def test_a_sampler_says_what_it_heeds() -> None:
         ("dpm_solver", {"mean_type": "xprev"}, "--mean_type=xprev"),
         ("dpm_solver", {"clip_denoised": True}, "--clip_denoised"),
         ("dpm_solver", {"scheduler_options": "{"}, "not JSON"),
-        ("dpm_solver", {"scheduler_options": '{"order": 3}'}, "entries among"),
-        ("dpm_solver", {"scheduler_options": '{"beta_end": 3}'}, "entries among"),
-        ("dpm_solver", {"scheduler_options": '{"use_flow_sigmas": true}'}, "entries among"),
-        ("EulerDiscreteScheduler", {"scheduler_options": '{"timestep_type": "continuous"}'},
-         "entries among"),
+        ("dpm_solver", {"scheduler_options": "[]"}, "JSON object"),
+        *(("dpm_solver", {"scheduler_options": json.dumps({"solver_order": 2, name: True})},
+           rf"--scheduler_options: {name} .*DPMSolverMulti\w+ takes.* use_karras_sigmas")
+          for name in ("order", "beta_end", "use_flow_sigmas")),
+        *(("EulerDiscreteScheduler", {"scheduler_options": json.dumps({name: value})}, name)
+          for name, value in (("timestep_type", "continuous"), ("interpolation_type", "linear"),
+                              ("use_karras_sigmas", "false"), ("steps_offset", 1.5))),
+        *((name, {"scheduler_options": json.dumps(options), "sample_steps": 5},
+           "leave the timesteps 0 to 9; .*steps_offset")
+          for name in ("DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler")
+          for options in ({"timestep_spacing": "leading", "steps_offset": 5},
+                          {"timestep_spacing": "leading", "steps_offset": -2})),
+        ("dpm_solver", {"scheduler_options": '{"algorithm_type": "deis"}'},
+         "algorithm_type.*final_sigmas_type"),
         ("PNDMScheduler", {"sample_steps": 3}, "--sample_steps=3"),
         ("DDIMScheduler", {"sample_steps": 1, "levels": STANDARD}, "--sample_steps=1.*trailing"),
         ("HeunDiscreteScheduler", {"sample_steps": 2, "levels": STANDARD}, "astray with 2 steps"),
@@ -328,6 +338,53 @@ def test_mistakes_are_one_line(name: str, settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         sampler(name, **{"levels": SHORT, **settings})
     assert "\n" not in str(error.value)
+
+
+VALUES = {
+    "timestep_spacing": ("leading", "trailing", "linspace"), "steps_offset": (1,),
+    "final_sigmas_type": ("zero", "sigma_min"), "algorithm_type": ("dpmsolver++", "deis"),
+    "interpolation_type": ("log_linear",), "lambda_min_clipped": (-5.1,),
+    "solver_type": ("midpoint", "bh1", "logrho"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", schedulers.names())
+def test_the_network_is_shown_the_noise_level_that_it_is_told(name: str) -> None:
+    """Whatever an option that is allowed does, x has the noise of its timestep, within one."""
+    trained, tried = np.log(STANDARD.sigmas), 0
+    taken = schedulers._parameters(getattr(schedulers.diffusers, name).__init__)
+    for option in sorted(schedulers.ALLOWED & taken.keys()):
+        default = taken[option].default
+        for value in VALUES.get(option, (default if default != -np.inf else 0, not default)):
+            text = json.dumps({option: value})
+            try:
+                settings = SamplingSettings(sampler=name, sample_steps=8, scheduler_options=text)
+                scheduler = DiffusersScheduler(settings, STANDARD, "epsilon")._scheduler()
+            except UserError:
+                continue
+            x = torch.zeros(1, 1, 1, 1)
+            for i, time in enumerate(scheduler.timesteps):
+                scale = float(scheduler.scale_model_input(torch.ones(1), time))
+                if scale < 1:  # images to which σ·noise is added, scaled to unit variance
+                    sigma = (1 / scale**2 - 1) ** 0.5
+                elif hasattr(scheduler, "sigmas"):
+                    sigma = float(scheduler.sigmas[i])
+                else:  # ᾱ is looked up by the timestep
+                    break
+                told = np.interp(np.log(max(sigma, 1e-9)), trained, np.arange(1000))
+                assert abs(told - float(time)) < 1.01, (text, i)
+                x = scheduler.step(x, time, x).prev_sample
+            tried += 1
+    assert tried >= 3
+
+
+def test_thresholds_are_for_pixels() -> None:
+    settings = SamplingSettings(
+        sampler="dpm_solver", sample_steps=8, scheduler_options='{"thresholding": true}'
+    )
+    make_sampler(settings, STANDARD, "epsilon")
+    with pytest.raises(UserError, match="thresholding is for pixels"):
+        make_sampler(settings, STANDARD, "epsilon", float("inf"))
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,8 @@ class Trained:
                 flag = setting.decided_by[0]
                 options = json.dumps({setting.name: setting.value})
                 raise UserError(
-                    f"{self.path}: {setting.name} is {setting.value}, which the samplers of this "
-                    f"project do not have: give --{flag} to say what to do instead, or use it with "
+                    f"{self.path}: {setting.name} is {setting.value}, which is not taken over "
+                    f"by itself: give --{flag} to say what to do, or use it with "
                     f"--sampler={self.scheduler} --scheduler_options='{options}'"
                 )
 
