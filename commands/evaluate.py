@@ -29,7 +29,7 @@ from runtime.files import (
     write_json,
 )
 from runtime.processes import say
-from runtime.schema import TWO, Amount, Count, Name, Number, Width, Widths
+from runtime.schema import TWO, Amount, Count, Name, Number, Width, Widths, widths_line
 from sampling.prefixes import StepSchedule
 from sampling.protocol import timesteps
 from settings import Configuration
@@ -189,8 +189,8 @@ def report_scores(
         },
     }
     if processes.is_main():
-        append_jsonl(logdir / "evaluations.jsonl", evaluation(model, evaluator, result, path))
         write_json(logdir / f"{name}.json", result)
+        append_jsonl(logdir / "evaluations.jsonl", evaluation(model, evaluator, result, path))
         save_grid(logdir / f"{name}.png", images)
     say(f"{scores.label}: {scores.distance:.6g}")
     if scores.inception_score:
@@ -218,14 +218,15 @@ def evaluation(
     """A line of evaluations.jsonl: a score, and all that it depends on, in short."""
     config = model.config
     record = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), **result}
-    record.pop("schedule", None)
-    if path:
-        record |= {"schedule": str(path), "schedule_digest": pick.digest(path)}
+    widths = record.pop("schedule", None)
+    if path:  # which may have another schedule by now
+        digest = pick.digest(widths_line(widths))
+        record |= {"schedule": str(path), "schedule_digest": digest}
     return record | {
         "weights": checkpoint.fingerprint(model.net),
         "dataset": config.data.dataset,
         "img_size": config.data.img_size,
-        "statistics": config.evaluation.fid_cache,
+        "statistics": evaluator.reference.source,
         "statistics_digest": evaluator.reference.digest,
         "batch_size": config.run.batch_size,
         "amp": config.run.amp,

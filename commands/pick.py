@@ -36,9 +36,9 @@ def command(config: Configuration) -> str:
     return shlex.join(["python", "main.py", "--search", place, "--pick"])
 
 
-def digest(path: Path) -> str:
-    """16 hexadecimal digits that a schedule's file would change."""
-    return hashlib.sha256(read_text(path).encode()).hexdigest()[:16]
+def digest(text: str) -> str:
+    """16 hexadecimal digits that another schedule, as its file has it, would change."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def pick(config: Configuration) -> None:
@@ -59,10 +59,11 @@ def pick(config: Configuration) -> None:
         raise UserError(f"--pick={index}: the front has points 0 to {len(front['points']) - 1}")
     point, about = front["points"][index], folder / NAME
     text = read_text(about) if about.exists() else ""  # older searches have none
-    write_text(search_txt, widths_line(point["schedule"]))
+    line = widths_line(point["schedule"])
+    write_text(search_txt, line)
     pick_point(folder, front, index, command(config))
     if text:
-        now = f"# schedule: {digest(search_txt)}"
+        now = f"# schedule: {digest(line)}"
         write_text(about, re.sub(r"\A# schedule: .*", now, text))
     print(
         f"point {index}: {front['label']} {point['distance']:.6g} at "

@@ -27,21 +27,25 @@ TAKEN = (options_of(SamplingSettings).keys() | {"allow_skip"}) - {"classes"}
 
 def write(folder: Path, model: Model, search_txt: Path) -> None:
     """Say in a search's folder what the schedule in search_txt was searched with."""
-    weights = checkpoint.fingerprint(model.net)
+    schedule, weights = digest(read_text(search_txt)), checkpoint.fingerprint(model.net)
     text = options.flagfile_text(model.config)
-    write_text(folder / NAME, f"# schedule: {digest(search_txt)}\n# weights: {weights}\n{text}")
+    write_text(folder / NAME, f"# schedule: {schedule}\n# weights: {weights}\n{text}")
 
 
 def as_searched(model: Model, path: Path) -> Model:
     """`model` with the sampler that the schedule in `path` was searched with.
 
-    The command line wins over that, and that over flagfiles. Nothing is taken over where the file
-    is not what a search beside it wrote. What differs is logged.
+    The command line wins over that, and that over flagfiles; where it names another sampler, the
+    settings of the search's are not for it. Nothing is taken over where the file is not what a
+    search beside it wrote. What differs is logged.
     """
     text = _companion(path)
     if not text:
         return model
     config, taken, kept = model.config, {}, []
+    given, sampler = config.typed, re.search(r"^--sampler=(.*)$", text, re.MULTILINE)
+    if "sampler" in given and sampler and sampler[1] != config["sampler"]:
+        given = TAKEN - {"allow_skip"}
     for line in text.splitlines():
         try:
             name, value = _parsed(line)
@@ -49,7 +53,7 @@ def as_searched(model: Model, path: Path) -> Model:
             raise UserError(f"{path} was searched with a {NAME} that has {line!r}") from error
         if name not in TAKEN or value == config[name]:
             continue
-        if name in config.typed:
+        if name in given:
             kept.append(f"--{name}={config[name]} (there {value})")
         else:
             taken[name] = value
@@ -70,7 +74,7 @@ def _companion(path: Path) -> str:
         if path.is_file() and place.is_file():
             text = read_text(place)
             stated = re.match(r"# schedule: (\w+)\n", text)
-            if stated and stated[1] == digest(path):
+            if stated and stated[1] == digest(read_text(path)):
                 return text
     return ""
 

@@ -98,11 +98,15 @@ class Gaussian:
     """What Fréchet distances are measured from; the root of its covariance is taken once.
 
     mu (D,), sigma (D, D) symmetric; arrays or tensors of any float type, float64 on `device` here.
-    ValueError for shapes that don't fit and for numbers that are not finite.
+    source: the file that they are from. ValueError for shapes that don't fit and for numbers that
+    are not finite.
     """
 
-    def __init__(self, mu: Array, sigma: Array, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, mu: Array, sigma: Array, device: torch.device | str = "cpu", source: str = ""
+    ) -> None:
         self.mu, self.sigma = _moments(mu, sigma, device)
+        self.source = source
 
     @property
     def dim(self) -> int:

@@ -94,7 +94,7 @@ def load_or_compute(
     agree(path, stored, {"encoder": encoder.name, **about}, REMEDY)
     if doubt and processes.is_main():
         say(f"statistics in {path} are believed: {doubt}")
-    gaussian = Gaussian(mu, sigma, encoder.device)
+    gaussian = Gaussian(mu, sigma, encoder.device, str(path))
     gaussian.share_root()
     return gaussian
 

@@ -1,5 +1,6 @@
 """The search on a known landscape: operators, first populations, determinism, resume, fronts."""
 
+import hashlib
 import json
 import re
 import shlex
@@ -17,6 +18,7 @@ from pymoo.core.population import Population
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import looks
+from evaluate import Evaluator
 from model import WidthSchedule
 from runtime import files
 from runtime.errors import UserError
@@ -671,6 +673,9 @@ def test_settings_travel_with_the_schedule(
     score, said = scored("--eta=0.25")
     assert (score["sampler"]["sample_steps"], score["sampler"]["eta"]) == (5, 0.25)
     assert "otherwise than run/search.txt was searched: --eta=0.25 (there 0.5)" in said
+    score, said = scored("--sampler=ddpm")  # for which the search's settings are not
+    assert [score["sampler"][n] for n in ("sampler", "sample_steps", "eta")] == ["ddpm", 0, 0]
+    assert "--sampler=ddpm (there ddim)" in said
     # Another point of the front was searched likewise; a schedule from elsewhere was not.
     assert run_main("--search", "--logdir=run", "--pick=0").status == 0
     assert scored()[0]["sampler"]["sampler"] == "ddim"
@@ -689,9 +694,30 @@ def test_settings_travel_with_the_schedule(
     # Each score is kept with what it depends on.
     kept = read_jsonl(run_folder / "evaluations.jsonl")
     assert [(k["sampler"]["sampler"], k["sampler"]["eta"]) for k in kept] == [
-        ("ddim", 0.5), ("ddim", 0.25), ("ddim", 0.5), ("ddpm", 0.0), ("ddim", 0.5),
+        ("ddim", 0.5), ("ddim", 0.25), ("ddpm", 0.0), ("ddim", 0.5), ("ddpm", 0.0), ("ddim", 0.5),
     ]  # fmt: skip
     assert kept[0]["distance"] != kept[1]["distance"]
-    assert kept[2]["weights"] != kept[4]["weights"]
+    assert kept[3]["weights"] != kept[5]["weights"]
     assert len({k["statistics_digest"] for k in kept}) == 1
     assert all(k["images"] == 8 and k["dataset"] == "digits" for k in kept)
+
+
+def test_a_score_is_of_the_schedule_that_was_read(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--pick takes a second, and a score hours; the statistics are those that were read, too."""
+    score, path = Evaluator.score, run_folder / "search.txt"
+    path.write_text(line := "[0.5, 0.5, 0.5, 0.5, 0.5, 1, 1, 1, 1, 1]\n")
+
+    def slow(*arguments: object) -> tuple:
+        path.unlink()
+        return score(*arguments)
+
+    monkeypatch.setattr(Evaluator, "score", slow)
+    result = run_main("--eval_stepaware", "--logdir=run", "--device=cpu", "--num_images=8",
+                      "--fid_encoder=pixels")  # fmt: skip
+    assert result.status == 0, result.err
+    (kept,) = read_jsonl(run_folder / "evaluations.jsonl")
+    assert kept["schedule_digest"] == hashlib.sha256(line.encode()).hexdigest()[:16]
+    (statistics,) = Path("stats").iterdir()
+    assert kept["statistics"] == str(statistics)
