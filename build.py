@@ -30,7 +30,7 @@ from sampling import conditioning
 from sampling.conditioning import Classes
 from sampling.generate import Generator
 from sampling.noise import SAMPLING
-from sampling.protocol import Sampler
+from sampling.protocol import OURS, Sampler
 from sampling.samplers import check_name, make_sampler, signal_at_start
 from settings import CIFAR10_STATISTICS, OPTIONS, Configuration
 
@@ -158,19 +158,25 @@ class Model:
             raise UserError(
                 f"--allow_skip: --sampler={settings.sampler} leaves no step out; use ddpm or ddim"
             )
-        d = self.config.diffusion
+        d, ours = self.config.diffusion, settings.sampler in OURS
         if (share := signal_at_start(sampler)) > 0.02:
+            where = "--timestep_spacing=" if ours else "timestep_spacing in --scheduler_options: "
             log_once(
                 f"warning: the chain starts at timestep {max(sampler.entries())} of {d.T}, where a "
-                f"noised image still has {100 * share:.0f} % of its variance: "
-                "--timestep_spacing=trailing starts at the last one"
+                f"noised image still has {100 * share:.0f} % of its variance: {where}trailing "
+                "starts at the last one"
             )
+        if settings.sample_steps == 1 and settings.timestep_spacing != "trailing" and ours:
+            log_once(f"the only step is at timestep {d.T - 1}, as a chain starts from noise")
         cosine = d.precond == "none" and d.beta_schedule == "squaredcos_cap_v2"
         if cosine and d.mean_type == "epsilon" and not settings.clip_denoised:
+            with_clipping = "sample with --clip_denoised, or " if sampler.clips else ""
+            if self.autoencoder is None and not sampler.clips:
+                with_clipping = "sample with --sampler=ddim --clip_denoised, or "
             log_once(
                 "warning: near t = T a cosine β leaves next to no signal, so small errors of "
-                "--mean_type=epsilon become large ones of the image: sample with --clip_denoised, "
-                "or train with --mean_type=v"
+                "--mean_type=epsilon become large ones of the image: "
+                f"{with_clipping}train with --mean_type=v"
             )
         return sampler
 

@@ -45,6 +45,11 @@ class Sampler(ABC):
     def __post_init__(self) -> None:  # noqa: B027 - most have nothing to refuse
         """Raise UserError where a setting is not for this sampler."""
 
+    @property
+    def clips(self) -> bool:
+        """Whether it can clip the predicted x_0 within each step."""
+        return self.limit == 1
+
     @abstractmethod
     def entries(self) -> list[int]:
         """The timestep of each step that was asked for, rising; some may meet after rounding."""

@@ -105,10 +105,13 @@ class DiffusersScheduler(Sampler):
                 f"--mean_type={self.mean_type}: diffusers has {', '.join(PREDICTION)} alone, so "
                 "sample with ddpm, ddim or edm"
             )
-        taken = _parameters(self._class.__init__).keys()
-        if self.settings.clip_denoised and "clip_sample" not in taken:
+        if self.settings.clip_denoised and not self.clips:
             raise UserError(f"--clip_denoised: {self._class.__name__} does not clip")
         self._options()
+
+    @property
+    def clips(self) -> bool:
+        return super().clips and "clip_sample" in _parameters(self._class.__init__)
 
     @property
     def _class(self) -> type:

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TRAIN, run_main
+from conftest import ROOT, TRAIN, run_main, tiny_network
 from PIL import Image
 
+import build
 import dataset as data
 import diffusion
 from dataset import latents
@@ -24,7 +25,7 @@ from model import checkpoint
 from runtime.errors import UserError
 from sampling.generate import Generator
 from sampling.samplers import make_sampler
-from settings import SamplingSettings
+from settings import Configuration, SamplingSettings
 
 Refused = Callable[..., str]
 BLOCKS = dict(
@@ -388,6 +389,16 @@ def test_scores_are_of_decoded_images(work: Path, name: str) -> None:
     assert f"{gflops:.4f} GFLOPs" in (work / "profile.txt").read_text()
     with Image.open(work / "run" / "sample" / "6_width_1.png") as grid:
         assert grid.height % 18 == 2
+
+
+def test_advice_on_cosine_betas_is_for_latents(vae: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(build, "log_once", lines.append)
+    config = Configuration.of(latent_vae="vae", T=10, beta_schedule="squaredcos_cap_v2")
+    assert build.Model(tiny_network(in_ch=4), config, torch.device("cpu")).sampler
+    (warning,) = (line for line in lines if "cosine" in line)
+    assert "--mean_type=v" in warning
+    assert "--clip_denoised" not in warning
 
 
 def test_a_moved_autoencoder_is_still_the_same(run_latent: Path, here: Path) -> None:

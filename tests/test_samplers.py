@@ -3,6 +3,7 @@ network calls, restarts, and the table of docs/samplers.md, cell by cell."""
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
@@ -406,27 +407,39 @@ def test_more_steps_than_a_consistency_model_s_usual_ones(name: str) -> None:
     assert len(timesteps(sampler(name, sample_steps=60))) == 60
 
 
-def test_chains_that_begin_where_images_are_not_all_noise_are_said(run_folder: Path) -> None:
-    generate = [*TINY, "--generate", "--logdir=run", "--num_images=1", "--sampler=ddim"]
-    for number, (flags, warned) in enumerate({
-        ("--sample_steps=2",): True,
-        ("--sample_steps=10",): False,
-        ("--sample_steps=2", "--timestep_spacing=trailing"): False,
-    }.items()):  # fmt: skip
-        build.log_once.cache_clear()
-        out = run_main(*generate, *flags, f"--out=out{number}").out
-        assert ("warning: the chain starts at timestep 5 of 10" in out) == warned
+def said_of(patch: pytest.MonkeyPatch, **options: object) -> str:
+    """What is said of a sampler before it runs."""
+    lines: list[str] = []
+    patch.setattr(build, "log_once", lines.append)
+    config = Configuration.of(T=10, beta_1=0.001, beta_T=0.3, **options)
+    assert build.Model(tiny_network(), config, torch.device("cpu")).sampler
+    return "\n".join(lines)
 
 
-@pytest.mark.parametrize(
-    ("flag", "warned"),
-    [("--mean_type=epsilon", True), ("--clip_denoised", False), ("--mean_type=v", False)],
-)
-def test_cosine_betas_with_predicted_noise_are_said(here: Path, flag: str, warned: bool) -> None:
-    build.log_once.cache_clear()
-    out = run_main(*TINY, "--train", "--dry_run", "--logdir=new", "--batch_size=4",
-                   "--beta_schedule=squaredcos_cap_v2", flag).out  # fmt: skip
-    assert ("warning: near t = T a cosine" in out) == warned
+def test_chains_that_begin_where_images_are_not_all_noise_are_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = functools.partial(said_of, monkeypatch)
+    early, only = "warning: the chain starts at timestep 5 of 10", "only step is at timestep 9"
+    trailing = {"scheduler_options": '{"timestep_spacing": "trailing"}'}
+    assert re.search(f"{early}.*--timestep_spacing=tr", said(sampler="ddim", sample_steps=2))
+    assert re.search(f"{early}.*scheduler_options", said(sampler="DDIMScheduler", sample_steps=2))
+    assert said(sampler="DDIMScheduler", sample_steps=2, **trailing) == ""
+    assert said(sampler="ddim", sample_steps=2, timestep_spacing="trailing") == ""
+    assert said(sampler="ddim") == ""
+    for spacing in ("uniform", "quadratic", "leading", "linspace"):
+        assert only in said(sampler="ddpm", sample_steps=1, timestep_spacing=spacing)
+    assert said(sampler="ddpm", sample_steps=1, timestep_spacing="trailing") == ""
+
+
+def test_cosine_betas_with_predicted_noise_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = functools.partial(said_of, monkeypatch, beta_schedule="squaredcos_cap_v2")
+    warning = "warning: near t = T a cosine"
+    assert re.search(f"{warning}.*sample with --clip_denoised", said())
+    # Advice that can be followed: this one does not clip.
+    assert re.search(f"{warning}.*--sampler=ddim --clip_denoised", said(sampler="dpm_solver"))
+    assert warning not in said(clip_denoised=True)
+    assert warning not in said(mean_type="v")
 
 
 # --- what works with what -------------------------------------------------------------------------
