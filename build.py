@@ -444,6 +444,8 @@ def model_to_train(
     the run goes on from, whose weights are not filled in here."""
     device, config = choose_device(config.run.device), settled(config)
     stored = checkpoint.settings(state) if state else {}
+    if state:  # before hours of encoding
+        _check_autoencoder(autoencoder_of(config, device), stored, checkpoint_path(config))
     if stored.get("kind") == "diffusers":
         model = _from_settings(config, device, stored, checkpoint_path(config))
         _set_embeddings(model.net, config)
@@ -552,8 +554,8 @@ def _check_autoencoder(vae: object, stored: Mapping[str, object], path: Path) ->
         raise UserError(f"{path} was trained in latents: name its --latent_vae")
     if vae and vae.fingerprint != theirs:
         raise UserError(
-            f"{path} was trained in the latents of another VAE ({theirs}) than {vae.folder} "
-            f"({vae.fingerprint}): name that one with --latent_vae"
+            f"{path} was trained in the latents of another VAE, or at another scale ({theirs}), "
+            f"than {vae.folder} ({vae.fingerprint}): see --latent_vae and --latent_scale"
         )
 
 
@@ -609,9 +611,11 @@ def training_set(
     path = Path(d.latent_cache or usual)
     if config.run.dry_run and not path.exists():
         log.info(f"before training, {len(images)} images are encoded into {path}")
-        return latents.sample(images, vae, batch_size)
-    made = latents.encoded(images, vae, d.img_size, path, batch_size, d.num_workers)
-    log.info(latents.spread(made))
+        made = latents.sample(images, vae, batch_size)
+    else:
+        made = latents.encoded(images, vae, d.img_size, path, batch_size, d.num_workers)
+    levels = config.diffusion
+    log.info(latents.spread(made, levels.sigma_data if levels.precond == "edm" else 1.0))
     return made
 
 

@@ -110,7 +110,7 @@ def evaluate_ensemble(config: Configuration) -> None:
 def _shared_settings(model: Model) -> dict[str, object]:
     """What two networks that take turns must have in common."""
     shared = model.config.stored("model") | {
-        name: model.config[name] for name in ("T", "num_classes", "latent_vae")
+        name: model.config[name] for name in ("T", "num_classes", "latent_vae", "latent_scale")
     }
     return {"channels": model.net.settings.in_ch} | shared
 

@@ -44,13 +44,15 @@ class Autoencoder:
 
     channels: of the latents. image_channels: of the images. factor: side of an image over the side
     of its latents. fingerprint: of weights, config and `scale`, which replaces the config's
-    scaling_factor where it is not 0.
+    scaling_factor where it is neither 0 nor the same.
     """
 
     def __init__(self, folder: str | Path, device: torch.device | str, scale: float = 0.0) -> None:
         self.folder, self.device = Path(folder), torch.device(device)
         config = _config(self.folder)
-        self.fingerprint = _fingerprint(self.folder, config) + (f" × {scale:g}" if scale else "")
+        self.fingerprint = _fingerprint(self.folder, config)
+        if scale and scale != config.get("scaling_factor"):
+            self.fingerprint += f" × {scale!r}"
         self.network = _network(self.folder, config["_class_name"]).to(device)
         config = self.network.config
         self.quantised = "num_vq_embeddings" in config
@@ -266,14 +268,20 @@ def encoded(
     return Images(dataset.name, torch.from_numpy(latents), False, dataset.labels, dataset.classes)
 
 
-def spread(latents: Images) -> str:
+def spread(latents: Images, wanted: float) -> str:
     """The mean and deviation of latents, of about 1,000 images, and a warning where diffusion does
-    not suit them: it takes images for numbers of mean 0 and deviation about 1."""
+    not suit them: its noise levels are for numbers of mean 0 and deviation about `wanted`."""
     some = latents.tensor[:: max(1, len(latents) // 1000)].float()
-    mean, deviation = float(some.mean()), float(some.std())
+    mean, deviation = float(some.mean()), max(float(some.std()), 1e-9)
     text = f"latents: mean {mean:.3g}, deviation {deviation:.3g}"
-    if abs(mean) > 0.5 or not 0.5 < deviation < 2:
-        text = f"warning: {text}, far from 0 and 1; see --latent_scale"
+    if abs(mean) > 0.5 * wanted or not 0.6 < deviation / wanted < 1.7:
+        text = (
+            f"warning: {text}, far from 0 and {wanted:g}, which the noise levels are for; a "
+            f"--latent_scale {wanted / deviation:.3g} times the scaling_factor in use would give "
+            f"{wanted:g}"
+        )
+        if wanted != 1:
+            text += ", or --sigma_data the deviation that there is"
     return text
 
 

@@ -87,6 +87,8 @@ def test_latents_are_scaled_as_said(vae: Path, refused: Refused) -> None:
     # What a checkpoint was trained with is what it is sampled with.
     made = run_main("--generate", "--logdir=other", "--device=cpu", "--num_images=1")
     assert made.status == 0, made.err
+    both = ["--eval_ensemble", "--large_logdir=run", "--small_logdir=other", "--small_ch=16"]
+    refused("latent_scale: 5.0 small, 0.0 large", *EVAL, *both)
     refused("--latent_scale", *TRAIN, "--logdir=new", "--latent_scale=2")
 
 
@@ -401,6 +403,29 @@ def test_advice_on_cosine_betas_is_for_latents(vae: Path, monkeypatch: pytest.Mo
     assert "--clip_denoised" not in warning
 
 
+@pytest.mark.parametrize("wanted", [1.0, 0.3])
+def test_latents_that_the_noise_levels_are_not_for_are_said(wanted: float) -> None:
+    z = torch.randn(200, 4, 8, 8)
+
+    def said(tensor: torch.Tensor) -> str:
+        return latents.spread(data.Images("", tensor.half(), False), wanted)
+
+    small = said(0.2 * wanted * z)
+    assert small.startswith("warning: ")
+    assert float(re.search(r"deviation (\S+),", small)[1]) == pytest.approx(0.2 * wanted, rel=0.01)
+    larger = float(re.search(r"--latent_scale (\S+) times", small)[1])
+    assert "warning" not in said(larger * 0.2 * wanted * z)
+    assert "warning" in said(wanted * (z + 0.8))
+    assert "warning" in said(2 * wanted * z)
+
+
+def test_a_scale_is_known_by_all_its_digits(vae: Path) -> None:
+    usual = Autoencoder(vae, "cpu").fingerprint
+    assert Autoencoder(vae, "cpu", 0.5).fingerprint == usual  # what the file says
+    others = {Autoencoder(vae, "cpu", scale).fingerprint for scale in (0.18215, 0.18215001)}
+    assert len(others | {usual}) == 3
+
+
 def test_a_moved_autoencoder_is_still_the_same(run_latent: Path, here: Path) -> None:
     (here / "vae").rename(here / "moved")
     assert run_main(*EVAL, "--eval", "--latent_vae=moved").status == 0
@@ -431,7 +456,8 @@ def test_training_with_another_autoencoder(
     other = f"--latent_vae={autoencoders / 'other'}"
     refused("another VAE", *arguments, other)
     shutil.rmtree("latents")
-    assert "autoencoder: " in run_main(*arguments, other).error
+    refused("another VAE", *arguments, other)  # before anything is encoded
+    refused("another scale", *arguments, "--latent_scale=0.7")
 
 
 def test_autoencoder_for_a_network_of_pixels(refused: Refused, run_folder: Path, vae: Path) -> None:
