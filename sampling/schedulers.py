@@ -187,9 +187,11 @@ class DiffusersScheduler(Sampler):
         if not isinstance(variance, str):
             settings.pop("variance_type")  # elsewhere it asks for a network that learned a variance
         if "original_inference_steps" in taken:  # LCM's and TCD's 50 may be more than T, or too few
-            usual = taken["original_inference_steps"].default
-            most = min(max(usual, self._steps), self.levels.T)
-            settings.setdefault("original_inference_steps", most)
+            usual, T = taken["original_inference_steps"].default, self.levels.T
+            # Of N, multiples of ⌊T / N⌋ are taken, which may end far from T.
+            settings.setdefault(
+                "original_inference_steps", usual if self._steps <= usual and T % usual == 0 else T
+            )
         if self._steps == self.levels.T:  # of every timestep; linspace would have one of them twice
             settings.setdefault("timestep_spacing", "trailing")
         settings = {key: value for key, value in settings.items() if key in taken}

@@ -404,7 +404,10 @@ def test_solvers_that_visit_every_timestep(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])
 def test_more_steps_than_a_consistency_model_s_usual_ones(name: str) -> None:
-    assert len(timesteps(sampler(name, sample_steps=60))) == 60
+    for levels, steps in ((STANDARD, 60), (NoiseSchedule(1e-3, 0.2, 90), 10)):
+        kept = timesteps(sampler(name, levels, sample_steps=steps))
+        assert len(kept) == steps
+        assert kept[-1] == levels.T - 1  # and not at 959 of 1000, or 49 of 90
 
 
 def said_of(patch: pytest.MonkeyPatch, **options: object) -> str:
