@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from model import keep_freed
 from runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,27 +54,3 @@ def save(path: str | Path, result: Mapping[str, object]) -> None:
     """Write a result, and what it was measured on, as JSON."""
     write_json(path, {**result, "machine": describe()})
     print(f"saved {path}")
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, the device's work included."""
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def interleaved(
-    works: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of each repeat of each, in turn, so that a busy moment meets all alike.
-
-    The naive ones have the C library's usual heap, ours the one of main.py.
-    """
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
-        for name, work in works.items():
-            keep_freed(not name.startswith("naive"))
-            times[name].append(seconds(work, device))
-    return times

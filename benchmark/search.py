@@ -28,14 +28,13 @@ import numpy as np
 
 import build
 from benchmark import machine
-from commands.search import make_search, search_space, shared_states
+from commands.search import make_search, scores_of, search_space, shared_states
 from evaluate import Evaluator
 from looks import table
 from model import WidthSchedule, average, latency
 from runtime.files import append_jsonl, read_json, read_jsonl, write_json
 from runtime.identity import agree
 from sampling.noise import SAMPLING, SEARCH
-from sampling.prefixes import SharedStates
 from search import Candidate, Score, hypervolume, pareto_front
 from settings import Configuration
 
@@ -82,7 +81,7 @@ def timed(score: Score) -> Score:
 class Bench:
     """A trained supernet with everything that scores its schedules."""
 
-    def __init__(self, config: Configuration, seed: int, fresh: int) -> None:
+    def __init__(self, config: Configuration, seed: int = 0, fresh: int = 1000) -> None:
         self.model, self.seed, self.fresh_images = build.load_model(config), seed, fresh
         self.widths = self.model.config.widths.all
         networks = build.candidates(self.model, self.widths)
@@ -132,43 +131,43 @@ class Bench:
             if a != b
         ]
 
-    def random(self, count: int) -> list[WidthSchedule]:
+    def random(self, count: int, seed: int) -> list[WidthSchedule]:
         size = (count, len(self.timesteps))
-        draws = np.random.default_rng([self.seed, 7]).choice(self.widths, size)
+        draws = np.random.default_rng([seed, 7]).choice(self.widths, size)
         return [WidthSchedule(map(float, row), self.timesteps) for row in draws]
 
     def greedy(self, segments: int = 10) -> dict:
         """From full width down: narrow the segment that loses least log distance per cost saved."""
-        genome, scorer = replace(self.genome, segments=segments), self.scorer()
+        genome, evaluator = replace(self.genome, segments=segments), self.sharing()
         row = np.full(genome.genes, len(self.widths) - 1)
-        scored = scorer([genome.decode(row)])
+        scored = self.score_all([genome.decode(row)], evaluator)
         now = scored[0]
         while row.any():
             moves = [row - (np.arange(genome.genes) == gene) for gene in np.flatnonzero(row)]
-            options = scorer([genome.decode(move) for move in moves])
+            options = self.score_all([genome.decode(move) for move in moves], evaluator)
             losses = [math.log(o.distance / now.distance) / (now.cost - o.cost) for o in options]
             best = int(np.argmin(losses))
             row, now = moves[best], options[best]
             scored += options
         return self.result([c.record for c in scored], scored)
 
-    def scorer(self) -> Callable[[Sequence[WidthSchedule]], list[Candidate]]:
-        """Scores schedules as searches do, with states of its own."""
-        states = shared_states(self.model.config, self.model.sampler)
-        score = timed(scores_with(self.evaluator, states))
+    def sharing(self) -> Evaluator:
+        """What scores as searches do: candidates' chains share states."""
+        return self.evaluator.varied(states=shared_states(self.model.config, self.model.sampler))
 
-        def scored(schedules: Sequence[WidthSchedule]) -> list[Candidate]:
-            records = dict(score(schedules))
-            return [
-                Candidate(s, records[i]["distance"], self.cost(s), 0, records[i])
-                for i, s in enumerate(schedules)
-            ]
-
-        return scored
+    def score_all(
+        self, schedules: Sequence[WidthSchedule], evaluator: Evaluator
+    ) -> list[Candidate]:
+        """Each schedule scored."""
+        records = dict(timed(scores_of(evaluator))(schedules))
+        return [
+            Candidate(s, records[i]["distance"], self.cost(s), 0, records[i])
+            for i, s in enumerate(schedules)
+        ]
 
     def fixed(self, schedules: Sequence[WidthSchedule]) -> dict:
         """A set of schedules that needs no search, as a result like that of a search."""
-        scored = self.scorer()(schedules)
+        scored = self.score_all(schedules, self.sharing())
         return self.result([c.record for c in scored], scored)
 
     # --- searches ---
@@ -212,7 +211,7 @@ class Bench:
     def reference(self) -> tuple[float, float]:
         """Of hypervolumes: (distance, FLOPs)."""
         distances = self.cached("reference", lambda: {"distances": [
-            c.distance for c in self.scorer()(self.uniform())
+            c.distance for c in self.score_all(self.uniform(), self.sharing())
         ]})["distances"]  # fmt: skip
         usable = [d for d in distances if d <= HOPELESS * min(distances)]
         return 1.1 * max(usable), 1.1 * self.costs[1.0]
@@ -261,7 +260,7 @@ class Bench:
         fixed: dict[str, Callable[[], dict]] = {
             "uniform widths": lambda: self.fixed(self.uniform()),
             "two-level switches": lambda: self.fixed(self.switches()),
-            "random, 96": lambda: self.fixed(self.random(96)),
+            "random, 96": lambda: self.fixed(self.random(96, self.seed)),
             "greedy": self.greedy,
         }
         searches = {
@@ -285,18 +284,6 @@ class Bench:
         }
         results["full width"] = {"fresh": {"1": self.fresh([1.0] * len(self.timesteps))}}
         return results
-
-
-def scores_with(evaluator: Evaluator, states: SharedStates | None) -> Score:
-    """(index, record) of each schedule's scores."""
-    sharing = evaluator.varied(states=states)
-
-    def scores(schedules: Sequence[WidthSchedule], noise: int = 0):
-        for index, each in sharing.score_all(schedules):
-            names = ("distance", "passes", "passes_saved")
-            yield index, {name: getattr(each, name) for name in names}
-
-    return scores
 
 
 def passes_to_reach(result: Mapping, volume: float) -> int | None:

@@ -14,7 +14,7 @@ import torch
 
 import build
 from build import Model
-from commands import pick, plan, searched
+from commands import plan, searched
 from evaluate import Evaluator, Scores
 from model import WidthSchedule, average, checkpoint, entries_for_calls
 from runtime import processes
@@ -29,7 +29,7 @@ from runtime.files import (
     write_json,
 )
 from runtime.processes import say
-from runtime.schema import TWO, Amount, Count, Name, Number, Width, Widths, widths_line
+from runtime.schema import TWO, Amount, Count, Name, Number, Width, Widths, digest, widths_line
 from sampling.prefixes import StepSchedule
 from sampling.protocol import timesteps
 from settings import Configuration
@@ -220,8 +220,7 @@ def evaluation(
     record = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), **result}
     widths = record.pop("schedule", None)
     if path:  # which may have another schedule by now
-        digest = pick.digest(widths_line(widths))
-        record |= {"schedule": str(path), "schedule_digest": digest}
+        record |= {"schedule": str(path), "schedule_digest": digest(widths_line(widths))}
     return record | {
         "weights": checkpoint.fingerprint(model.net),
         "dataset": config.data.dataset,

@@ -5,7 +5,6 @@ Imports no torch, so that it answers at once.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shlex
@@ -14,7 +13,7 @@ from pathlib import Path
 from looks import best_within, front_table, pick_point, read_front
 from runtime.errors import UserError
 from runtime.files import read_text, write_text
-from runtime.schema import widths_line
+from runtime.schema import digest, widths_line
 from settings import LOOK, Configuration
 
 NAME = "flagfile.txt"  # in a search's folder: what it was searched with; see commands/searched.py
@@ -34,11 +33,6 @@ def command(config: Configuration) -> str:
     s = config.search.search_dir
     place = f"--search_dir={s}" if s else f"--logdir={config.run.logdir}"
     return shlex.join(["python", "main.py", "--search", place, "--pick"])
-
-
-def digest(text: str) -> str:
-    """16 hexadecimal digits that another schedule, as its file has it, would change."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def pick(config: Configuration) -> None:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import options
 from build import Model
-from commands.pick import NAME, digest
+from commands.pick import NAME
 from model import checkpoint
 from runtime.errors import UserError
 from runtime.files import read_text, write_text
+from runtime.schema import digest
 from runtime.settings import options_of
 from settings import OPTIONS, SamplingSettings
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from runtime.errors import UserError
 from runtime.files import parse_json, read_text, write_text
-from runtime.schema import Widths, check, widths_line
+from runtime.schema import Widths, check, digest, widths_line
 
 
 class WidthSchedule:
@@ -40,7 +38,7 @@ class WidthSchedule:
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that another width would change."""
-        return hashlib.sha256(json.dumps(self.widths).encode()).hexdigest()[:16]
+        return digest(widths_line(self.widths))
 
     def __len__(self) -> int:
         return len(self.widths)

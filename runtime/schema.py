@@ -7,6 +7,7 @@ Two of something are a list: msgspec 0.22 reads beyond a tuple of two beside bou
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from typing import Annotated, TypeVar
@@ -35,6 +36,11 @@ TWO = Meta(min_length=2, max_length=2)
 def widths_line(widths: Iterable[float]) -> str:
     """A width schedule as search.txt has it: one line of JSON."""
     return json.dumps([int(w) if w == int(w) else w for w in widths]) + "\n"
+
+
+def digest(text: str) -> str:
+    """16 hexadecimal digits that another text would change."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check(value: object, schema: type[T], name: object, remedy: str = "") -> T:
