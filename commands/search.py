@@ -37,6 +37,11 @@ SHOWN = 8  # images of each point
 def search(config: Configuration) -> None:
     """Search a width schedule and write LOGDIR/search.txt."""
     folder, chosen = pick.places(config)
+    if config.search.flops_budget and config.search.search_objective == "weighted":
+        raise UserError(
+            f"--flops_budget={config.search.flops_budget:g} chooses from a front: add "
+            "--search_objective=pareto"
+        )
     if config.run.dry_run:
         model = plan.planned_model(config)
         plan.plan_search(model, search_space(model), parse_ladder(model))

@@ -10,11 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
+import build
 from benchmark import experiment
 from benchmark.experiment import Experiment, Task
 from benchmark.recipe import configuration
+from benchmark.search import Bench
+from model import checkpoint
 from runtime.errors import UserError
 
 
@@ -180,3 +184,23 @@ def alive(pid: int) -> bool:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+def test_baselines_come_from_the_benchmark_of_searches(
+    job: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an untrained network: switches and random schedules within each budget."""
+    config = configuration(f"--flagfile={job.flagfile}")
+    weights = build.own_network(config, torch.device("cpu"), 1).state_dict()
+    (job.folder / "supernet").mkdir()
+    state = {"net_model": weights, "ema_model": weights, "settings": config.stored("network")}
+    checkpoint.save(job.folder / "supernet" / "ckpt.pt", state)
+    monkeypatch.setattr(Bench, "switches", lambda self, made=Bench.switches: made(self)[::4])
+    job.only("baselines")
+    names = {path.name for path in (job.folder / "schedules").iterdir()}
+    assert names == {
+        f"{kind}-{share:g}{end}.txt"
+        for share in experiment.BUDGETS
+        for kind, ends in (("switch", ("",)), ("random", ("-0", "-1")))
+        for end in ends
+    }

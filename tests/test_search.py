@@ -496,6 +496,7 @@ def test_search_through_the_program(run_folder: Path, monkeypatch: pytest.Monkey
     assert run_main(*arguments).status == 0
     assert sorted(lines(run_folder / "search")) == sorted(before)
     assert json.loads((run_folder / "search.txt").read_text()) == chosen
+    assert "--search_objective" in run_main(*arguments, "--flops_budget=0.5").error
     refused = run_main(*arguments, "--num_images=9")
     assert "num_images: 8 there, 9 here" in refused.error
     assert lines(run_folder / "search") == before
