@@ -149,7 +149,6 @@ class Front(TypedDict):
     candidates: NotRequired[Count]
     passes: NotRequired[Amount]
     passes_saved: NotRequired[Amount]
-    rank_correlations: NotRequired[list[dict[Name, object]]]
     generations: NotRequired[list[dict[Name, object]]]
 
 

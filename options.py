@@ -15,7 +15,7 @@ from absl import flags
 from runtime.errors import UserError
 from runtime.files import read_text
 from runtime.settings import Option, options_of
-from settings import GROUPS, LOOK, OPTIONS, Configuration
+from settings import GROUPS, LOOK, OPTIONS, Configuration, RetiredSettings
 
 FLAGS = flags.FLAGS
 MODES = {
@@ -92,7 +92,7 @@ def parse(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         )
     except (flags.Error, ValueError) as error:  # ValueError: --nosandwich=1
         raise UserError(" ".join(str(error).split())) from error
-    return rest, _overruled(command, files)
+    return rest, [*_overruled(command, files), *_retired()]
 
 
 def _flagfile(name: str, above: tuple[str, ...], read: list[str]) -> Iterator[str]:
@@ -157,6 +157,12 @@ def _overruled(
     return [f"over the flagfile: {'; '.join(changed)}"] if changed else []
 
 
+def _retired() -> list[str]:
+    """A line for each option that is set and no longer does anything."""
+    retired = options_of(RetiredSettings).items()
+    return [f"--{n} {o.help}" for n, o in retired if FLAGS[n].value != o.default]
+
+
 def _value(name: str, words: Sequence[str]) -> str:
     if len(words) > 1:
         return words[1]
@@ -189,7 +195,7 @@ def configuration() -> Configuration:
 def flagfile_text(config: Configuration) -> str:
     """The options as a flagfile has them."""
     lines = []
-    for name in sorted(OPTIONS.keys() - MODES.keys()):
+    for name in sorted(OPTIONS.keys() - MODES.keys() - options_of(RetiredSettings).keys()):
         value = config[name]
         if isinstance(value, bool):
             lines.append(f"--{name}" if value else f"--no{name}")

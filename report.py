@@ -234,21 +234,14 @@ class SearchResult:
         rows = [("searched", self.chosen)]
         rows += [(f"width {c.schedule.widths[0]:g}", c) for c in self.uniform()]
         run, saved = self.passes()
-        lines = [
-            table(
-                ["schedule", self.label, "GFLOPs / step", "saved", "ms / image"],
-                [[name, *cells(self.point(candidate))] for name, candidate in rows],
-            ),
-            f"{len(self.search.records)} candidates scored, {run:.4g} network passes run and "
-            f"{saved:.4g} ({100 * saved / max(1, run + saved):.1f} %) saved by shared states",
-        ]
-        lines += [
-            f"rank correlation with rung {c['rung']}: {c['rank_correlation']:.3f} "
-            f"over {c['candidates']} candidates"
-            for c in self.search.correlations
-            if c["rank_correlation"] is not None
-        ]
-        return "\n".join(lines)
+        shown = table(
+            ["schedule", self.label, "GFLOPs / step", "saved", "ms / image"],
+            [[name, *cells(self.point(candidate))] for name, candidate in rows],
+        )
+        return (
+            f"{shown}\n{len(self.search.records)} candidates scored, {run:.4g} network passes run "
+            f"and {saved:.4g} ({100 * saved / max(1, run + saved):.1f} %) saved by shared states"
+        )
 
     def save(self, folder: Path, search_txt: Path) -> dict:
         """search.txt, front.json, which is returned, and its pictures but for the samples."""
@@ -271,7 +264,6 @@ class SearchResult:
             "candidates": len(self.search.records),
             "passes": run,
             "passes_saved": saved,
-            "rank_correlations": self.search.correlations,
             "generations": list(self.generations),
         }
         write_front(folder, front)

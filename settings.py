@@ -238,7 +238,6 @@ class EvaluationSettings(Settings):
         "a name of its own in ./stats", path=True)
     fid_weights: str = option("", "Inception weights file; default: torch hub's checkpoint folder",
         path=True)
-    fid_use_torch: bool = option(False, "no longer does anything: the distance always uses torch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,20 +274,11 @@ class SearchSettings(Settings):
         choices=("flops", "latency"))
     flops_budget: float = option(0.0, "pareto: share of full width's cost that the chosen "
         "schedule may have; 0: the front's knee", least=0, most=1)
-    distance_limit: float = option(0.0, "pareto: the largest distance of interest, as a multiple "
-        "of the least in the first generation; 0: any", least=0)
     pick: int = option(-1, "take this point of the finished search's front as search.txt instead; "
         "without a number: the best one within --flops_budget, or print the front as a table")
     num_segments: int = option(0, "genes, each for a run of steps; 0: one gene per step, or with "
         "--search_method=sensitivity 12", least=0)
-    level_seeds: bool = option(False, "two- and three-level schedules in the first population")
     allow_skip: bool = option(False, "0 is a width too: the step is left out")
-    search_ladder: str = option("", "cheap rungs, IMAGESxSTEPS,…, that candidates climb to be "
-        "scored at the full setting")
-    ladder_keep: float = option(0.25, "share of a rung's candidates that climb to the next",
-        least=0, most=1)
-    surrogate: int = option(0, "offspring made for each that is scored, screened by a regression "
-        "on the log; 0: none are screened", least=0)
     confirm_images: int = option(0, "sensitivity: images on fresh noise, at most, for each "
         "schedule that could be on the front; 0: twice --num_images", least=0)
     search_minutes: float = option(0.0, "stop scoring after so many minutes; 0: when the search "
@@ -301,13 +291,8 @@ class SearchSettings(Settings):
     search_dir: str = option("", "folder of the search; default LOGDIR/search", path=True)
 
     def check(self) -> None:
-        if 0 < self.distance_limit < 1:
-            raise UserError(f"--distance_limit={self.distance_limit}: must be 0 or at least 1")
-        if self.distance_limit and self.search_objective == "weighted":
-            raise UserError("--distance_limit needs --search_objective=pareto")
         # Each of a population is compared with every other one.
-        what = f"a population of --pop_size={self.pop_size} with --surrogate={self.surrogate}"
-        memory.require(8 * (self.pop_size * max(1, self.surrogate)) ** 2, what, "lower them")
+        memory.require(8 * self.pop_size**2, f"--pop_size={self.pop_size}", "lower it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,6 +314,18 @@ class RunSettings(Settings):
     dry_run: bool = option(False, "say what the command would cost, from a short measured burst")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RetiredSettings(Settings):
+    """What flagfiles of the published code and of earlier versions may hold; nobody asks for it."""
+
+    fid_use_torch: bool = option(False, "no longer does anything: the distance always uses torch")
+    level_seeds: bool = option(False, "no longer does anything: see --search_method=sensitivity")
+    surrogate: int = option(0, "no longer does anything: see --search_method=sensitivity")
+    distance_limit: float = option(0.0, "no longer does anything: see --search_method=sensitivity")
+    search_ladder: str = option("", "no longer does anything: see --confirm_images")
+    ladder_keep: float = option(0.25, "no longer does anything: see --confirm_images")
+
+
 # fmt: on
 
 # By heading, as --help and docs/flags.md show them.
@@ -341,6 +338,7 @@ GROUPS: dict[str, tuple[type[Settings], ...]] = {
     "Evaluation": (EvaluationSettings, EnsembleSettings),
     "Search": (SearchSettings,),
     "Run": (RunSettings,),
+    "Retired": (RetiredSettings,),
 }
 
 

@@ -86,9 +86,8 @@ def run(folder: Path) -> None:
     use = [f"--flagfile={folder / 'run' / 'flagfile.txt'}", "--batch_size=250",
            f"--fid_cache={folder / 'statistics.npz'}"]  # fmt: skip
     main_py(
-        "--search", *use, "--num_images=250", "--search_objective=pareto", "--flops_budget=0.5",
-        "--num_generation=3", "--pop_size=8", "--num_segments=10", "--mutation_prob=0.1",
-        "--level_seeds",
+        "--search", *use, "--num_images=250", "--flops_budget=0.5", "--num_generation=3",
+        "--pop_size=8",
     )  # fmt: skip
     for width in (1, 0.5, 0.25):
         main_py("--eval", *use, f"--num_images={IMAGES}", f"--assigned_width={width}")

@@ -49,17 +49,12 @@ def arms(steps: int) -> dict[str, Arm]:
     """Options of each search by its name."""
     plain = {"num_generation": 6, "pop_size": 16, "mutation_prob": 1 / steps,
              "search_objective": "pareto"}  # fmt: skip
-    segments = {"num_segments": min(10, steps), "mutation_prob": 0.1}
-    tuned = plain | segments | {"level_seeds": True, "surrogate": 64}
     return {
         # Weights for which distance and cost weigh about the same at full width, as published.
         "published: weighted": plain
         | {"search_objective": "weighted", "fid_weight": 1.0, "macs_weight": 0.02},
         "plain-96": plain,
         "plain-500": plain | {"num_generation": 25, "pop_size": 20},
-        "segments, level seeds": plain | segments | {"level_seeds": True},
-        "segments, level seeds, surrogate": tuned,
-        "segments, level seeds, surrogate, limit": tuned | {"distance_limit": 1.5},
         "sensitivity": {"search_method": "sensitivity", "search_objective": "pareto",
                         "num_generation": 20, "pop_size": 8},
     }  # fmt: skip

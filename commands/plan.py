@@ -17,7 +17,6 @@ from looks import table
 from model import WidthSchedule, average, entries_for_calls, latency
 from runtime.errors import UserError
 from runtime.processes import say
-from sampling.samplers import Sampler
 from search import Genome, search_stages
 from settings import Configuration
 from train import Trainer
@@ -72,7 +71,7 @@ def plan_scoring(model: Model, schedule: WidthSchedule, encode: bool = True) -> 
     _say_costs(model, [Scoring("images", 1, images, len(calls), widths)], "no other load", encode)
 
 
-def plan_search(model: Model, genome: Genome, ladder: Sequence[tuple[str, int, Sampler]]) -> None:
+def plan_search(model: Model, genome: Genome) -> None:
     """Say what a search would cost, stage by stage, and how far --search_minutes will get."""
     settings, images = model.config.search, model.config.evaluation.num_images
     calls, widths = len(model.sampler.calls()), model.config.widths.all
@@ -89,12 +88,9 @@ def plan_search(model: Model, genome: Genome, ladder: Sequence[tuple[str, int, S
         ]
         note = "at most; rounds end early where they gain nothing"
     else:
-        rounds, scorings = settings.num_generation, []
+        rounds = settings.num_generation
         count = rounds * settings.pop_size
-        for name, each, rung in ladder:
-            scorings.append(Scoring(f"rung {name}", count, each, len(rung.calls()), widths, rounds))
-            count, rounds = math.ceil(settings.ladder_keep * count), 1
-        scorings.append(Scoring("full setting", count, images, calls, widths, rounds))
+        scorings = [Scoring("evolution", count, images, calls, widths, rounds)]
         note = "at the widths' mean cost, before shared states save any"
     seconds = _say_costs(model, scorings, note)
     if settings.search_minutes:

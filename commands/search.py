@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -28,7 +27,7 @@ from sampling.generate import NotFiniteError
 from sampling.noise import SEARCH
 from sampling.prefixes import SharedStates
 from sampling.protocol import Sampler, timesteps
-from search import SEGMENTS, UNUSABLE, Genome, Rung, Search, warm_start
+from search import SEGMENTS, UNUSABLE, Genome, Search, warm_start
 from settings import Configuration
 
 SHOWN = 8  # images of each point
@@ -44,7 +43,7 @@ def search(config: Configuration) -> None:
         )
     if config.run.dry_run:
         model = plan.planned_model(config)
-        plan.plan_search(model, search_space(model), parse_ladder(model))
+        plan.plan_search(model, search_space(model))
         return
     host = config.search.state_device == "host"
     if "state_memory" in config.given and (
@@ -64,7 +63,7 @@ def search(config: Configuration) -> None:
 def run(model: Model, folder: Path, search_txt: Path) -> None:
     """Search in `folder`, and write what was chosen to `search_txt`."""
     settings, widths = model.config.search, model.config.widths.all
-    parse_ladder(model), search_space(model)  # refused before statistics are made
+    search_space(model)  # refused before statistics are made
     networks = build.candidates(model, widths, folder / "arithmetic.json")
     evaluator = build.evaluator(model, networks, SEARCH).varied(progress=False)
     job = make_search(model, evaluator, folder)
@@ -96,7 +95,7 @@ def run(model: Model, folder: Path, search_txt: Path) -> None:
 def make_search(model: Model, evaluator: Evaluator, folder: Path) -> Search:
     """The search in `folder` that the settings describe, at the cost of FLOPs.
 
-    evaluator: of the full setting; candidates' chains share states as --state_memory says.
+    evaluator: of one schedule; candidates' chains share states as --state_memory says.
     """
     config, settings = model.config, model.config.search
     evaluator = evaluator.varied(states=shared_states(config, model.sampler))
@@ -116,10 +115,6 @@ def make_search(model: Model, evaluator: Evaluator, folder: Path) -> Search:
         folder=folder,
         identity=search_identity(model),
         start=start,
-        ladder=[
-            Rung(name, scores_of(evaluator.varied(images, sampler=rung)))
-            for name, images, rung in parse_ladder(model)
-        ],
         images=evaluator.num_images,
         say=say,
     )
@@ -155,25 +150,8 @@ def search_identity(model: Model) -> dict[str, object]:
         "fid_cache": config.evaluation.fid_cache,
         "sampler": model.sampler.as_json(),
         "widths": config.widths.all,
-        "ladder": config.search.search_ladder,
         **conditions(model),
     }
-
-
-def parse_ladder(model: Model) -> list[tuple[str, int, Sampler]]:
-    """--search_ladder as (name, images, sampler) of each rung."""
-    text, most, rungs = model.config.search.search_ladder, model.config.evaluation.num_images, []
-    for part in filter(None, text.split(",")):
-        match = re.fullmatch(r"(\d+)x(\d+)", part.strip())
-        if not match or not 2 <= int(match[1]) <= most or not int(match[2]):
-            raise UserError(
-                f"--search_ladder={text}: a rung is IMAGESxSTEPS, with 2 to {most} images "
-                "(--num_images) and at least 1 step"
-            )
-        rung = model.sampler.with_steps(int(match[2]))
-        rung.entries()  # refuses more steps than there are
-        rungs.append((part.strip(), int(match[1]), rung))
-    return rungs
 
 
 def shared_states(config: Configuration, sampler: Sampler) -> SharedStates | None:
@@ -189,19 +167,12 @@ def shared_states(config: Configuration, sampler: Sampler) -> SharedStates | Non
 
 def scores_of(evaluator: Evaluator):
     """What the search calls to score schedules (search.Score)."""
-    steps = timesteps(evaluator.generator.sampler)
-
-    def with_a_step(schedule: WidthSchedule) -> WidthSchedule:
-        """What --allow_skip leaves without any of a rung's steps gets the last one back."""
-        if any(schedule[t] for t in steps):
-            return schedule
-        return WidthSchedule([max(schedule.widths), *(0.0 for _ in steps[1:])], steps)
 
     def scores(schedules: Sequence[WidthSchedule], noise: int = 0):
         # Streams below 256 are those of other uses.
         stream = evaluator.generator.stream + (noise << 8)
         chosen = evaluator.varied(stream=stream) if noise else evaluator
-        for index, result in chosen.score_all([*map(with_a_step, schedules)]):
+        for index, result in chosen.score_all(schedules):
             if isinstance(result, NotFiniteError):
                 say(f"a candidate is left out: {result}")
                 yield index, {"distance": UNUSABLE, "unusable": str(result)}

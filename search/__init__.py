@@ -8,7 +8,7 @@ from search.front import UNUSABLE, Candidate, hypervolume, knee, pareto_front
 from search.genome import Genome
 from search.log import warm_start
 from search.run import Search
-from search.scoring import Rung, Score
+from search.scoring import Score
 from search.sensitivity import SEGMENTS
 from search.sensitivity import stages as search_stages
 from settings import SearchSettings
@@ -18,7 +18,6 @@ __all__ = [
     "UNUSABLE",
     "Candidate",
     "Genome",
-    "Rung",
     "Score",
     "Search",
     "SearchSettings",

@@ -68,25 +68,3 @@ class Genome:
         return [
             np.full(self.genes, i) for i in reversed(range(len(self.widths))) if self.widths[i] > 0
         ]
-
-    def levels(self) -> list[np.ndarray]:
-        """Monotone schedules of two and three widths, falling and rising over time.
-
-        Two-level switches at 1/8, 1/4, … of the chain and three-level ones at its thirds, for
-        neighbouring and for extreme widths, in a mixed order so that any first part is varied.
-        """
-        used = [i for i, w in enumerate(self.widths) if w > 0]
-        n = self.genes
-        rows = []
-        for share in (1 / 2, 1 / 4, 3 / 4, 1 / 8, 7 / 8, 3 / 8, 5 / 8):
-            for a in used:
-                for b in used:
-                    if a != b:
-                        cut = round(n * share)
-                        rows.append(np.repeat([a, b], [cut, n - cut]))
-        for i in range(len(used) - 2):
-            three = used[i : i + 3]
-            for order in (three, three[::-1]):
-                sizes = [n // 3, n // 3, n - 2 * (n // 3)]
-                rows.insert(2 * i, np.repeat(order, sizes))
-        return [genes for genes in rows if len(np.unique(genes)) > 1]

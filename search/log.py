@@ -27,8 +27,8 @@ class Header(TypedDict):
 class Scored(TypedDict):
     """search.jsonl, every other line: a scored candidate.
 
-    A schedule that was scored on fewer images or steps has the name of that rung, and one that has
-    no distance says why it is unusable.
+    A score on another noise than the search's own has that noise's name as its rung, and one that
+    has no distance says why it is unusable. Earlier versions also scored on fewer images or steps.
     """
 
     schedule: Widths
@@ -47,7 +47,7 @@ class SearchLog:
     """The file in which every scored candidate is a line at once; the main process writes it.
 
     identity: what a distance depends on; a log made under another one is refused. records:
-    (rung, widths) -> the line of each candidate.
+    (rung, widths) -> the line of each candidate; rung: "" for the search's own noise.
     """
 
     path: Path
@@ -106,7 +106,7 @@ def warm_start(path: str | Path, genome: Genome, count: int) -> list[WidthSchedu
         raise UserError(f"--search_warm_start={path}: is not a search log")
     scores = {}
     for record in candidates_of(records, path):
-        # The full setting's score, where there is one, replaces a lower rung's.
+        # The score on the search's own noise, where there is one, replaces others.
         if record["schedule"] not in scores or not record.get("rung"):
             scores[record["schedule"]] = (record["distance"], record.get("cost", 0.0))
     if not scores:

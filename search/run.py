@@ -14,7 +14,7 @@ from search.evolution import Evolution
 from search.front import Candidate, knee, pareto_front, usable
 from search.genome import Genome
 from search.log import SearchLog
-from search.scoring import OutOfTime, Rung, Score, Scorer
+from search.scoring import OutOfTime, Score, Scorer
 from search.sensitivity import Sensitivity
 from settings import SearchSettings
 
@@ -23,12 +23,10 @@ from settings import SearchSettings
 class Search:
     """One search in one folder.
 
-    score: the full setting. costs: the cost per step of each width (0 for width 0).
-    objective(distance, cost) -> number for the weighted search. identity: what a distance depends
-    on; a log made under another one is refused. start: schedules for the first population, before
-    the usual ones. ladder: cheaper rungs, the cheapest first: the search runs on that one, and the
-    best `ladder_keep` of its candidates climb to the next, and so on to the full setting. images:
-    of a score at the full setting, which --search_method=sensitivity has to know. say: prints.
+    costs: the cost per step of each width (0 for width 0). objective(distance, cost) -> number for
+    the weighted search. identity: what a distance depends on; a log made under another one is
+    refused. start: schedules for the first population, before the usual ones. images: of a score,
+    which --search_method=sensitivity has to know. say: prints.
     """
 
     settings: SearchSettings
@@ -39,31 +37,29 @@ class Search:
     folder: Path
     identity: Mapping[str, object]
     start: Sequence[WidthSchedule] = ()
-    ladder: Sequence[Rung] = ()
     seed: int = 0
     on_generation: Callable[[int, Sequence[Candidate]], None] | None = None
     images: int = 0
     say: Callable[[str], None] = print
-    correlations: list[dict] = field(default_factory=list, init=False)
     records: dict[tuple, dict] = field(default_factory=dict, init=False)  # the log's
 
     def run(self) -> list[Candidate]:
-        """Search; every candidate scored at the full setting, in the order of their making."""
+        """Search; every candidate, in the order of their making."""
         log = SearchLog(self.folder / "search.jsonl", self.identity)
         log.read()
         self.records = log.records
         minutes = self.settings.search_minutes
         end = time.monotonic() + 60 * minutes if minutes else None
         with progress(0, "search", "cand") as bar:
-            scorer = Scorer(self.genome, self.costs, log, bar, end)
+            scorer = Scorer(self.genome, self.score, self.costs, log, bar, end)
             try:
                 candidates, stopped = self._method(scorer).run(), False
             except OutOfTime:
-                candidates, stopped = scorer.known(""), True
+                candidates, stopped = scorer.known(), True
         if stopped and not candidates:
             raise UserError(
-                f"--search_minutes={minutes:g} was too short to score a candidate at the full "
-                "setting; the same command continues the search"
+                f"--search_minutes={minutes:g} was too short to score a candidate; the same "
+                "command continues the search"
             )
         if stopped:
             self.say(f"stopped after {minutes:g} minutes; the same command continues the search")
@@ -77,18 +73,13 @@ class Search:
 
     def _method(self, scorer: Scorer) -> Evolution | Sensitivity:
         if self.settings.search_method == "sensitivity":
-            if self.ladder:
-                raise UserError("--search_ladder: only with --search_method=evolution")
             return Sensitivity(
-                self.settings, self.seed, self.genome, scorer, self.score, self.images, self.start,
-                self._note, self.say,
+                self.settings, self.seed, self.genome, scorer, self.images, self.start, self._note,
+                self.say,
             )  # fmt: skip
-        evolution = Evolution(
-            self.settings, self.seed, self.genome, scorer, [*self.ladder, Rung("", self.score)],
-            self.objective, self.start, self._note,
-        )  # fmt: skip
-        self.correlations = evolution.correlations
-        return evolution
+        return Evolution(
+            self.settings, self.seed, self.genome, scorer, self.objective, self.start, self._note
+        )
 
     def best(self, candidates: Sequence[Candidate]) -> Candidate:
         """The candidate to use: the least weighted sum, the best within the budget, or the knee."""

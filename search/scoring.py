@@ -29,27 +29,20 @@ class Score(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Rung:
-    """A cheaper way to score, on fewer images or steps; `name` is what the log calls it."""
-
-    name: str
-    score: Score
-
-
 class OutOfTime(Exception):  # noqa: N818 - it is an end, not an error
     """The time for scoring is over; what was scored is in the log."""
 
 
 @dataclass
 class Scorer:
-    """Scores candidates, each at most once per log and rung.
+    """Scores candidates, each at most once per log and noise.
 
     costs: the cost per step of each width (0 for width 0). end: the time on the monotonic clock
     after which OutOfTime ends the scoring, where there is one.
     """
 
     genome: Genome
+    score: Score
     costs: Mapping[float, float]
     log: SearchLog
     bar: tqdm
@@ -59,19 +52,21 @@ class Scorer:
         """The mean cost of a step, or of a call where steps have two."""
         return average(schedule, self.genome.entries_for_calls(schedule), self.costs)
 
-    def candidates(self, rung: Rung, generations: Mapping[WidthSchedule, int]) -> list[Candidate]:
+    def candidates(
+        self, generations: Mapping[WidthSchedule, int], noise: int = 0
+    ) -> list[Candidate]:
         """A candidate for each schedule.
 
-        generations: schedule -> the generation that it was made in.
+        generations: schedule -> the generation that it was made in. noise: see Score.
         """
-        records = self.log.records
-        new = [s for s in generations if (rung.name, s.widths) not in records]
+        records, name = self.log.records, f"noise {noise}" if noise else ""
+        new = [s for s in generations if (name, s.widths) not in records]
         self.bar.update(len(generations) - len(new))
-        for index, scores in rung.score(new) if new else ():
+        for index, scores in self.score(new, noise) if new else ():
             schedule = new[index]
             record = {
                 "generation": generations[schedule],
-                "rung": rung.name,
+                "rung": name,
                 "schedule": list(schedule.widths),
                 "cost": self.cost(schedule),
                 **scores,
@@ -84,18 +79,18 @@ class Scorer:
             # One process decides, so that all stop after the same candidate.
             if self.end and distributed.gather(time.monotonic() > self.end)[0]:
                 raise OutOfTime
-        return [self._candidate(rung.name, s, g) for s, g in generations.items()]
+        return [self._candidate(name, s, g) for s, g in generations.items()]
 
-    def known(self, rung: str) -> list[Candidate]:
-        """All candidates that the log has of a rung."""
+    def known(self) -> list[Candidate]:
+        """All candidates that the log has of the search's own noise."""
         steps = self.genome.timesteps
         keys = None if len(steps) == self.genome.T else steps
         return [
-            self._candidate(rung, WidthSchedule(widths, keys), record.get("generation", 1))
+            self._candidate("", WidthSchedule(widths, keys), record.get("generation", 1))
             for (name, widths), record in self.log.records.items()
-            if name == rung and len(widths) == len(steps) and self.costs.keys() >= set(widths)
+            if not name and len(widths) == len(steps) and self.costs.keys() >= set(widths)
         ]
 
-    def _candidate(self, rung: str, schedule: WidthSchedule, generation: int) -> Candidate:
-        record = self.log.records[rung, schedule.widths]
+    def _candidate(self, name: str, schedule: WidthSchedule, generation: int) -> Candidate:
+        record = self.log.records[name, schedule.widths]
         return Candidate(schedule, record["distance"], self.cost(schedule), generation, record)

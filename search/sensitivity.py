@@ -30,7 +30,7 @@ from model import WidthSchedule
 from search.additive import Belief, exact_front, settled, stakes
 from search.front import Candidate, hypervolume, pareto_front
 from search.genome import Genome
-from search.scoring import Rung, Score, Scorer
+from search.scoring import Scorer
 from settings import SearchSettings
 
 SEGMENTS = 12  # genes, where --num_segments does not say
@@ -45,14 +45,13 @@ FRESH = 32  # number of the first noise that no part of the search has seen
 class Sensitivity:
     """See the file's first lines.
 
-    images: of a score at the full setting. start: schedules that are scored with the table.
+    images: of a score. start: schedules that are scored with the table.
     """
 
     settings: SearchSettings
     seed: int
     genome: Genome
     scorer: Scorer
-    score: Score
     images: int
     start: Sequence[WidthSchedule] = ()
     on_generation: Callable[[int, Sequence[Candidate]], None] | None = None
@@ -184,10 +183,8 @@ class Sensitivity:
         noises = max(1, round(images / self.images))
         self.scorer.bar.total = self.scorer.bar.n + noises * len(left)
         for noise in range(noises):
-            rung = Rung(
-                f"noise {FRESH + noise}", functools.partial(self.score, noise=FRESH + noise)
-            )
-            scored = self.scorer.candidates(rung, {c.schedule: c.generation for c in left})
+            generations = {c.schedule: c.generation for c in left}
+            scored = self.scorer.candidates(generations, FRESH + noise)
             for c in scored:
                 logs.setdefault(c.schedule, []).append(math.log(c.distance))
             own, paired = _spread([logs[c.schedule] for c in scored], noise_error)
@@ -227,9 +224,8 @@ class Sensitivity:
     # --- how ---
 
     def _add(self, schedules: Sequence[WidthSchedule], generation: int) -> None:
-        """Score schedules at the full setting."""
-        rung = Rung("", self.score)
-        for c in self.scorer.candidates(rung, dict.fromkeys(schedules, generation)):
+        """Score schedules on the search's own noise."""
+        for c in self.scorer.candidates(dict.fromkeys(schedules, generation)):
             self.candidates.setdefault(c.schedule, c)
 
     def _generation(self, number: int) -> None:

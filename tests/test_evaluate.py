@@ -8,16 +8,14 @@ import pytest
 import torch
 from conftest import tiny_network
 from scipy.linalg import sqrtm
-from test_generate import LEVELS, SHAPE, T, evaluator, sampler
+from test_generate import LEVELS, SHAPE, T, evaluator
 from torch import Tensor
 
 import score
-from commands.search import scores_of
 from diffusion import sample_ddpm
-from model import WidthSchedule, latency, sampling_networks
+from model import latency, sampling_networks
 from runtime.files import Unfinished
 from sampling.noise import SAMPLING, ImageNoise
-from sampling.protocol import timesteps
 
 
 def test_distance_by_hand() -> None:
@@ -118,17 +116,6 @@ def test_a_stopped_score_goes_on(tmp_path: Path, damage: str | None) -> None:
     assert torch.equal(again, images)
     place.remove()
     assert not list(tmp_path.iterdir())
-
-
-def test_a_rung_without_any_of_a_schedules_steps() -> None:
-    scoring = evaluator(sampler=sampler("ddim", sample_steps=3))
-    steps = timesteps(scoring.generator.sampler)
-    none = WidthSchedule([0.0 if t in steps else 0.5 for t in range(T)])
-    last = WidthSchedule([0.5 if t == steps[0] else 0.0 for t in range(T)])
-    ((_, scores),) = scores_of(scoring)([none])
-    ((_, expected),) = scores_of(scoring)([last])
-    assert scores["distance"] == expected["distance"]
-    assert scores["passes"] == 8
 
 
 def test_latency_is_a_time_per_image() -> None:

@@ -64,7 +64,20 @@ def test_published_defaults_and_choices() -> None:
     for name, choices in (("mean_type", "epsilon xprev xstart"), ("var_type", "fixedlarge "
                           "fixedsmall")):  # fmt: skip
         assert set(choices.split()) <= set(flags.FLAGS[name].parser.enum_values)
-    assert "no longer" in flags.FLAGS["fid_use_torch"].help
+
+
+@pytest.mark.parametrize("words", ["--fid_use_torch", "--level_seeds", "--surrogate=64",
+                                   "--search_ladder=512x25", "--distance_limit=1.5"])  # fmt: skip
+def test_retired_options_are_read_and_said(run_folder: Path, words: str) -> None:
+    """Also where a flagfile of an earlier version has them; unless they were off there."""
+    name = words.partition("=")[0]
+    Path("old.txt").write_text(f"{words}\n")
+    Path("off.txt").write_text("--nolevel_seeds\n--surrogate=0\n--search_ladder=\n")
+    common = ["--profile", "--logdir=run", "--device=cpu"]
+    assert f"{name} no longer does anything" in run_main(*common, "--flagfile=old.txt").out
+    result = run_main(*common, "--flagfile=off.txt")
+    assert result.status == 0
+    assert "no longer" not in result.out
 
 
 def test_an_option_has_one_owner() -> None:
@@ -313,7 +326,7 @@ def test_numbers_that_evaluation_cannot_use(
     [
         "--pop_size=0", "--pop_size=1", "--num_generation=0", "--mutation_prob=-0.1",
         "--mutation_prob=2", "--mutation_prob=nan", "--fid_weight=-1", "--macs_weight=nan",
-        "--state_memory=1000000000", "--surrogate=1000000000", "--search_ladder=10x0",
+        "--state_memory=1000000000", "--pop_size=1000000000",
     ],
 )  # fmt: skip
 def test_numbers_that_search_cannot_use(refused: Refused, run_folder: Path, argument: str) -> None:

@@ -14,7 +14,7 @@ from test_search import COSTS, IDENTITY, WIDTHS, lines, summary
 
 from model import WidthSchedule
 from runtime.errors import UserError
-from search import Candidate, Genome, Rung, Search, SearchSettings, hypervolume, pareto_front
+from search import Candidate, Genome, Search, SearchSettings, hypervolume, pareto_front
 from search.additive import Belief, exact_front, settled, stakes
 
 GENES = 8
@@ -52,9 +52,7 @@ def true_distance(widths: Sequence[float]) -> float:
 
 
 def make(folder: Path, score: Landscape | None = None, **changes: object) -> Search:
-    extra = {
-        k: changes.pop(k) for k in ("genome", "ladder", "say", "start", "seed") if k in changes
-    }
+    extra = {k: changes.pop(k) for k in ("genome", "say", "start", "seed") if k in changes}
     settings = dict(
         search_method="sensitivity", search_objective="pareto", num_generation=10, pop_size=8
     )
@@ -219,13 +217,11 @@ def test_steps_can_be_skipped(tmp_path: Path) -> None:
     assert all(any(widths) for _, widths in score.scored)
 
 
-def test_given_starts_are_scored_and_ladders_refused(tmp_path: Path) -> None:
+def test_given_starts_are_scored(tmp_path: Path) -> None:
     start = WidthSchedule([0.25, 1.0] * (GENES // 2))
     job = make(tmp_path, start=[start], num_generation=1)
     job.run()
     assert ("", start.widths) in job.records
-    with pytest.raises(UserError, match="--search_ladder"):
-        make(tmp_path, ladder=[Rung("coarse", Landscape())]).run()
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -310,4 +306,4 @@ def test_plan(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.search(r"fresh noise: 10 candidates × 16 images × 10 .*, about 1\.6 s", said)
     assert "uniform widths, table, 1 of 2 generations of proposals" in said
     said = run_main(*search, f"--search_minutes={0.7 / 60}").out  # a generation takes 0.32 s
-    assert "2 of 3 generations of full setting" in said
+    assert "2 of 3 generations of evolution" in said
