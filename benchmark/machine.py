@@ -11,6 +11,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -94,6 +95,13 @@ def spread(seconds: Sequence[float], images: int) -> str:
 def gain(before: Sequence[float], after: Sequence[float]) -> str:
     """How many times as fast."""
     return f"{statistics.median(before) / statistics.median(after):.2f}×"
+
+
+def main_py(*arguments: object) -> None:
+    """Run main.py, and stop where it stops."""
+    code = subprocess.run([sys.executable, ROOT / "main.py", *map(str, arguments)]).returncode
+    if code:
+        sys.exit(code)
 
 
 def save(path: str | Path, result: Mapping[str, object]) -> None:
