@@ -135,9 +135,14 @@ class Gaussian:
 def _factor(sigma: torch.Tensor) -> torch.Tensor:
     """F (D, rank) of a semidefinite sigma (D, D) = F Fᵀ.
 
-    Cholesky's with the largest pivot first, until what is left is rounding: the covariance of N
-    images has a rank below N, and as full-size zeros its eigenvalues would be noise of 1e-8.
+    Where Cholesky's meets no pivot that could be rounding, that; otherwise with the largest pivot
+    first, until what is left is rounding: the covariance of N images has a rank below N, and the
+    roots of what its zeros are rounded to would add up.
     """
+    factor, failed = torch.linalg.cholesky_ex(sigma)
+    rounding = len(sigma) * torch.finfo(sigma.dtype).eps * sigma.diagonal().max()
+    if not failed and factor.diagonal().min().square() > rounding:
+        return factor
     lower, pivots, rank, _ = scipy.linalg.lapack.dpstrf(sigma.cpu().numpy(), lower=1)
     factor = np.empty_like(lower)
     factor[pivots - 1] = np.tril(lower)
