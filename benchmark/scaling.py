@@ -43,12 +43,11 @@ def work(file: Path, repeats: int) -> None:
         ]
         trainer = make_trainer(model, build.load_images(model.config))
         network, (x_0, _) = trainer.wrapped(), next(trainer.batches(0))
-        search = machine.in_turns({"search": lambda: list(evaluator.score_all(schedules))}, repeats)
-        step = {"training": lambda: trainer.train_step(network, x_0)}
+        search = {"search": lambda: list(evaluator.score_all(schedules))}
+        training = {"training": lambda: trainer.train_step(network, x_0)}
+        seconds = machine.in_turns(search, repeats) | machine.in_turns(training, 4 * repeats)
         if processes.is_main():
-            write_json(file, search | machine.in_turns(step, 4 * repeats))
-        else:
-            machine.in_turns(step, 4 * repeats)
+            write_json(file, seconds)
 
 
 def launch(count: int, repeats: int) -> dict[str, list[float]]:
