@@ -9,7 +9,6 @@ results/benchmark/classes.json.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,26 +20,25 @@ from sklearn.svm import SVC
 
 import build
 import dataset as data
-from benchmark.machine import describe
+from benchmark import machine
+from benchmark.recipe import CONFIG
 from evaluate import Evaluator
 from looks import table
-from runtime.files import save_grid, write_json
+from runtime.files import save_grid
 from settings import Configuration
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS, IMAGES = 1000, 1000
 WIDTHS = (1.0, 0.5, 0.25)
+COLUMNS = ("guidance", "width", "agreement", "distance")
 GUIDANCE = (0.0, 1.0, 2.0, 3.0)
 
 
 def train(folder: Path) -> None:
     """The recipe of config/digits.txt with classes."""
-    arguments = ["--train", f"--flagfile={ROOT / 'config' / 'digits.txt'}", "--num_classes=10",
-                 f"--logdir={folder}", f"--total_steps={STEPS}", "--guidance_scale=2",
-                 "--sample_size=100", "--save_step=250"]  # fmt: skip
-    code = subprocess.run([sys.executable, str(ROOT / "main.py"), *arguments]).returncode
-    if code:
-        sys.exit(code)
+    machine.main_py(
+        "--train", f"--flagfile={CONFIG / 'digits.txt'}", "--num_classes=10", f"--logdir={folder}",
+        f"--total_steps={STEPS}", "--guidance_scale=2", "--sample_size=100", "--save_step=250",
+    )  # fmt: skip
 
 
 def features(images: torch.Tensor) -> np.ndarray:
@@ -92,30 +90,21 @@ def run(folder: Path) -> None:
     train(folder)
     judge, held_out = classifier()
     found = list(measured(judge, evaluator(folder), folder))
-    write_json(
-        ROOT / "results" / "benchmark" / "classes.json",
-        {
-            "data": "digits, 8×8",
-            "training_steps": STEPS,
-            "images": IMAGES,
-            "sampler": "ddpm, 25 steps",
-            "classifier": "sklearn.svm.SVC, trained on all digits",
-            "classifier_accuracy_held_out": held_out,
-            "distance": "Fréchet distance (pixels)",
-            "results": found,
-            "machine": describe(),
-        },
-    )
+    about = {
+        "data": "digits, 8×8",
+        "training_steps": STEPS,
+        "images": IMAGES,
+        "sampler": "ddpm, 25 steps",
+        "classifier": "sklearn.svm.SVC, trained on all digits",
+        "classifier_accuracy_held_out": held_out,
+        "distance": "Fréchet distance (pixels)",
+    }
+    machine.save(machine.RESULTS / "classes.json", about | {"measured": found})
     rows = [
-        [
-            f"{r['guidance']:g}",
-            f"{r['width']:g}",
-            f"{100 * r['agreement']:.1f} %",
-            f"{r['distance']:.3f}",
-        ]
+        [f"{r[k]:{form}}" for k, form in zip(COLUMNS, ("g", "g", ".1%", ".3f"), strict=True)]
         for r in found
     ]
-    print(table(["guidance", "width", "agreement", "distance"], rows))
+    print(table(COLUMNS, rows))
     print(f"the classifier itself, on digits that it has not seen: {100 * held_out:.1f} %")
 
 

@@ -9,7 +9,6 @@ train, search, evaluate. Writes results/benchmark/latents.json; a second run in 
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,12 +18,13 @@ from tqdm import trange
 
 import dataset as data
 import score
-from benchmark.machine import describe
+from benchmark import machine
+from benchmark.machine import main_py
+from benchmark.recipe import CONFIG
 from dataset.latents import Autoencoder
 from looks import table
-from runtime.files import read_json, write_json
+from runtime.files import read_json
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZE, AUTOENCODER_STEPS, STEPS, IMAGES = 16, 400, 600, 500
 
 
@@ -67,19 +67,13 @@ def reconstruction(folder: Path) -> float:
     return score.frechet_distance(ours.mean, ours.covariance, theirs.mean, theirs.covariance)
 
 
-def main_py(*arguments: str) -> None:
-    code = subprocess.run([sys.executable, str(ROOT / "main.py"), *arguments]).returncode
-    if code:
-        sys.exit(code)
-
-
 def run(folder: Path) -> None:
     start = time.perf_counter()
     vae = folder / "vae"
     train_autoencoder(vae)
     logdir = f"--logdir={folder / 'run'}"
     main_py(
-        "--train", f"--flagfile={ROOT / 'config' / 'digits.txt'}", f"--img_size={SIZE}", logdir,
+        "--train", f"--flagfile={CONFIG / 'digits.txt'}", f"--img_size={SIZE}", logdir,
         f"--latent_vae={vae}", f"--data_root={folder}", f"--total_steps={STEPS}",
         "--batch_size=32", f"--sample_step={STEPS}",
     )  # fmt: skip
@@ -96,19 +90,17 @@ def run(folder: Path) -> None:
              "searched": "eval_stepaware"}  # fmt: skip
     found = {name: read_json(folder / "run" / f"{file}.json") for name, file in files.items()}
     kept = ("distance", "average_gflops", "saving", "images_per_second", "decoder")
-    write_json(
-        ROOT / "results" / "benchmark" / "latents.json",
-        {
-            "data": f"digits, {SIZE}×{SIZE} in 4×8×8 latents",
-            "training_steps": STEPS,
-            "images": IMAGES,
-            "distance": found["width 1"]["label"],
-            "distance_of_reconstructions": reconstruction(vae),
-            "results": {name: {k: r[k] for k in kept} for name, r in found.items()},
-            "seconds": time.perf_counter() - start,
-            "machine": describe(),
-        },
-    )
+    best = reconstruction(vae)
+    about = {
+        "data": f"digits, {SIZE}×{SIZE} in 4×8×8 latents",
+        "training_steps": STEPS,
+        "images": IMAGES,
+        "distance": found["width 1"]["label"],
+        "distance_of_reconstructions": best,
+        "seconds": time.perf_counter() - start,
+    }
+    measured = {name: {k: r[k] for k in kept} for name, r in found.items()}
+    machine.save(machine.RESULTS / "latents.json", about | {"measured": measured})
     rows = [
         [
             name,
@@ -120,7 +112,7 @@ def run(folder: Path) -> None:
         for name, r in found.items()
     ]
     print(table(["", "distance", "GFLOPs / step", "saved", "decoder, once"], rows))
-    print(f"encoded and decoded digits themselves: {reconstruction(vae):.3f}")
+    print(f"encoded and decoded digits themselves: {best:.3f}")
 
 
 if __name__ == "__main__":

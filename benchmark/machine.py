@@ -1,15 +1,24 @@
-"""Times, and the JSON of a result with what it was measured on."""
+"""Times, and the JSON of a result with what it was measured on.
+
+A result of sampling.py, training.py and scaling.py is {"measured": […], "machine": …}, where each
+record says what was done and has the seconds of every repeat.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
+import statistics
 import subprocess
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from model import keep_freed
 from runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +57,51 @@ def commit() -> str:
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def arguments(about: str, name: str) -> argparse.ArgumentParser:
+    """What the benchmarks of speed have in common; `name` is the result's."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
+    return parser
+
+
+def in_turns(works: Mapping[Hashable, Callable[[], object]], repeats: int) -> dict[Hashable, list]:
+    """Seconds of every repeat of each, in turns, so that a busy moment meets all alike. A first
+    call of each, which allocates and compiles, does not count.
+
+    What is called published has the C library's usual heap, everything else the one of main.py.
+    """
+    times: dict[Hashable, list[float]] = {key: [] for key in works}
+    for turn in range(repeats + 1):
+        for key, work in works.items():
+            keep_freed("published" not in str(key))
+            start = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn:
+                times[key].append(time.perf_counter() - start)
+    return times
+
+
+def spread(seconds: Sequence[float], images: int) -> str:
+    """Milliseconds an image: the median, and from the least to the most."""
+    times = sorted(1000 * s / images for s in seconds)
+    return f"{statistics.median(times):.4g} ({times[0]:.4g}–{times[-1]:.4g})"
+
+
+def gain(before: Sequence[float], after: Sequence[float]) -> str:
+    """How many times as fast."""
+    return f"{statistics.median(before) / statistics.median(after):.2f}×"
+
+
+def main_py(*arguments: object) -> None:
+    """Run main.py, and stop where it stops."""
+    code = subprocess.run([sys.executable, ROOT / "main.py", *map(str, arguments)]).returncode
+    if code:
+        sys.exit(code)
 
 
 def save(path: str | Path, result: Mapping[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""What the benchmarks compare with: the published way of sampling and training, and its network.
+"""What the benchmarks compare with: the published way of sampling and training.
 
 Weights are sliced at every call; float32, contiguous, eager; noise from the global generator; plain
 Adam; one EMA update a parameter.
@@ -12,52 +12,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-import build
 import diffusion
-from build import Model
-from model import SlimmableUNet
-from settings import Configuration
-
-WIDTHS = (1.0, 0.75, 0.5, 0.25)
-CIFAR10 = diffusion.NoiseSchedule(1e-4, 0.02, 1000)
-SHAPE = (3, 32, 32)
 
 
-def cifar10_network() -> SlimmableUNet:
-    """The published CIFAR-10 supernet, 35.87 M parameters, with random weights."""
-    torch.manual_seed(0)
-    return SlimmableUNet(1000, 128, (1, 2, 2, 2), (1,), 2, 0.1)
+@torch.inference_mode()
+def step(net: nn.Module, width: float, levels: diffusion.NoiseSchedule, x: Tensor) -> Tensor:
+    """An ancestral step from noise like x (B, C, H, W), by the supernet itself."""
 
+    def denoise(x: Tensor, t: int) -> Tensor:
+        return net(x, torch.full((len(x),), t, device=x.device), width)
 
-DIGITS = {
-    "T": 100, "beta_1": 1e-3, "beta_T": 0.2, "ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1,
-    "dropout": 0.0, "num_groups": 8, "img_size": 8, "dataset": "digits", "fid_encoder": "pixels",
-}  # fmt: skip
-
-
-def untrained(in_ch: int, device: torch.device, **options: object) -> Model:
-    """A supernet of these options with random weights; the defaults are CIFAR-10's."""
-    config = Configuration.of(slimmable_unet=True, sandwich=True, **options)
-    net = build.own_network(config, device, in_ch).to(device)
-    return Model(net, config, device)
-
-
-class Denoiser:
-    """`denoise(x, t)` by the supernet itself at the schedule's width of t."""
-
-    def __init__(self, net: nn.Module, schedule: Sequence[float]) -> None:
-        self.net, self.schedule = net, schedule
-
-    def __call__(self, x: Tensor, t: int) -> Tensor:
-        steps = torch.full((len(x),), t, device=x.device, dtype=torch.long)
-        return self.net(x, steps, self.schedule[t])
+    noise = torch.randn_like(x)
+    return diffusion.sample_ddpm(denoise, noise, levels, noise=torch.randn_like, steps=[0])
 
 
 class Training:
     """Sandwich steps."""
 
-    def __init__(self, net: nn.Module, device: torch.device, lr: float = 2e-4) -> None:
-        self.net = net.to(device).train()
+    def __init__(self, net: nn.Module, levels: diffusion.NoiseSchedule, lr: float = 2e-4) -> None:
+        self.net, self.levels = copy.deepcopy(net).train(), levels
         self.ema = copy.deepcopy(self.net)
         self.optim = torch.optim.Adam(self.net.parameters(), lr=lr, foreach=False, fused=False)
 
@@ -65,9 +38,9 @@ class Training:
         """One update on a batch (B, C, H, W)."""
         self.optim.zero_grad()
         for width in widths:
-            t = torch.randint(CIFAR10.T, (len(x_0),), device=x_0.device)
+            t = torch.randint(self.levels.T, (len(x_0),), device=x_0.device)
             noise = torch.randn_like(x_0)
-            x_t = CIFAR10.q_sample(x_0, t, noise)
+            x_t = self.levels.q_sample(x_0, t, noise)
             nn.functional.mse_loss(self.net(x_t, t, width), noise).backward()
         nn.utils.clip_grad_norm_(self.net.parameters(), 1.0, foreach=False)
         self.optim.step()

@@ -1,98 +1,57 @@
-"""One sandwich training step of the CIFAR-10 network, the published way and ours, in one run.
+"""A sandwich training step of the CIFAR-10 network, the published way and ours, in one run.
 
-python -m benchmark.training [FILE.json] [--quick] [--batch 64]
+python -m benchmark.training [--batches 16,64] [--repeats 5] [--out FILE.json]
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
-import statistics
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch import Tensor
 
-from benchmark import naive
-from benchmark.machine import describe
-from benchmark.sampling import NOT_MEASURED, seconds
+from benchmark import machine, naive
+from benchmark.recipe import untrained
 from commands.train import make_trainer
 from looks import table
-from model import arithmetic, keep_freed
-from runtime.files import write_json
+from model import arithmetic
 
 
-def our_step(
-    chosen: str, batch: int, device: torch.device, compiled: bool
-) -> Callable[[torch.Tensor], None]:
-    """Our training step in one arithmetic, as a function of a batch."""
-    model = naive.untrained(3, device, batch_size=batch, compile=compiled, amp="auto")
-    trainer = make_trainer(model, None)
-    trainer.choose_arithmetic = lambda: chosen
-    network = trainer.wrapped()
-    return lambda x_0: trainer.train_step(network, x_0)
-
-
-def measure(batch: int, repeats: int, device: torch.device) -> dict:
-    """Median seconds of a step over the same widths; every arithmetic that is worth a try."""
-    net = naive.cifar10_network()
-    chosen = arithmetic.chosen_for_training(net, "auto", naive.SHAPE, device)
-    old = naive.Training(copy.deepcopy(net), device)
-    ours = make_trainer(naive.untrained(3, device), None)
-    widths = iter([ours.widths_of(step) for step in range(repeats + 1)])
-    on_gpu = device.type == "cuda"
-    works = {"naive": lambda x: old.step(x, next(widths))}
-    if chosen != "float32":
-        works["ours, float32"] = our_step("float32", batch, device, False)
-    works[f"ours, {chosen}"] = our_step(chosen, batch, device, False)
-    if on_gpu:
-        works[f"ours, {chosen}, compiled"] = our_step(chosen, batch, device, True)
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats + 1):
-        x_0 = torch.rand(batch, *naive.SHAPE, device=device) * 2 - 1
-        for name, work in works.items():
-            keep_freed(name != "naive")  # the published code has the C library's usual heap
-            times[name].append(seconds(lambda work=work, x_0=x_0: work(x_0), device))
-    # The first step of each also allocates (and compiles).
-    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
-    return {
-        "batch": batch,
-        "steps": repeats,
-        "arithmetic": chosen,
-        "seconds": medians,
-        "images_per_second": {name: batch / s for name, s in medians.items()},
-    }
-
-
-def show(result: Mapping) -> None:
-    """A table for each device."""
-    for device in ("cpu", "gpu"):
-        r = result[device]
-        if isinstance(r, str):
-            print(f"\n{device}: {r}")
-            continue
-        naively = r["images_per_second"]["naive"]
-        rows = [
-            [name, f"{1000 / rate:.4g}", f"{rate:.4g}", f"{rate / naively:.2f}×"]
-            for name, rate in r["images_per_second"].items()
-        ]
-        print(f"\n{device}: a sandwich step of three widths, batch {r['batch']}")
-        print(table(["", "ms / image", "images/s", "of naive"], rows))
+def our_step(name: str, batch: int, compiled: bool = False) -> Callable[[Tensor], object]:
+    """Our training step in one arithmetic."""
+    flags = (f"--batch_size={batch}", f"--compile={compiled}")
+    trainer = make_trainer(untrained("slimmable_CIFAR10", *flags), None)
+    trainer.choose_arithmetic = lambda: name
+    return partial(trainer.train_step, trainer.wrapped())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", nargs="?", default="results/benchmark/training.json")
-    parser.add_argument("--quick", action="store_true", help="one step of each")
-    parser.add_argument("--batch", type=int, default=64, help="images a step on a CPU")
+    parser = machine.arguments(__doc__, "training")
+    parser.add_argument("--batches", default="16,64")
     given = parser.parse_args()
-    batch, repeats = (2, 1) if given.quick else (given.batch, 3)
-    result: dict[str, object] = {"machine": describe(), "quick": given.quick}
-    result["cpu"] = measure(batch, repeats, torch.device("cpu"))
-    on_gpu = torch.cuda.is_available()
-    result["gpu"] = measure(128, 20, torch.device("cuda")) if on_gpu else NOT_MEASURED
-    show(result)
-    write_json(given.file, result)
-    print(f"saved {given.file}")
+    model, measured, rows = untrained("slimmable_CIFAR10"), [], []
+    shape, device = model.image_shape, model.device
+    auto = arithmetic.chosen_for_training(model.net, "auto", shape, device)
+    for batch in map(int, given.batches.split(",")):
+        steps = {auto: our_step(auto, batch)}
+        if device.type == "cuda":
+            steps[f"{auto}, compiled"] = our_step(auto, batch, True)
+        x_0 = torch.rand(batch, *shape, device=device) * 2 - 1
+        old = naive.Training(model.net, model.levels)
+        # The widths that our steps draw.
+        widths = map(make_trainer(model, None).widths_of, itertools.count())
+        works = {"published": lambda old=old, x=x_0, widths=widths: old.step(x, next(widths))}
+        works |= {name: partial(step, x_0) for name, step in steps.items()}
+        # One after the other: a step finds the pages of the one before it only if that was its own.
+        times = {n: machine.in_turns({n: works[n]}, given.repeats)[n] for n in works}
+        for name, seconds in times.items():
+            measured.append({"program": name, "batch": batch, "seconds": seconds})
+            faster = machine.gain(times["published"], seconds)
+            rows.append([name, str(batch), machine.spread(seconds, batch), faster])
+    print(table(["", "batch", "ms an image", "gain"], rows))
+    machine.save(given.out, {"measured": measured})
 
 
 if __name__ == "__main__":

@@ -4,14 +4,12 @@ This file knows numbers only: not which network made the features, nor where ima
 Everything is computed in float64 on the device where the features lie.
 """
 
-import functools
 import hashlib
 
 import numpy as np
 import scipy.linalg
 import torch
 
-from runtime import processes
 from runtime.errors import UserError
 
 Array = np.ndarray | torch.Tensor
@@ -95,7 +93,7 @@ class Moments:
 
 
 class Gaussian:
-    """What Fréchet distances are measured from; the root of its covariance is taken once.
+    """What Fréchet distances are measured from.
 
     mu (D,), sigma (D, D) symmetric; arrays or tensors of any float type, float64 on `device` here.
     source: the file that they are from. ValueError for shapes that don't fit and for numbers that
@@ -119,48 +117,44 @@ class Gaussian:
         numbers = torch.cat([self.mu.flatten(), self.sigma.flatten()]).cpu().numpy()
         return hashlib.sha256(numbers.tobytes()).hexdigest()[:16]
 
-    @functools.cached_property
-    def root(self) -> torch.Tensor:
-        """The symmetric root of sigma (D, D), taken when it is first needed."""
-        values, vectors = _eigh(self.sigma)
-        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-
-    def share_root(self) -> None:
-        """Have one process take the root for all; every process has to call this."""
-        if processes.world() > 1:
-            root = self.root.cpu() if processes.is_main() else None
-            self.root = processes.gather(root)[0].to(self.sigma.device)
-
     def distance(self, mu: Array, sigma: Array) -> float:
-        """|μ1 − μ2|² + tr(Σ1 + Σ2 − 2 (√Σ1 Σ2 √Σ1)^½) to another one (Dowson & Landau 1982).
+        """|μ1 − μ2|² + tr(Σ1 + Σ2 − 2 (Σ1 Σ2)^½) to another one (Dowson & Landau 1982).
 
-        The symmetric form has real eigenvalues only; those that rounding pushes below 0 count as 0,
-        so singular covariances are welcome.
+        Where Σ2 = F Fᵀ, Σ1 Σ2 has the eigenvalues of the symmetric Fᵀ Σ1 F, and zeros. Those that
+        rounding pushes below 0 count as 0, so singular covariances are welcome.
         """
         mu, sigma = _moments(mu, sigma, self.mu.device)
         if len(mu) != self.dim:
             raise ValueError(f"expected {self.dim} dimensions, got {len(mu)}")
-        product = self.root @ sigma @ self.root
-        overlap = _eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+        factor = _factor(sigma)
+        overlap = _eigvalsh(factor.T @ self.sigma @ factor).clamp(min=0).sqrt().sum()
         apart = (mu - self.mu).square().sum()
         return max(0.0, float(apart + self.sigma.trace() + sigma.trace() - 2 * overlap))
 
 
-def _eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues (D,), rising, and eigenvectors in the columns (D, D) of a symmetric matrix.
+def _factor(sigma: torch.Tensor) -> torch.Tensor:
+    """F (D, rank) of a semidefinite sigma (D, D) = F Fᵀ.
 
-    LAPACK's divide and conquer, which torch calls, now and then gives up where many eigenvalues are
-    equal, as those of few images' covariances are (0); the slower QR iteration does not.
+    Where Cholesky's meets no pivot that could be rounding, that; otherwise with the largest pivot
+    first, until what is left is rounding: the covariance of N images has a rank below N, and the
+    roots of what its zeros are rounded to would add up.
     """
-    try:
-        return torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError:
-        values, vectors = scipy.linalg.eigh(matrix.cpu().numpy(), driver="ev")
-        return torch.as_tensor(values).to(matrix), torch.as_tensor(vectors).to(matrix)
+    factor, failed = torch.linalg.cholesky_ex(sigma)
+    rounding = len(sigma) * torch.finfo(sigma.dtype).eps * sigma.diagonal().max()
+    if not failed and factor.diagonal().min().square() > rounding:
+        return factor
+    lower, pivots, rank, _ = scipy.linalg.lapack.dpstrf(sigma.cpu().numpy(), lower=1)
+    factor = np.empty_like(lower)
+    factor[pivots - 1] = np.tril(lower)
+    return torch.as_tensor(factor[:, :rank]).to(sigma)
 
 
 def _eigvalsh(matrix: torch.Tensor) -> torch.Tensor:
-    """Eigenvalues (D,) of a symmetric matrix, rising; see `_eigh`."""
+    """Eigenvalues (D,) of a symmetric matrix, rising.
+
+    LAPACK's divide and conquer, which torch calls, now and then gives up where many eigenvalues are
+    equal; the slower QR iteration does not.
+    """
     try:
         return torch.linalg.eigvalsh(matrix)
     except torch.linalg.LinAlgError:

@@ -64,10 +64,10 @@ def load_or_compute(
 ) -> Gaussian:
     """Mean (dim,) and covariance (dim, dim) of a data set's features, from the file `path`.
 
-    On the encoder's device, and with a root that one process takes for all. Where there is no such
-    file, all processes compute it together and go on after a kill. A file that says which images it
-    is of must be of these. One that doesn't is believed, as is any where `images` raises
-    UnavailableError, and `say` is told so, in the main process.
+    On the encoder's device. Where there is no such file, all processes compute it together and go
+    on after a kill. A file that says which images it is of must be of these. One that doesn't is
+    believed, as is any where `images` raises UnavailableError, and `say` is told so, in the main
+    process.
 
     about: what the file is for, besides encoder and images (dataset, img_size, split).
     description: for the bar.
@@ -94,9 +94,7 @@ def load_or_compute(
     agree(path, stored, {"encoder": encoder.name, **about}, REMEDY)
     if doubt and processes.is_main():
         say(f"statistics in {path} are believed: {doubt}")
-    gaussian = Gaussian(mu, sigma, encoder.device, str(path))
-    gaussian.share_root()
-    return gaussian
+    return Gaussian(mu, sigma, encoder.device, str(path))
 
 
 def _compute(
