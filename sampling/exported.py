@@ -68,21 +68,28 @@ def in_diffusers(sampler: Sampler, steps: Sequence[int]) -> DiffusersChain:
         )
         return _checked(sampler, steps, scheduler, kept, {})
     if s.sampler == "ddim":
-        gap = levels.T // len(steps)  # of its steps, whichever timesteps it visits
-        scheduler = diffusers.DDIMScheduler(
-            clip_sample=s.clip_denoised,
-            timestep_spacing="leading" if steps[-1] == 0 else "trailing",
+        gap = levels.T // len(steps)  # DDIMScheduler's, whichever timesteps it visits
+        if all(t - following == gap for t, following in itertools.pairwise(steps)):
+            spacing = "leading" if steps[-1] == 0 else "trailing"
+            scheduler = diffusers.DDIMScheduler(
+                clip_sample=s.clip_denoised, timestep_spacing=spacing, **settings
+            )
+            options = {"eta": s.eta, "use_clipped_model_output": s.clip_denoised}
+            return _checked(sampler, steps, scheduler, {"num_inference_steps": len(steps)}, options)
+        if s.eta not in (0, 1):
+            raise _cannot(
+                f"--eta={s.eta:g}: diffusers has ddim's steps of unequal length for 0 and 1 alone; "
+                f"or use a --sample_steps that divides --T={levels.T}"
+            )
+        # DDIM is the first order of DPM-Solver++ (Lu et al. 2022, section 4).
+        scheduler = diffusers.DPMSolverMultistepScheduler(
+            solver_order=1,
+            algorithm_type="sde-dpmsolver++" if s.eta else "dpmsolver++",
+            thresholding=s.clip_denoised,  # with this largest value: clips
+            sample_max_value=1.0,
             **settings,
         )
-        if any(t - following != gap for t, following in itertools.pairwise(steps)):
-            raise _cannot(
-                f"diffusers' DDIMScheduler makes {len(steps)} steps of {gap} timesteps each: use a "
-                f"--sample_steps that divides --T={levels.T}, --timestep_spacing=uniform, leading "
-                "or trailing, and no width 0"
-            )
-        options = {"eta": s.eta, "use_clipped_model_output": s.clip_denoised}
-        kept = {"num_inference_steps": len(steps)}
-        return _checked(sampler, steps, scheduler, kept, options)
+        return _checked(sampler, steps, scheduler, kept, {})
     if s.S_churn:
         raise _cannot(
             f"--S_churn={s.S_churn:g}: diffusers' schedulers add that noise after the network has "

@@ -278,6 +278,22 @@ SEARCHED = {  # network, schedule, sampling options
     ),
     "ddpm, linspace": ("own", EVERY, dict(sample_steps=4, timestep_spacing="linspace")),
     "ddim, eta": ("own", EVERY, dict(sampler="ddim", sample_steps=5, eta=0.7, clip_denoised=True)),
+    "ddim, unequal": ("own", STEPS, dict(sampler="ddim", sample_steps=4)),
+    "ddim, quadratic": (
+        "diffusers with classes",
+        EVERY,
+        dict(sampler="ddim", sample_steps=5, timestep_spacing="quadratic", clip_denoised=True),
+    ),
+    "ddim, linspace": (
+        "own",
+        EVERY,
+        dict(sampler="ddim", sample_steps=4, timestep_spacing="linspace", eta=1.0, mean_type="v"),
+    ),
+    "ddim, skip": (
+        "own",
+        [0.0, 0.5, 1.0] * 3 + [0.25],
+        dict(sampler="ddim", allow_skip=True, clip_denoised=True, eta=1.0),
+    ),
     "edm": ("own", STEPS, dict(sampler="edm", sample_steps=4, clip_denoised=True)),
     "edm, every": (
         "diffusers",
@@ -377,9 +393,7 @@ def test_a_fresh_process_samples_as_was_searched(tmp_path):
 @pytest.mark.parametrize(
     ("values", "what"),
     [
-        (dict(sampler="ddim", sample_steps=4), "--sample_steps that divides"),
-        (dict(sampler="ddim", sample_steps=5, timestep_spacing="quadratic"), "--timestep_spacing"),
-        (dict(sampler="ddim", sample_steps=5, timestep_spacing="linspace"), "--timestep_spacing"),
+        (dict(sampler="ddim", sample_steps=4, eta=0.5), "--eta=0.5.*--sample_steps that divides"),
         (dict(sampler="edm", sample_steps=4, S_churn=4.0), "--S_churn"),
         (dict(sampler="edm", sample_steps=4, mean_type="xstart"), "--mean_type=xstart"),
         (dict(sampler="edm", sample_steps=4, heun=False, clip_denoised=True), "--clip_denoised"),
