@@ -192,8 +192,6 @@ class TrainSettings(Settings):
     sandwich: bool = option(False, "train with the sandwich rule", stored="training")
     num_sandwich_sampling: int = option(3, "widths per sandwich step: 1, --min_width, and some "
         "between", least=2, stored="training")
-    distill: bool = option(False, "narrower widths of a sandwich step learn the full width's "
-        "answer", stored="training")
     label_dropout: float = option(0.1, "class-conditional: share of training images whose class "
         "is not told, which --guidance_scale needs", least=0, most=1, stored="training")
     init_diffusers: str = option("", "start from the UNet in this folder that diffusers wrote; "
@@ -211,8 +209,6 @@ class TrainSettings(Settings):
     log_step: int = option(100, "steps between lines of train.jsonl", least=1)
 
     def check(self) -> None:
-        if self.distill and not self.sandwich:
-            raise UserError("--distill teaches narrower widths, so it needs --sandwich")
         if self.init_checkpoint and self.init_diffusers:
             raise UserError("--init_checkpoint and --init_diffusers: a run starts from one of them")
         if self.finetune_schedule and not self.init_checkpoint:
@@ -319,6 +315,8 @@ class RetiredSettings(Settings):
     """What flagfiles of the published code and of earlier versions may hold; nobody asks for it."""
 
     fid_use_torch: bool = option(False, "no longer does anything: the distance always uses torch")
+    distill: bool = option(False, "no longer does anything, and --train refuses it: it made narrow "
+        "widths worse", stored="training")
     level_seeds: bool = option(False, "no longer does anything: see --search_method=sensitivity")
     surrogate: int = option(0, "no longer does anything: see --search_method=sensitivity")
     distance_limit: float = option(0.0, "no longer does anything: see --search_method=sensitivity")

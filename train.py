@@ -253,12 +253,10 @@ class Trainer:
         half = self.arithmetic == "bfloat16"
         told = () if labels is None else (self._dropped(labels, share, len(x_0) * world),)
         for i, width in enumerate(widths):
-            # A distilled width sees what the full width saw, and learns what that answered.
-            if i == 0 or not s.distill:
-                t = self._timesteps(width, len(x_0) * world, generator)[share]
-                t = t.to(self.device, non_blocking=True)
-                noise = normal(self.run.seed, TRAINING + i, places, self.step, self.image_shape)
-                x_t, target = self.levels.training_pair(x_0, t, noise, self.mean_type)
+            t = self._timesteps(width, len(x_0) * world, generator)[share]
+            t = t.to(self.device, non_blocking=True)
+            noise = normal(self.run.seed, TRAINING + i, places, self.step, self.image_shape)
+            x_t, target = self.levels.training_pair(x_0, t, noise, self.mean_type)
             # Gradients of all passes add up; several processes exchange them once.
             wait = getattr(network, "no_sync", contextlib.nullcontext)
             with contextlib.nullcontext() if i == len(widths) - 1 else wait():
@@ -266,8 +264,6 @@ class Trainer:
                     prediction = network(x_t, t, width, *told).to(target)
                     loss = nn.functional.mse_loss(prediction, target)
                 loss.backward()
-            if s.distill and i == 0:
-                target = prediction.detach()
             self._losses[width].append(loss.detach())
         self.grad_norm = nn.utils.clip_grad_norm_(self.net.parameters(), s.grad_clip)
         self.optim.step()

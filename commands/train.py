@@ -30,6 +30,11 @@ def train(config: Configuration) -> None:
     """Train the network that the settings describe, or go on with LOGDIR's."""
     if config.run.amp == "fp16":
         raise UserError("--amp=fp16 is for sampling; train with --amp=auto, bf16 or none")
+    if config["distill"]:
+        raise UserError(
+            "--distill is gone, as it made narrow widths worse: train a new run without it, from "
+            "the old one's weights with --init_checkpoint"
+        )
     logdir = writable_folder(config.run.logdir)
     alone = processes.is_main() and not config.run.dry_run
     # Two runs that add to the same files, of which one was forgotten, would spoil them.

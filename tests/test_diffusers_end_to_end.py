@@ -18,7 +18,6 @@ import torch
 from conftest import run_main
 from PIL import Image
 from test_latents import write_autoencoder
-from torch import nn
 
 import dataset
 from diffusion import NoiseSchedule, sample_ddim
@@ -28,10 +27,9 @@ from model.diffusers.loading import read_embeddings
 from model.diffusers.step_aware_unet import StepAwareUNet
 from model.diffusers.supernet import SlimmableDiffusersUNet
 from runtime.errors import UserError
-from sampling.noise import SAMPLING, TRAINING, ImageNoise, normal
+from sampling.noise import SAMPLING, ImageNoise
 from sampling.samplers import make_sampler
-from settings import RunSettings, SamplingSettings, TrainSettings, WidthSettings
-from train import Trainer
+from settings import SamplingSettings
 
 UNET = dict(
     sample_size=8, in_channels=1, out_channels=1, block_out_channels=(32, 64), layers_per_block=1,
@@ -40,7 +38,7 @@ UNET = dict(
 )  # fmt: skip
 BETAS = dict(num_train_timesteps=20, beta_start=0.001, beta_end=0.3)
 TRAIN = [
-    "--train", "--init_diffusers=model", "--sandwich", "--distill", "--dataset=digits",
+    "--train", "--init_diffusers=model", "--sandwich", "--dataset=digits",
     "--batch_size=8", "--total_steps=4", "--save_step=2", "--sample_step=4", "--sample_size=2",
     "--log_step=1", "--warmup=0", "--min_width=0.5", "--candidate_width=0.75", "--device=cpu",
     "--logdir=run", "--fid_encoder=pixels",
@@ -87,7 +85,7 @@ def test_from_a_folder_to_a_folder(beside: Path, monkeypatch: pytest.MonkeyPatch
     succeeds(*TRAIN)
     settings = torch.load("run/ckpt.pt", weights_only=True)["settings"]
     assert settings["kind"] == "diffusers"
-    assert [settings[n] for n in ("T", "beta_T", "img_size", "distill")] == [20, 0.3, 8, True]
+    assert [settings[n] for n in ("T", "beta_T", "img_size")] == [20, 0.3, 8]
     assert "of full" in succeeds(*FLAGS, "--profile")
     steps = ["--sampler=ddim", "--sample_steps=5"]
     succeeds(*FLAGS, *steps, "--eval", "--assigned_width=0.5")
@@ -132,8 +130,8 @@ def test_a_run_goes_on_without_its_folder(beside: Path) -> None:
     succeeds(*TRAIN, "--sample_step=0")  # the same command
     whole = torch.load("run/ckpt.pt", weights_only=True)
     assert whole["step"] == 4
-    result = run_main(*TRAIN, "--distill=false", "--total_steps=6")
-    assert "distill: True there, False here" in result.error
+    result = run_main(*TRAIN, "--grad_clip=2", "--total_steps=6")
+    assert "grad_clip: 1.0 there, 2.0 here" in result.error
 
 
 def test_full_width_starts_as_the_model(beside: Path) -> None:
@@ -149,45 +147,6 @@ def test_full_width_starts_as_the_model(beside: Path) -> None:
     order_by_importance(original)
     for name, value in original.state_dict().items():
         torch.testing.assert_close(net.state_dict()[name], value)
-
-
-class Watched(nn.Module):
-    """A network that records its inputs and outputs."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net, self.calls = net, []
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor, width: float) -> torch.Tensor:
-        out = self.net(x, t, width)
-        self.calls.append((x, t, width, out.detach()))
-        return out
-
-
-def test_distillation_teaches_what_full_width_answered(model: Path, tmp_path: Path) -> None:
-    trainer = Trainer(
-        settings=TrainSettings(total_steps=1, sandwich=True, warmup=0, distill=True),
-        run=RunSettings(batch_size=8, logdir=str(tmp_path)),
-        widths=WidthSettings(slimmable_unet=True, min_width=0.5, candidate_width=(0.75,)),
-        net=SlimmableDiffusersUNet.from_pretrained(model), data=dataset.load("digits", "", 8),
-        levels=NoiseSchedule(1e-3, 0.3, 20), mean_type="epsilon", image_shape=(1, 8, 8),
-        device=torch.device("cpu"), identity={},
-    )  # fmt: skip
-    x_0 = next(dataset.batches(trainer.data, 8, seed=0))
-    watched = Watched(trainer.net)
-    trainer.train_step(watched, x_0)
-    (x, t, _, teacher), *narrow = watched.calls
-    assert [width for *_, width, _ in watched.calls] == [1.0, 0.5, 0.75]
-    for x_t, at, width, answer in narrow:
-        assert torch.equal(x_t, x)
-        assert torch.equal(at, t)
-        loss = float(trainer._losses[width][0])
-        assert loss == pytest.approx(float((answer - teacher).square().mean()), rel=1e-5)
-    # Full width learns to predict the noise, as without distillation.
-    noise = normal(0, TRAINING, torch.arange(8), 0, (1, 8, 8))
-    assert float(trainer._losses[1.0][0]) == pytest.approx(
-        float((teacher - noise).square().mean()), rel=1e-5
-    )
 
 
 def test_other_noise_schedules_travel(here: Path) -> None:
@@ -386,7 +345,6 @@ def test_betas_are_diffusers_own(kind: str) -> None:
         (["--precond=edm"], "--init_diffusers"),
         (["--candidate_width=0.99"], "width 0.99 cannot narrow"),
         (["--img_size=9"], "--img_size=9"),
-        (["--nosandwich"], "--distill"),
         (["--slimmable_unet=false"], "--sandwich trains several widths"),
     ],
 )

@@ -78,6 +78,8 @@ def test_retired_options_are_read_and_said(run_folder: Path, words: str) -> None
     result = run_main(*common, "--flagfile=off.txt")
     assert result.status == 0
     assert "no longer" not in result.out
+    refused = run_main("--train", "--distill", "--logdir=new", "--device=cpu")
+    assert "--distill" in refused.error
 
 
 def test_an_option_has_one_owner() -> None:

@@ -551,4 +551,3 @@ def test_a_network_of_edm(precond: Path, here: Path, refused: Callable) -> None:
     train = [*TINY, "--train", "--precond=edm", "--logdir=new"]
     refused("--mean_type=xstart", *train, "--mean_type=xstart")
     refused("--sampler=ddpm", *train, "--sampler=ddpm")
-    refused("--distill", *train, "--distill")
