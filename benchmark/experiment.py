@@ -1,7 +1,7 @@
 """Does it hold on real images? Train, search, score and compare, by one command that resumes.
 
     python -m benchmark.experiment [FOLDER] [--flagfile config/fashion_mnist_14.txt]
-        [--data_root DIR] [--workers N] [--search_images 400] [--confirm_images 2000] [--seeds 3]
+        [--data_root DIR] [--workers N] [--search_images 400] [--seeds 3]
 
 A supernet and a plain network of its size; uniform widths; two-level switches; random schedules;
 searched schedules; other samplers; and, on the digits, the ablations behind the defaults. Every
@@ -51,7 +51,6 @@ AGAIN = ("width-1", "searched-0.5-0", "switch-0.5")  # on other noise too: what 
 PUBLISHED = ("--norm_groups=fixed", "--skip_slicing=leading", "--num_sandwich_sampling=3")
 ABLATIONS = {
     "as published": (),
-    "distillation": ("--distill",),
     "skips sliced as segments": ("--skip_slicing=segments",),
     "sandwich of 4 widths": ("--num_sandwich_sampling=4",),
 }
@@ -155,11 +154,10 @@ class Experiment:
     def _search(self, key: str, sampler: str, seed: int = 0) -> Task:
         folder = self.folder / f"search-{key}"
         kind, steps = sampler.split("-")
-        images, again = self.options.search_images, self.options.confirm_images
-        rounds = (f"--search_ladder={images}x{steps}",) if again else ()
+        images = self.options.search_images
         command = self._scoring(
             "supernet", folder, "--search", f"--search_dir={folder}", f"--seed={seed + 1}",
-            *rounds, f"--num_images={again or images}",
+            f"--num_images={images}",
             f"--sampler={kind}", f"--sample_steps={steps}",
         )  # fmt: skip
         return Task(f"search-{key}", command, ("supernet", "statistics"))
@@ -333,10 +331,6 @@ class Experiment:
             # Much cheaper ones belong to the next budget.
             switches = [s for s in bench.switches() if 0.6 * share < share_of(s) <= share]
             scored = bench.score_all(switches, bench.evaluator)
-            if again := self.options.confirm_images:  # the best quarter, as in a search
-                scored = sorted(scored, key=lambda c: c.distance)[: -(-len(scored) // 4)]
-                confirming = bench.evaluator.varied(again)
-                scored = bench.score_all([c.schedule for c in scored], confirming)
             best = min(scored, key=lambda c: c.distance)
             self._save(f"switch-{share:g}", bench.genome.stored(best.schedule))
             tried[f"{share:g}"] = len(switches)
@@ -376,7 +370,6 @@ class Experiment:
             "floor": floor,
             "flags": self.flags,
             "search_images": self.options.search_images,
-            "confirm_images": self.options.confirm_images,
             "scores": {
                 name: {
                     "distance": row["distance"],
@@ -594,7 +587,6 @@ def main() -> None:
     workers = 1 if torch.cuda.is_available() else min(4, len(os.sched_getaffinity(0)))
     parser.add_argument("--workers", type=int, default=workers, help="tasks at a time")
     parser.add_argument("--search_images", type=int, default=400)
-    parser.add_argument("--confirm_images", type=int, default=0, help="of the best, again; 0: once")
     parser.add_argument("--images", type=int, default=10_000, help="of a final score")
     parser.add_argument("--seeds", type=int, default=3)
     parser.set_defaults(speed=speed())
