@@ -1,214 +1,297 @@
 """Does it hold on real images? Train, search, score and compare, by one command that resumes.
 
     python -m benchmark.experiment [FOLDER] [--flagfile config/fashion_mnist_14.txt]
-        [--data_root DIR] [--workers N] [--search_images 400] [--seeds 3]
+        [--data_root DIR] [--workers N] [--images 1000] [--train_seeds 2] [--search_seeds 3]
 
-A supernet and a plain network of its size; uniform widths; two-level switches; random schedules;
-searched schedules; other samplers; and, on the digits, the ablations behind the defaults. Every
-training, search and score is a command of main.py, whose output, duration and commit lie in FOLDER.
-What is done is not done again: kill it and start it again at will. The end is a table, and
-results/experiment/NAME/ with all numbers and pictures, made of what is done so far.
+A list of tasks, the most telling first: each is a command of main.py, or benchmark.scores with the
+flags of one, and is done once. Its output, duration, commit and versions lie in FOLDER. Kill it and
+start it again at will. --report makes tables and pictures of what is done so far.
 
-Searches score schedules on noise of their own; every number of the table is on other noise.
+Searches score schedules on noise of their own; every number of the tables is on other noise, the
+same for all rows.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import functools
+import importlib
+import math
 import os
-import shutil
+import re
+import shlex
 import signal
-import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
+import numpy as np
 import torch
 
 import build
-import dataset
-import score
 from benchmark.machine import commit, describe
 from benchmark.recipe import configuration
+from benchmark.scores import ROLES, SETS, standard_error
 from benchmark.search import Bench
-from looks import plot_front, plot_schedule, table
-from model import WidthSchedule, check_compiler, keep_freed
+from looks import best_within, new_figure, read_front, save_figure
+from model import check_compiler, keep_freed
+from report import labelled_grid
 from runtime.errors import UserError
-from runtime.files import append_jsonl, read_json, read_jsonl, write_json
+from runtime.files import append_jsonl, read_json, read_jsonl, read_tensors, write_json, write_text
+from runtime.identity import agree
 from runtime.processes import end_with_parent
+from runtime.schema import digest, widths_line
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGE, MARKS = ROOT / "docs" / "experiment.md", ("<!-- tables: begin -->", "<!-- tables: end -->")
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
-BUDGETS = (0.5, 0.3)  # shares of full width's FLOPs
-AGAIN = ("width-1", "searched-0.5-0", "switch-0.5")  # on other noise too: what differences mean
-# Trainings that differ in one setting from the published ones, which the recipe need not have.
-PUBLISHED = ("--norm_groups=fixed", "--skip_slicing=leading", "--num_sandwich_sampling=3")
-ABLATIONS = {
-    "as published": (),
-    "skips sliced as segments": ("--skip_slicing=segments",),
-    "sandwich of 4 widths": ("--num_sandwich_sampling=4",),
+EVOLUTION = ("--search_method=evolution", "--num_segments=0", "--num_generation=6",
+             "--pop_size=16", "--mutation_prob=0.04")  # fmt: skip
+SEARCHES = {
+    "sensitivity": (),  # the recipe's
+    "evolution": EVOLUTION,
+    # At full width the cost weighs 3 times the distance, as in the published CIFAR-10 search.
+    "weighted": (*EVOLUTION, "--search_objective=weighted", "--flops_budget=0",
+                 "--fid_weight=0.5", "--macs_weight=0.08"),
+}  # fmt: skip
+ROWS = {  # of the tables, in this order
+    "sensitivity": "searched by sensitivity",
+    "finetuned": "the same, trained on for it",
+    "control": "the same, trained on as before",
+    "evolution": "searched by plain evolution",
+    "weighted": "searched as published, weighted",
+    "switch": "best two-level switch",
+    "random": "random",
+    "steps": "full width, fewer steps",
+    "time": "full width, fewer steps in sensitivity's time",
+    "turns": "small network, then the large one",
+    "width": "width",
+    "plain": "plain network, trained alone",
+    "small": "small network, trained alone",
 }
-
-
-@dataclass(frozen=True)
-class Task:
-    """A command that Python runs, and the tasks that come before it."""
-
-    name: str
-    command: tuple[str, ...]
-    needs: tuple[str, ...] = ()
+PAIR = {"plain": "large_logdir", "small": "small_logdir"}
+SHOWN = [("width", 1.0), ("sensitivity", 0.5), ("sensitivity", 0.3), ("sensitivity", 0.2),
+         ("evolution", 0.3), ("switch", 0.3), ("steps", 0.3), ("width", 0.25)]  # fmt: skip
+DEFAULTS = {
+    "flagfile": ROOT / "config" / "fashion_mnist_14.txt", "images": 1000, "search_images": 400,
+    "judge": "efficientnet_lite2", "train_seeds": 2, "search_seeds": 3, "sampler": "ddpm-25",
+    "shares": (0.3, 0.5, 0.2), "others": ("classes", "latents"), "training": (), "searching": (),
+    "samplers": ("ddim-10", "dpm_solver-10", "edm-10", "dpm_solver-20", "ddim-50", "ddpm-100"),
+}  # fmt: skip
+QUICK = {
+    "flagfile": ROOT / "config" / "digits.txt", "images": 10, "search_images": 20,
+    "judge": "pixels", "train_seeds": 1, "search_seeds": 1, "sampler": "ddpm-5", "shares": (0.5,),
+    "others": (), "samplers": ("edm-3",),
+    "training": ("--total_steps=12", "--save_step=6", "--sample_step=0", "--batch_size=8"),
+    "searching": ("--num_generation=2", "--pop_size=4", "--num_segments=3"),
+}  # fmt: skip
 
 
 class Experiment:
-    """The tasks of one folder, and the table of what they found."""
+    """The tasks of one folder, by name, and what they came to."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.folder: Path = options.folder.resolve()
-        self.flagfile: Path = options.flagfile.resolve()
-        self.flags = read_flagfile(self.flagfile)
-        self.name = self.flagfile.stem
-        self.root = str(Path(options.data_root).expanduser().resolve())
-        self.T = int(self.flag("T"))
-        self.main_sampler = f"{self.flag('sampler')}-{self.flag('sample_steps')}"
-        self.statistics = self.folder / "statistics.npz"
-        self.results = ROOT / "results" / "experiment" / self.name
-        self.processes: set[subprocess.Popen] = set()
+        self.options, self.folder = options, options.folder.resolve()
+        self.flagfile = f"--flagfile={options.flagfile.resolve()}"
+        self.data = f"--data_root={Path(options.data_root).expanduser().resolve()}"
+        self.recipe = configuration(self.flagfile, *options.training)
+        self.steps = int(options.sampler.split("-")[1])
+        self.running: dict[int, tuple[str, list[str], float]] = {}
 
-    def flag(self, name: str) -> str:
-        """What the recipe says; an experiment must not depend on main.py's defaults."""
-        if name not in self.flags:
-            raise UserError(f"{self.flagfile} has no --{name}, which the experiment needs")
-        return self.flags[name][-1]
+    # --- what is to be done ---
 
-    # --- what is to be done, the most telling first ---
+    def wanted(self) -> Iterator[str]:
+        """The scores of the tables, the most telling first: one seed of everything, then others."""
+        o = self.options
+        seeds = [(t, s) for t in range(o.train_seeds) for s in range(o.search_seeds)]
+        for t, s in seeds:
+            rows = [(m, share) for m in SEARCHES for share in o.shares]
+            if s == 0:
+                fixed = [(m, share) for m in ("steps", "time", "switch", "random", "turns")
+                         for share in o.shares]  # fmt: skip
+                after = [(m, o.shares[0]) for m in ("finetuned", "control")]
+                alone = [*(("width", w) for w in WIDTHS[1:]), ("plain", 1.0), ("small", 1.0)]
+                searched = rows[: len(o.shares)], rows[len(o.shares) :]
+                rows = [("width", 1.0), *searched[0], *fixed, *searched[1], *after, *alone]
+            yield from (f"score/{o.sampler}/{m}/{share:g}/{t}-{s}" for m, share in rows)
+            if t == s == 0:
+                rows = [("width", 1.0), *(("sensitivity", share) for share in o.shares[:2])]
+                for sampler in o.samplers:
+                    yield from (f"score/{sampler}/{m}/{share:g}/0-0" for m, share in rows)
+                yield from o.others
 
-    def tasks(self) -> list[Task]:
-        """One seed of everything comes before the others."""
-        main, seeds = self.main_sampler, range(self.options.seeds)
-        first, *more = ([*self._seed(seed)] for seed in seeds)
-        ablations, *more_ablations = ([*self._ablations(seed)] for seed in seeds)
-        near, *far = (
-            [self._score(name, sampler) for name in ("width-1", "searched-0.5-0", "width-0.5")]
-            for sampler in self.samplers()
-        )
-        other = self.samplers()[0]  # the shortest chain: does it want a schedule of its own?
-        near += [self._search(other, other), self._score(f"searched-0.5-{other}", other)]
-        return [
-            self._train("supernet"),
-            self._train("plain", "--slimmable_unet=false", "--sandwich=false"),
-            self._here("statistics"),
-            self._here("baselines", "supernet", "statistics"),
-            *first,
-            *(self._score(f"width-{width:g}", main) for width in WIDTHS),
-            *(self._score(f"switch-{share:g}", main) for share in BUDGETS),
-            self._score("plain", main),
-            *(self._score(f"again-{name}", main) for name in AGAIN),
-            *near,
-            *ablations,
-            *itertools.chain(*more, *far, *more_ablations),
-        ]
+    def tasks(self) -> list[str]:
+        """All tasks, each after what it needs."""
+        found: dict[str, None] = {}
 
-    def _seed(self, seed: int) -> Iterator[Task]:
-        """A search, and the scores of what it found and of random schedules."""
-        yield self._search(str(seed), self.main_sampler, seed)
-        for share in BUDGETS:
-            yield self._score(f"searched-{share:g}-{seed}", self.main_sampler)
-            yield self._score(f"random-{share:g}-{seed}", self.main_sampler)
+        def add(name: str) -> None:
+            if name not in found:
+                for need in self.needs(name):
+                    add(need)
+                found[name] = None
 
-    def samplers(self) -> list[str]:
-        """The other samplers as SAMPLER-STEPS, the more telling ones first."""
-        steps = [k for k in (10, 50, 100) if k <= self.T]
-        every = [f"ddim-{steps[0]}", f"ddpm-{self.T}", *(f"ddim-{k}" for k in steps[1:])]
-        return [sampler for sampler in every if sampler != self.main_sampler]
+        for name in self.wanted():
+            add(name)
+        return [*found]
 
-    def _main(self, flagfile: Path, *flags: str) -> tuple[str, ...]:
-        common = (f"--flagfile={flagfile}", f"--data_root={self.root}", *self.options.speed)
-        return ("main.py", *common, *flags)
+    def needs(self, name: str) -> list[str]:
+        """The tasks that come before."""
+        kind, *rest = name.split("/")
+        t, main = rest[-1].split("-")[0] if rest else "0", self.options.sampler
+        net, search = f"train/supernet/{t}", f"search/{main}/sensitivity/{t}-0"
+        if kind in ("search", "switches"):
+            return [net, "test_set"]
+        if kind == "train":
+            return [net, search] if rest[0] in ("finetuned", "control") else []
+        if kind != "score":
+            return []
+        sampler, method, _, seeds = rest
+        own = {
+            "turns": [f"train/plain/{t}", f"train/small/{t}"], "switch": [f"switches/{t}"],
+            "time": [search],
+            **{each: [f"search/{sampler}/{each}/{seeds}"] for each in SEARCHES},
+        }.get(method, [])  # fmt: skip
+        if method in ("plain", "small", "finetuned", "control"):
+            net = f"train/{method}/{t}"
+        return [net, "test_set", *own]
 
-    def _here(self, name: str, *needs: str) -> Task:
-        command = ("-m", "benchmark.experiment", *sys.argv[1:], "--only", name)
-        return Task(name, command, needs)
+    def command(self, name: str) -> list[str] | None:
+        """What Python is to run, once that is done which the task needs; None where there is
+        nothing to run, such as a schedule that was not found."""
+        o, where = self.options, self.folder / name
+        own = (self.data, *speed())
+        match name.split("/"):
+            case ["train", net, t]:
+                more = self.training(net, t)
+                flags = (f"--logdir={where}", f"--seed={t}", *o.training)
+                every = ["main.py", "--train", self.flagfile, *own, *flags]
+                return None if more is None else [*every, *more]
+            case ["test_set"]:
+                return [*self.scores(name), "--test", self.flagfile, *own]
+            case ["search", sampler, method, seeds]:
+                t, s = seeds.split("-")
+                images = o.search_images if sampler == o.sampler else -(-o.search_images // 2)
+                return ["main.py", "--search", self.flagfile, *own, *SEARCHES[method],
+                        *self.using(t, sampler), f"--search_dir={where}", f"--seed={s}",
+                        f"--num_images={images}", f"--batch_size={min(200, images)}",
+                        *o.searching]  # fmt: skip
+            case ["switches", t]:
+                shares = ",".join(map(str, o.shares))
+                return [*HERE, "--switches", str(self.result(name)), shares, *own,
+                        *self.using(t, o.sampler), f"--num_images={o.search_images}",
+                        f"--batch_size={min(200, o.search_images)}"]  # fmt: skip
+            case ["score", sampler, method, share, seeds]:
+                t, net = seeds.split("-")[0], self.needs(name)[0].split("/")[1]
+                more = self.row(method, float(share), sampler, seeds)
+                every = [*self.scores(name), *own, *self.using(t, sampler, net)]
+                return None if more is None else [*every, *more]
+        return [*HERE, "--call", f"benchmark.{name}", str(where)]
 
-    def _train(self, name: str, *flags: str) -> Task:
-        logdir = f"--logdir={self.folder / name}"
-        return Task(name, self._main(self.flagfile, "--train", logdir, *flags))
-
-    def _scoring(self, net: str, logdir: Path, *flags: str) -> tuple[str, ...]:
-        """A command that scores the network `net`, with its files in `logdir`."""
-        return self._main(
-            self.flagfile,
-            f"--logdir={logdir}",
-            f"--ckpt_name={self.folder / net / 'ckpt'}",  # an absolute name is not in logdir
-            f"--fid_cache={self.statistics}",
-            "--batch_size=250",
-            *flags,
-        )
-
-    def _search(self, key: str, sampler: str, seed: int = 0) -> Task:
-        folder = self.folder / f"search-{key}"
+    def using(self, t: str, sampler: str, net: str = "supernet") -> list[str]:
+        """What scores and searches have in common; a checkpoint says the rest."""
         kind, steps = sampler.split("-")
-        images = self.options.search_images
-        command = self._scoring(
-            "supernet", folder, "--search", f"--search_dir={folder}", f"--seed={seed + 1}",
-            f"--num_images={images}",
-            f"--sampler={kind}", f"--sample_steps={steps}",
-        )  # fmt: skip
-        return Task(f"search-{key}", command, ("supernet", "statistics"))
+        recipe = (f"--{n}={self.recipe[n]}" for n in ("dataset", "fid_encoder", "var_type"))
+        return [f"--logdir={self.folder / 'train' / net / t}", *recipe, f"--sampler={kind}",
+                f"--sample_steps={steps}"]  # fmt: skip
 
-    def _score(self, name: str, sampler: str) -> Task:
-        """The final score of a schedule (or of the plain network) with a sampler."""
-        task, logdir = f"{sampler}/{name}", self.folder / "runs" / sampler / name
-        kind, steps = sampler.split("-")
-        flags = [
-            f"--sampler={kind}",
-            f"--sample_steps={steps}",
-            f"--num_images={self.options.images}",
-            f"--seed={int(name.startswith('again-'))}",
-        ]
-        name = name.removeprefix("again-")
-        needs = ["statistics"]
-        if name == "plain":
-            flags += ["--eval", "--slimmable_unet=false", "--sandwich=false"]
-            needs.append("plain")
-        elif name.startswith("width-"):
-            flags += ["--eval", f"--assigned_width={name.removeprefix('width-')}"]
-            needs.append("supernet")
+    def scores(self, name: str) -> list[str]:
+        count = SETS * self.options.images
+        return ["-m", "benchmark.scores", str(self.result(name)), self.options.judge,
+                f"--num_images={count}", f"--batch_size={min(250, count)}"]  # fmt: skip
+
+    @functools.cached_property
+    def flops(self) -> dict[float, int]:
+        """FLOPs of an image's pass at each width."""
+        return build.load_model_or_untrained(configuration(self.flagfile, self.data)).flops(WIDTHS)
+
+    def training(self, net: str, t: str) -> list[str] | None:
+        """Flags of a training; all but those that start from it cost what the supernet costs."""
+        steps, every = self.recipe["total_steps"], sum(self.flops[w] for w in WIDTHS)
+        alone = ["--slimmable_unet=false", "--sandwich=false"]
+        half = [f"--{name}={self.recipe[name] // 2}" for name in ("ch", "num_groups")]
+        if net == "plain":
+            return [*alone, f"--total_steps={round(steps * every / self.flops[1.0])}"]
+        if net == "small":
+            return [*alone, *half, f"--total_steps={round(steps * every / self.flops[0.5])}"]
+        if net == "supernet":
+            return []
+        schedule = self.picked(f"search/{self.options.sampler}/sensitivity/{t}-0",
+                               self.options.shares[0])  # fmt: skip
+        start = f"--init_checkpoint={self.folder / 'train' / 'supernet' / t / 'ckpt.pt'}"
+        if schedule is None or net == "control":
+            return schedule and [start, f"--total_steps={steps // 3}"]
+        cost = fmean(self.flops[width] for width in read_json(schedule))
+        return [start, f"--total_steps={round(steps // 3 * every / cost)}",
+                f"--finetune_schedule={schedule}"]  # fmt: skip
+
+    def row(self, method: str, share: float, sampler: str, seeds: str) -> list[str] | None:
+        """main.py's flags for a row of the tables; None where there is no such row."""
+        t, search = seeds.split("-")[0], f"search/{sampler}/{method}/{seeds}"
+        known = f"search/{self.options.sampler}/sensitivity/{t}-0"
+        if method in ("width", "plain", "small"):
+            return ["--eval", f"--assigned_width={share:g}"]
+        if method == "turns":
+            return self.turns(share, t)
+        if method in ("steps", "time"):
+            if method == "time":
+                share = self.time(known, share)
+            steps = int(share * self.steps + 1e-9)
+            return ["--eval", f"--sample_steps={steps}"] if steps else None
+        if method == "switch":
+            widths = read_json(self.result(f"switches/{t}")).get(str(share))
+            path = self.saved(f"switch-{t}-{share:g}", widths)
+        elif method == "random":
+            path = self.saved(f"random-{t}-{share:g}", self.random(share, int(t)))
         else:
-            flags += ["--eval_stepaware", f"--schedule={self.schedule(name)}"]
-            key = name.split("-", 2)[-1]  # searched-SHARE-KEY
-            needs.append(f"search-{key}" if name.startswith("searched") else "baselines")
-        net = "plain" if name == "plain" else "supernet"
-        return Task(task, self._scoring(net, logdir, *flags), tuple(needs))
+            path = self.picked(search if method in SEARCHES else known, share)
+        return path and ["--eval_stepaware", f"--schedule={path}"]
 
-    def _ablations(self, seed: int) -> Iterator[Task]:
-        """Trainings that differ in one setting, each scored at all widths."""
-        for variant, flags in ABLATIONS.items():
-            name = ablation_name(variant, seed)
-            common = self._main(
-                self.options.ablations.resolve(),
-                *PUBLISHED,
-                *flags,
-                f"--logdir={self.folder / name}",
-                f"--seed={seed}",
-            )
-            yield Task(name, (*common, "--train", "--sample_step=0"))
-            cache = f"--fid_cache={self.folder / 'ablation' / f'statistics-{name[9:]}.npz'}"
-            for width in WIDTHS:
-                command = (
-                    *common, "--eval", f"--assigned_width={width:g}", "--num_images=2000",
-                    "--batch_size=250", cache,
-                )  # fmt: skip
-                yield Task(f"{name}/{width:g}", command, (name,))
+    def saved(self, name: str, widths: Sequence[float] | None) -> Path | None:
+        """The schedule as a file."""
+        if widths is None:
+            return None
+        path = self.folder / "schedules" / f"{name.replace('/', '-')}.txt"
+        write_text(path, widths_line(widths))
+        return path
 
-    def schedule(self, name: str) -> Path:
-        return self.folder / "schedules" / f"{name}.txt"
+    def picked(self, search: str, share: float) -> Path | None:
+        """The best schedule of a search's front within a share of full width's FLOPs."""
+        front = read_front(self.folder / search / "front.json")
+        index = best_within(front, share)
+        widths = None if index is None else front["points"][index]["schedule"]
+        return self.saved(f"{search}-{share:g}", widths)
+
+    def time(self, search: str, share: float) -> float:
+        """The share of full width's measured time that this schedule takes; 0: there is none."""
+        front = read_front(self.folder / search / "front.json")
+        index = best_within(front, share)
+        full = next(p for p in front["uniform"] if set(p["schedule"]) == {1.0})
+        return 0 if index is None else front["points"][index]["latency_ms"] / full["latency_ms"]
+
+    def random(self, share: float, seed: int) -> list[float] | None:
+        """The first of many random schedules that costs nearly that share."""
+        draws = np.random.default_rng([seed, round(100 * share)]).integers(
+            len(WIDTHS), size=(100_000, self.steps)
+        )
+        costs = np.array([self.flops[w] for w in WIDTHS])[draws].mean(1) / self.flops[1.0]
+        found = np.flatnonzero((0.9 * share < costs) & (costs <= share))[:1]
+        return [WIDTHS[i] for i in draws[found[0]]] if len(found) else None
+
+    def turns(self, share: float, t: str) -> list[str] | None:
+        """Two networks: as many last steps of the large one as that share allows."""
+        small = self.flops[0.5] / self.flops[1.0]
+        large = math.floor(self.steps * (share - small) / (1 - small))
+        nets = (f"--{flag}={self.folder / 'train' / net / t}" for net, flag in PAIR.items())
+        end = large * self.recipe["T"] // self.steps - 1  # so many steps lie at or below it
+        return None if large < 0 else [
+            "--eval_ensemble", *nets, f"--small_ch={self.recipe['ch'] // 2}", f"--end={end}",
+            f"--start={self.recipe['T']}", f"--logdir={self.folder / 'turns' / t}",
+        ]  # fmt: skip
 
     # --- doing it ---
 
@@ -216,356 +299,276 @@ class Experiment:
         """The file that says that a task is done."""
         return self.folder / "done" / f"{name}.json"
 
-    def run(self) -> None:
-        """Every task that is not done, as many at a time as there are workers."""
-        waiting = [task for task in self.tasks() if not self.done(task.name).exists()]
-        total, running = len(waiting), {}
+    def result(self, name: str) -> Path:
+        return self.folder / "results" / f"{name}.json"
+
+    def begin(self) -> None:
+        """UserError in a folder that was begun at another commit, or with other options."""
+        path, now = self.folder / "experiment.json", {"commit": commit()}
+        now |= {n: getattr(self.options, n) for n in DEFAULTS if "seeds" not in n}
+        now["flagfile"] = digest(self.options.flagfile.read_text())
+        if not path.exists():
+            write_json(path, now)
+        if not self.options.mixed:
+            agree(path, read_json(path), now, "go back to them, name another folder, or --mixed")
+
+    def run(self) -> list[str]:
+        """Every task that is not done, as many at a time as there are workers; those that failed.
+        What needs one that failed is left."""
+        waiting = [name for name in self.tasks() if not self.done(name).exists()]
+        total, failed = len(waiting), []
         print(f"{total} tasks to do in {self.folder}, {self.options.workers} at a time", flush=True)
-        with ThreadPoolExecutor(self.options.workers) as pool:
-            while waiting or running:
-                for task in list(waiting):
-                    ready = all(self.done(name).exists() for name in task.needs)
-                    if ready and len(running) < self.options.workers:
-                        waiting.remove(task)
-                        running[pool.submit(self._execute, task)] = task
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    task = running.pop(future)
-                    seconds = future.result()
-                    count = total - len(waiting) - len(running)
-                    print(f"{count}/{total} {task.name}: {seconds:.0f} s", flush=True)
+        try:
+            while True:
+                for name in list(waiting):
+                    ready = all(self.done(need).exists() for need in self.needs(name))
+                    if ready and len(self.running) < self.options.workers:
+                        waiting.remove(name)
+                        self.start(name)
+                if not self.running:
+                    return failed
+                name, code, seconds = self.finished()
+                failed += [name] if code else []
+                said = f"failed, see the end of {self.log(name)}" if code else f"{seconds:.0f} s"
+                print(f"{total - len(waiting) - len(self.running)}/{total} {name}: {said}",
+                      flush=True)  # fmt: skip
+        finally:
+            for pid in self.running:
+                os.kill(pid, signal.SIGTERM)  # main.py saves what it has
+            while self.running:
+                self.finished()
 
-    def stop(self, *signal_and_frame: object) -> None:
-        """End the commands that run, which save themselves, and then this program."""
-        for process in self.processes:
-            process.terminate()
-        raise KeyboardInterrupt
+    def log(self, name: str) -> Path:
+        return self.folder / "log" / f"{name}.txt"
 
-    def _execute(self, task: Task) -> float:
-        """Run a task; UserError where it fails. Seconds that it took."""
-        log = self.folder / "log" / f"{task.name}.txt"
+    def start(self, name: str) -> None:
+        self.begin()
+        command, log = self.command(name), self.log(name)
+        if command is None:
+            write_json(self.done(name), {"command": "", "cpu_seconds": 0.0})
+            return
         log.parent.mkdir(parents=True, exist_ok=True)
         threads = max(1, len(os.sched_getaffinity(0)) // self.options.workers)
-        start = time.time()
         with open(log, "ab") as file:
             process = subprocess.Popen(
-                [sys.executable, *task.command],
-                cwd=ROOT,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                preexec_fn=end_with_parent,
-            )
-            self.processes.add(process)
-            _, status, usage = os.wait4(process.pid, 0)  # subprocess does not tell what it used
-        code = process.returncode = os.waitstatus_to_exitcode(status)
-        self.processes.discard(process)
-        used = usage.ru_utime + usage.ru_stime
-        attempts = log.with_suffix(".jsonl")
-        append_jsonl(attempts, {"seconds": time.time() - start, "cpu_seconds": used})
-        if code:
-            raise UserError(
-                f"{task.name} failed, see the end of {log}; the same command goes on from here"
-            )
-        if task.name.startswith("search-"):
-            self._take_from_front(task.name.removeprefix("search-"))
-        done = self.done(task.name)
-        done.parent.mkdir(parents=True, exist_ok=True)
-        total = {
-            key: sum(attempt[key] for attempt in read_jsonl(attempts))
-            for key in ("seconds", "cpu_seconds")
-        }
-        about = {"command": " ".join(("python", *task.command)), "commit": commit()}
-        write_json(done, about | total)
-        return total["seconds"]
-
-    def _take_from_front(self, key: str) -> None:
-        """The best schedules of a front within each budget."""
-        front = read_json(self.folder / f"search-{key}" / "front.json")
-        for share in BUDGETS:
-            cheap = [p for p in front["points"] if p["saving"] >= 1 - share]
-            best = min(cheap, key=lambda p: p["distance"])
-            self._save(f"searched-{share:g}-{key}", WidthSchedule(best["schedule"]))
-
-    def _save(self, name: str, schedule: WidthSchedule) -> None:
-        self.schedule(name).parent.mkdir(parents=True, exist_ok=True)
-        schedule.save(self.schedule(name))
-
-    # --- tasks that are no command of main.py ---
-
-    def only(self, name: str) -> None:
-        keep_freed()
-        {"statistics": self._statistics, "baselines": self._baselines}[name]()
-
-    def _statistics(self) -> None:
-        """The training set's statistics, and the test set's distance from them."""
-        config = configuration(*self._scoring("supernet", self.folder / "statistics")[1:])
-        model = build.load_model_or_untrained(config)
-        encoder, d = build.encoder(config, model.device), config.data
-        ours, train = build.reference(model, encoder), build.load_images(config)
-        floor = {"distance": None, "label": encoder.label, "train": len(train)}
-        try:
-            test = dataset.load(
-                d.dataset, d.data_root, d.img_size, False, build.image_options(config)
-            )
-        except UserError:  # the set has no test split
-            test = None
-        if test is not None:
-            batches = dataset.everything(test, config.run.batch_size, d.num_workers)
-            theirs = score.statistics_of(batches, encoder, len(test), f"test set of {d.dataset}")
-            distance = ours.distance(theirs.mean, theirs.covariance)
-            floor |= {"distance": distance, "test": len(test)}
-        write_json(self.folder / "floor.json", floor)
-
-    def _baselines(self) -> None:
-        """Random schedules, and the best two-level switch at each budget by the searches' score."""
-        flags = self._scoring(
-            "supernet", self.folder / "baselines", f"--num_images={self.options.search_images}"
-        )
-        bench, tried = Bench(configuration(*flags[1:])), {}
-
-        def share_of(schedule: WidthSchedule) -> float:
-            return bench.cost(schedule) / bench.costs[1.0]
-
-        for share in BUDGETS:
-            # Much cheaper ones belong to the next budget.
-            switches = [s for s in bench.switches() if 0.6 * share < share_of(s) <= share]
-            scored = bench.score_all(switches, bench.evaluator)
-            best = min(scored, key=lambda c: c.distance)
-            self._save(f"switch-{share:g}", bench.genome.stored(best.schedule))
-            tried[f"{share:g}"] = len(switches)
-            random = (
-                s for s in bench.random(100_000, seed=int(100 * share))
-                if 0.9 * share < share_of(s) <= share
+                [sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)}, preexec_fn=end_with_parent,
             )  # fmt: skip
-            for i, schedule in zip(range(self.options.seeds), random, strict=False):
-                self._save(f"random-{share:g}-{i}", bench.genome.stored(schedule))
-        write_json(self.folder / "baselines.json", {"switches_tried": tried})
+        process.returncode = 0  # `finished` waits for it
+        self.running[process.pid] = (name, command, time.time())
+
+    def finished(self) -> tuple[str, int, float]:
+        """Wait for a task: its name, exit status, and the seconds of all its attempts."""
+        pid = 0
+        while pid not in self.running:
+            pid, status, usage = os.wait4(-1, 0)  # subprocess does not tell what it used
+        name, command, begun = self.running.pop(pid)
+        attempts = self.log(name).with_suffix(".jsonl")
+        cpu = usage.ru_utime + usage.ru_stime
+        append_jsonl(attempts, {"seconds": time.time() - begun, "cpu_seconds": cpu})
+        all_attempts = read_jsonl(attempts)
+        used = {key: sum(each[key] for each in all_attempts) for key in all_attempts[0]}
+        code = os.waitstatus_to_exitcode(status)
+        if code == 0:
+            about = {"command": shlex.join(("python", *command)), **used, **describe()}
+            write_json(self.done(name), about)
+        return name, code, used["seconds"]
 
     # --- what came out ---
 
     def report(self) -> None:
-        """The tables, and all numbers and pictures in results/, of what is done so far."""
-        rows = {
-            name: read_json(file)
-            for task in self.tasks()
-            if (name := task.name).split("/")[0] in (self.main_sampler, *self.samplers())
-            and self.done(name).exists()
-            for file in (self.folder / "runs" / name).glob("eval*.json")
-        }
+        """All numbers, tables and pictures of what is done so far, in --results."""
+        out, names = self.options.results, self.tasks()
+        done = {n: read_json(self.done(n)) for n in names if self.done(n).exists()}
+        rows, images = [], {}
+        for name in (n for n in done if n.startswith("score/") and done[n]["command"]):
+            _, sampler, method, share, seeds = name.split("/")
+            row = {"sampler": sampler, "method": method, "share": float(share), "seeds": seeds}
+            rows.append(read_json(self.result(name)) | row)
+            if sampler == self.options.sampler and seeds == "0-0":
+                images[method, float(share)] = rows[-1], self.result(name).with_suffix(".pt")
         if not rows:
-            print("nothing is scored yet")
-            return
-        floor = read_json(self.folder / "floor.json")
-        done = {
-            task.name: read_json(self.done(task.name))
-            for task in self.tasks()
-            if self.done(task.name).exists()
-        }
-        for record in done.values():
-            record["command"] = self._repeatable(record["command"])
-        ablations = self._ablation_results()
+            raise UserError(f"nothing is scored yet in {self.folder}")
+        for record in done.values():  # a command without the places of this machine
+            places = {self.data: "--data_root=DATA", str(self.folder): "FOLDER", f"{ROOT}/": ""}
+            for place, named in places.items():
+                record["command"] = record["command"].replace(place, named)
+        here = ROOT / "results" / "benchmark"
         result = {
-            "label": floor["label"],
-            "floor": floor,
-            "flags": self.flags,
-            "search_images": self.options.search_images,
-            "scores": {
-                name: {
-                    "distance": row["distance"],
-                    "images": row["images"],
-                    "average_gflops": row["average_gflops"],
-                    "saving": row["saving"],
-                }
-                for name, row in rows.items()
-            },
-            "searches": {
-                path.parent.name: search_summary(read_json(path))
-                for path in sorted(self.folder.glob("search-*/front.json"))
-            },
-            "ablations": ablations,
-            "tasks": done,
-            "core_minutes": sum(d["cpu_seconds"] for d in done.values()) / 60,
-            "not_done": [t.name for t in self.tasks() if t.name not in done],
-            "machine": describe(),
-        }
-        write_json(self.results / "results.json", result)
-        if (self.folder / "schedules").exists():
-            here = self.results / "schedules"
-            shutil.copytree(self.folder / "schedules", here, dirs_exist_ok=True)
-        self._pictures(result)
-        print(self._table(result))
-        if ablations:
-            print("\n" + ablation_table(ablations))
-        print(
-            f"\nthe test set's own distance: {floor['distance']}; "
-            f"{result['core_minutes']:.0f} core minutes; {len(result['not_done'])} tasks not done\n"
-            f"saved {self.results}"
+            "recipe": self.options.flagfile.stem, "sampler": self.options.sampler,
+            "commits": sorted({record["commit"] for record in done.values() if record["command"]}),
+            "core_hours": sum(record["cpu_seconds"] for record in done.values()) / 3600,
+            "test_set": read_json(self.result("test_set")), "rows": rows,
+            "others": {n: read_json(here / f"{n}.json")["measured"]
+                       for n in self.options.others if n in done},
+            "not_done": [name for name in names if name not in done], "tasks": done,
+        }  # fmt: skip
+        write_json(out / "results.json", result)
+        text, (begin, end) = tables(result), MARKS
+        write_text(out / "tables.md", text)
+        plot_distances(out / "distances.png", result)
+        shown = [images[key] for key in SHOWN if key in images]
+        plot_schedules(out / "schedules.png", [row for row, _ in shown])
+        pictures(out / "samples.png", shown)
+        if self.options.docs:
+            page = PAGE.read_text()
+            old = re.search(f"{begin}\n(.*){end}", page, re.S)[1]
+            write_text(PAGE, page.replace(old, text))
+        print(f"{text}\n{len(result['not_done'])} tasks not done; saved {out}")
+
+
+def label(row: Mapping) -> str:
+    """A row in words."""
+    name, share = ROWS[row["method"]], row["share"]
+    if row["method"] == "width":
+        return "full width" if share == 1 else f"width {share:g}"
+    return name if share == 1 else f"{name}, ≤ {100 * share:g} %"
+
+
+def cells(rows: Sequence[Mapping], full: Mapping[str, Mapping]) -> list[str]:
+    """Of rows that differ in their seeds: FLOPs; by each encoder the distance, and how much it is
+    above full width's on the same noise; time. full: by training seed."""
+    bases = [full[row["seeds"][0]] for row in rows if row["seeds"][0] in full]
+    gflops, cost = (fmean(r["gflops_per_image"] for r in some) for some in (rows, bases or rows))
+    made = [str(len(rows)), f"{gflops:.3g}", f"{100 * gflops / cost:.0f} %"]
+    for role in ROLES:
+        values = [row[role]["distance"] for row in rows]
+        error = fmean(standard_error(row[role]["without"]) for row in rows)
+        several = f" ({min(values):.4g} to {max(values):.4g})" if len(values) > 1 else ""
+        ratios = [[d / b for d, b in zip([row[role]["distance"], *row[role]["without"]],
+                                         [base[role]["distance"], *base[role]["without"]],
+                                         strict=True)]
+                  for row, base in zip(rows, bases, strict=False)]  # fmt: skip
+        above = 100 * fmean(r[0] - 1 for r in ratios) if ratios else math.nan
+        noise = 100 * fmean(standard_error(r[1:]) for r in ratios) if ratios else math.nan
+        change = "" if label(rows[0]) == "full width" else f"{above:+z.1f} ± {noise:.1f} %"
+        made += [f"{fmean(values):.4g} ± {error:.2g}{several}", change]
+    return [*made, f"{fmean(row['ms_per_image'] for row in rows):.3g}"]
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    return ["", *(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))]
+
+
+def tables(result: Mapping) -> str:
+    """results.json as Markdown."""
+    rows, test, found = result["rows"], result["test_set"], defaultdict(list)
+    full = {(r["sampler"], r["seeds"][0]): r for r in rows if label(r) == "full width"}
+    for row in rows:
+        found[row["sampler"], row["method"], row["share"]].append(row)
+    shares = [*dict.fromkeys(row["share"] for row in rows)]  # the most telling first
+
+    def place(key: tuple[str, str, float]) -> tuple:
+        _, method, share = key
+        alone = method in ("width", "plain", "small") and label(found[key][0]) != "full width"
+        return alone, 0 if alone else shares.index(share), [*ROWS].index(method), -share
+
+    def lines(sampler: str, name: str = "") -> list[list[str]]:
+        mine = {t: row for (of, t), row in full.items() if of == sampler}
+        keys = sorted((key for key in found if key[0] == sampler), key=place)
+        return [[name + label(found[key][0]), *cells(found[key], mine)] for key in keys]
+
+    of_encoders = [part for role in ROLES for part in (rows[0][role]["encoder"], "above full")]
+    header = ["seeds", "GFLOPs an image", "of full width", *of_encoders, "ms an image"]
+    text = [f"{rows[0]['images']} images a row; commit {', '.join(result['commits'])}; "
+            f"{result['core_hours']:.1f} core-hours."]  # fmt: skip
+    if "none" not in test:
+        text[0] += f" {test['images']} images of the test set: " + ", ".join(
+            f"{test[r]['distance']:.4g} ± {standard_error(test[r]['without']):.2g}" for r in ROLES
         )
+    text += markdown([[result["sampler"], *header], *lines(result["sampler"])])
+    names = dict.fromkeys(r["sampler"] for r in rows if r["sampler"] != result["sampler"])
+    if names:
+        body = [line for name in names for line in lines(name, f"{name}: ")]
+        text += markdown([["each with a search of its own", *header], *body])
+    for name, other in result["others"].items():
+        records = other if isinstance(other, list) else [{name: k, **r} for k, r in other.items()]
+        keys = [k for k, v in records[0].items() if isinstance(v, str | int | float)]
+        shown = [[f"{r[k]:.4g}" if isinstance(r[k], float) else str(r[k]) for k in keys]
+                 for r in records]  # fmt: skip
+        text += markdown([keys, *shown])
+    return "\n".join(text) + "\n"
 
-    def _repeatable(self, command: str) -> str:
-        """A command without the places of this machine."""
-        for place, name in ((self.root, "DATA"), (self.folder, "experiment"), (f"{ROOT}/", "")):
-            command = command.replace(str(place), name)
-        return command
 
-    def _ablation_results(self) -> dict[str, list[dict]]:
-        """variant -> for each seed the distance at every width and the CPU seconds of training."""
-        found = defaultdict(list)
-        for seed in range(self.options.seeds):
-            for variant in ABLATIONS:
-                name = ablation_name(variant, seed)
-                if not all(self.done(f"{name}/{width:g}").exists() for width in WIDTHS):
-                    continue
-                files = ["eval.json", *(f"eval_width_{width:g}.json" for width in WIDTHS[1:])]
-                distances = [read_json(self.folder / name / file)["distance"] for file in files]
-                found[variant].append(
-                    {
-                        "seed": seed,
-                        "distances": dict(zip(map(str, WIDTHS), distances, strict=True)),
-                        "training_seconds": read_json(self.done(name))["cpu_seconds"],
-                    }
-                )
-        return dict(found)
-
-    def _table(self, result: Mapping) -> str:
-        """All scores in groups, as Markdown."""
-        scores, lines = result["scores"], []
-        for sampler in (self.main_sampler, *self.samplers()):
-            mine = {
-                name.split("/")[1]: row
-                for name, row in scores.items()
-                if name.startswith(f"{sampler}/")
-            }
-            if not mine:
-                continue
-            lines += [
-                f"\n{sampler}, {next(iter(mine.values()))['images']} images a row\n",
-                "| schedule | distance | GFLOPs a step | saved |",
-                "| --- | ---: | ---: | ---: |",
-            ]
-            groups = defaultdict(list)
-            for name, row in mine.items():
-                several = name.startswith(("searched", "random"))
-                groups[name.rsplit("-", 1)[0] if several else name].append(row)
-            means = {
-                name: {
-                    key: statistics.mean(row[key] for row in group)
-                    for key in ("distance", "average_gflops", "saving")
-                }
-                for name, group in groups.items()
-            }
-            for name, mean in sorted(means.items(), key=lambda item: item[1]["saving"]):
-                group = groups[name]
-                spread = ""
-                if len(group) > 1:
-                    each = sorted(row["distance"] for row in group)
-                    spread = f" ({each[0]:.3f} to {each[-1]:.3f})"
-                title = self._described(name, len(group), sampler)
-                lines.append(
-                    f"| {title} | {mean['distance']:.3f}{spread} | "
-                    f"{mean['average_gflops']:.4f} | {100 * mean['saving']:.1f} % |"
-                )
-        return "\n".join(lines)
-
-    def _described(self, name: str, count: int, sampler: str) -> str:
-        """A row's name in words."""
-        kind, *rest = name.split("-")
-        if kind == "width":
-            return "full width" if rest == ["1"] else f"width {rest[0]}"
-        if kind == "plain":
-            return "plain network, trained alone"
-        if kind == "again":
-            return self._described(name.removeprefix("again-"), 1, sampler) + ", other noise"
-        of = "draws" if kind == "random" else "seeds"
-        several = f", {count} {of}" if count > 1 else ""
-        budget = f"≤ {100 * float(rest[0]):.0f} % of the FLOPs"
-        names = {"searched": "searched", "switch": "best two-level switch", "random": "random"}
-        elsewhere = kind == "searched" and sampler != self.main_sampler and len(rest) == 1
-        other = f" with {self.main_sampler}" if elsewhere else ""
-        return f"{names[kind]}{other}, {budget}{several}"
-
-    def _pictures(self, result: Mapping) -> None:
-        """The scores over FLOPs, the searched schedule, and images on the same noise."""
-        groups = defaultdict(list)
-        for name, row in result["scores"].items():
-            sampler, schedule = name.split("/")
-            if sampler == self.main_sampler:
-                groups[schedule.split("-")[0]].append((row["average_gflops"], row["distance"]))
-        unit = "average GFLOPs a step"
-        plot_front(self.results / "front.png", groups, result["label"], unit=unit)
-        chosen = result["scores"].get(f"{self.main_sampler}/searched-0.5-0")
-        if chosen:
-            plot_schedule(
-                self.results / "schedule.png",
-                range(self.T),
-                read_json(self.schedule("searched-0.5-0")),
-                f"searched, {100 * chosen['saving']:.0f} % of the FLOPs saved",
+def plot_distances(path: Path, result: Mapping) -> None:
+    """Distance over FLOPs of the main sampler's rows, by each encoder, with standard errors."""
+    figure, empty = new_figure((11, 4.5))
+    empty.remove()
+    for axes, role in zip(figure.subplots(1, 2), ROLES, strict=True):
+        for method, mark in zip(ROWS, "oPXs^*vD<>dph", strict=True):
+            points = sorted(
+                (r["gflops_per_image"], r[role]["distance"], standard_error(r[role]["without"]))
+                for r in result["rows"]
+                if (r["sampler"], r["method"]) == (result["sampler"], method)
             )
-        # Rows of pictures that the scores left: the same noise in all of them.
-        rows = ["width-1", "searched-0.5-0", "width-0.75", "width-0.5"]
-        files = [self.folder / "runs" / self.main_sampler / name for name in rows]
-        grids = [next(iter(folder.glob("eval*.png")), None) for folder in files]
-        if all(grids):
-            first_rows(grids, self.results / "samples.png")
+            if points:
+                x, y, error = zip(*points, strict=True)
+                axes.errorbar(x, y, error, fmt=mark, label=ROWS[method], capsize=2, alpha=0.8)
+        axes.set(xlabel="GFLOPs an image", yscale="log",
+                 ylabel=f"Fréchet distance ({result['rows'][0][role]['encoder']})")  # fmt: skip
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small")
+    save_figure(figure, path)
 
 
-def ablation_name(variant: str, seed: int) -> str:
-    """The task that trains it, and its folder."""
-    return f"ablation/{variant.replace(' ', '_')}-{seed}"
+def plot_schedules(path: Path, rows: Sequence[Mapping]) -> None:
+    """The width of each step, a line for each schedule."""
+    rows = [row for row in rows if len(set(row["widths"])) > 1]
+    if rows:
+        figure, axes = new_figure((8, 0.4 * len(rows) + 1.2))
+        lines = axes.imshow([row["widths"] for row in rows], aspect="auto", vmin=0, vmax=1)
+        axes.set_yticks(range(len(rows)), map(label, rows), fontsize="small")
+        axes.set(xlabel="step: from noise, on the left, to the image")
+        axes.grid(False)
+        figure.colorbar(lines, label="width")
+        save_figure(figure, path)
 
 
-def search_summary(front: Mapping) -> dict[str, object]:
-    """What a search tried, and its front by its own scores."""
-    keep = ("distance", "average_gflops", "saving")
-    return {
-        **{key: front[key] for key in ("candidates", "images", "passes", "passes_saved")},
-        "front": [{key: point[key] for key in keep} for point in front["points"]],
-    }
+def pictures(path: Path, rows: Sequence[tuple[Mapping, Path]]) -> None:
+    """A line of images of each row, on the same noise, behind its name."""
+    images, labels = [], []
+    for row, file in rows:
+        made = read_tensors(file)
+        images += [torch.full_like(made[:1], 255), made]
+        labels += [textwrap.fill(label(row), 12), *[""] * len(made)]
+    if rows:
+        labelled_grid(path, torch.cat(images), labels, "the same noise", 1 + len(made))
 
 
-def ablation_table(ablations: Mapping[str, Sequence[Mapping]]) -> str:
-    """Mean and range over seeds at every width, and the mean CPU seconds of training."""
-    rows = []
-    for variant, runs in ablations.items():
-        cells = [variant]
-        for width in WIDTHS:
-            values = sorted(run["distances"][str(width)] for run in runs)
-            cells.append(f"{statistics.mean(values):.3f} ({values[0]:.3f}-{values[-1]:.3f})")
-        cells.append(f"{statistics.mean(run['training_seconds'] for run in runs):.0f}")
-        rows.append(cells)
-    return table(["", *(f"width {w:g}" for w in WIDTHS), "training, CPU s"], rows)
+# --- tasks that are no command of main.py ---
+
+HERE = ("-m", "benchmark.experiment")
 
 
-def first_rows(grids: Sequence[Path], path: Path, rows: int = 2) -> None:
-    """The first `rows` rows of images of each grid, one grid below the other."""
-    from torchvision.io import encode_png, read_image
-
-    pictures = [read_image(str(grid)) for grid in grids]
-    # A grid of n × n images with 2 pixels between them and around it.
-    side = round(256**0.5)
-    step = (pictures[0].shape[1] - 2) // side
-    gap = torch.full((3, 6, pictures[0].shape[2]), 255, dtype=torch.uint8)
-    parts = []
-    for picture in pictures:
-        parts += [picture[:3, : rows * step + 2].expand(3, -1, -1), gap]
-    path.write_bytes(encode_png(torch.cat(parts[:-1], 1)).numpy().tobytes())
-
-
-def read_flagfile(path: Path) -> dict[str, list[str]]:
-    """name -> values of a flagfile; a flag without a value has the value true."""
-    found = defaultdict(list)
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; see --flagfile") from error
-    for line in lines:
-        if line.startswith("--"):
-            name, _, value = line.removeprefix("--").partition("=")
-            found[name].append(value or "true")
-    return dict(found)
+def switches(path: Path, shares: Sequence[float], flags: Sequence[str]) -> None:
+    """The best two-level switch within each share of the FLOPs: the best five on a search's images
+    are scored again on three times as many."""
+    bench, found = Bench(configuration(*flags)), {}
+    costs = {s: bench.cost(s) / bench.costs[1.0] for s in bench.switches()}
+    for share in shares:
+        near = [s for s, cost in costs.items() if 0.6 * share < cost <= share]
+        for images in (bench.evaluator.num_images, 3 * bench.evaluator.num_images):
+            scored = bench.score_all(near, bench.sharing().varied(images))
+            near = [c.schedule for c in sorted(scored, key=lambda c: c.distance)[:5]]
+        if near:
+            found[str(share)] = list(bench.genome.stored(near[0]).widths)
+    write_json(path, found)
 
 
+def call(module: str, folder: Path) -> None:
+    """Run another benchmark, whose own commands end with it."""
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.killpg(0, signal.SIGTERM)
+
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, end)
+    importlib.import_module(module).run(folder)
+
+
+@functools.cache
 def speed() -> tuple[str, ...]:
     """Flags for what is fast on this machine."""
     if not torch.cuda.is_available():
@@ -577,35 +580,56 @@ def speed() -> tuple[str, ...]:
     return ("--compile",)
 
 
-def main() -> None:
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("experiment"))
-    recipe, quick = (ROOT / "config" / f"{n}.txt" for n in ("fashion_mnist_14", "digits"))
-    parser.add_argument("--flagfile", type=Path, default=recipe)
-    parser.add_argument("--ablations", type=Path, default=quick, help="flagfile of the ablations")
-    parser.add_argument("--data_root", default="./data")
-    workers = 1 if torch.cuda.is_available() else min(4, len(os.sched_getaffinity(0)))
-    parser.add_argument("--workers", type=int, default=workers, help="tasks at a time")
-    parser.add_argument("--search_images", type=int, default=400)
-    parser.add_argument("--images", type=int, default=10_000, help="of a final score")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.set_defaults(speed=speed())
-    parser.add_argument("--report", action="store_true", help="only the table of what is done")
-    parser.add_argument("--only", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    add = parser.add_argument
+    add("folder", nargs="?", type=Path, default=Path("experiment"))
+    add("--flagfile", type=Path, help="the recipe")
+    add("--data_root", default="./data")
+    workers = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    add("--workers", type=int, default=workers, help="tasks at a time")
+    add("--images", type=int, help=f"of each of {SETS} sets of a final score")
+    add("--search_images", type=int, help="of a search's score")
+    add("--judge", help="an encoder that nothing is chosen with")
+    add("--train_seeds", type=int)
+    add("--search_seeds", type=int)
+    add("--samplers", nargs="*", help="the others, as NAME-STEPS")
+    add("--results", type=Path, help="folder of the report")
+    add("--mixed", action="store_true", help="go on at another commit, or with other options")
+    add("--report", action="store_true", help="only the tables and pictures of what is done")
+    add("--docs", action="store_true", help="and write the tables into docs/experiment.md")
+    add("--quick", action="store_true", help="every kind of task at tiny sizes, on the digits")
+    quick = parser.parse_args(arguments).quick
+    parser.set_defaults(**(QUICK if quick else DEFAULTS))
+    o = parser.parse_args(arguments)
+    kept = ROOT / "results" / "experiment" / "second_edition" / o.flagfile.stem
+    o.results = o.results or (o.folder / "report" if quick else kept)
+    return o
+
+
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    keep_freed()
     try:
-        experiment = Experiment(options)
-        if options.only:
-            experiment.only(options.only)
-            return
-        if not options.report:
-            signal.signal(signal.SIGTERM, experiment.stop)
-            experiment.run()
+        match sys.argv[1:]:
+            case ["--call", module, folder]:
+                return call(module, Path(folder))
+            case ["--switches", path, shares, *flags]:
+                return switches(Path(path), [*map(float, shares.split(","))], flags)
+        experiment, failed = Experiment(parsed()), []
+        if not experiment.options.report:
+            signal.signal(signal.SIGTERM, stop)
+            failed = experiment.run()
+        experiment.report()
+        if failed:
+            raise UserError(f"failed: {', '.join(failed)}; the same command tries them again")
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from what is done")
-    experiment.report()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The experiment's tasks: in order, resumable, and all of them commands that main.py knows."""
+"""The experiment: tasks in order, resumable, of one commit; scores by two encoders; its tables."""
 
-import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,140 +11,129 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY
 
 import build
-from benchmark import experiment
-from benchmark.experiment import Experiment, Task
+from benchmark import experiment, scores
+from benchmark.experiment import Experiment, parsed
 from benchmark.recipe import configuration
-from benchmark.search import Bench
 from model import checkpoint
 from runtime.errors import UserError
-
-
-def experiment_of(recipe: Path, tmp_path: Path) -> Experiment:
-    return Experiment(
-        argparse.Namespace(
-            folder=tmp_path, flagfile=recipe, ablations=recipe, data_root="data", workers=2,
-            search_images=20, images=30, seeds=2, speed=(),
-        )
-    )  # fmt: skip
+from runtime.files import read_json, write_json
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Experiment:
-    return experiment_of(ROOT / "config" / "digits.txt", tmp_path)
+    return Experiment(parsed([str(tmp_path), "--quick", "--workers=2"]))
 
 
-@pytest.mark.parametrize("name", ["digits", "fashion_mnist", "fashion_mnist_14"])
-def test_tasks_have_names_of_their_own_and_come_after_what_they_need(
-    name: str, tmp_path: Path
+def finish(job: Experiment, name: str, **record: object) -> None:
+    write_json(job.done(name), {"command": "python", "commit": "abc", "cpu_seconds": 36, **record})
+
+
+@pytest.mark.parametrize("arguments", [["--quick"], []])
+def test_every_task_comes_after_what_it_needs_and_has_flags_that_main_knows(
+    arguments: list[str], tmp_path: Path
 ) -> None:
-    seen = set()
-    for task in experiment_of(ROOT / "config" / f"{name}.txt", tmp_path).tasks():
-        assert task.name not in seen
-        assert set(task.needs) <= seen
-        seen.add(task.name)
+    job, seen = Experiment(parsed([str(tmp_path), *arguments])), set()
+    share = job.options.shares[0]
+    point = {"average_gflops": 0.0, "saving": 1, "distance": 1.0, "latency_ms": 1.0}
+    front = {
+        "label": "d", "full_width_gflops": 1.0, "timesteps": [0, 1],
+        "points": [{**point, "schedule": [0.5, 1]}],
+        "uniform": [{**point, "schedule": [1.0, 1.0], "latency_ms": 2.0}],
+    }  # fmt: skip
+    for name in job.tasks():
+        assert name not in seen
+        assert {*job.needs(name)} <= seen
+        seen.add(name)
+        if name.startswith("search/"):
+            write_json(job.folder / name / "front.json", front)
+        if name.startswith("switches/"):
+            write_json(job.result(name), {str(share): [0.5, 1]})
+        command = job.command(name)
+        if command and command[0] == "main.py":
+            configuration(*command[1:])  # refuses what main.py would refuse
+        elif command and command[1] == "benchmark.scores":
+            config = configuration(*(f for f in command[4:] if f != "--test"))
+            if "--eval_stepaware" in command:
+                assert Path(config.evaluation.schedule).exists()
+    methods = {name.split("/")[2] for name in seen if name.startswith("score/")}
+    assert methods == {*experiment.ROWS}
+    steps = int(share * job.steps)
+    assert f"--sample_steps={steps}" in job.row("steps", share, job.options.sampler, "0-0")
+    in_time = job.row("time", share, job.options.sampler, "0-0")
+    assert f"--sample_steps={job.steps // 2}" in in_time
 
 
-def test_main_knows_every_flag(job: Experiment) -> None:
-    commands = [task.command for task in job.tasks() if task.command[0] == "main.py"]
-    assert len(commands) > 50
-    for command in commands:
-        configuration(*command[1:])  # refuses what main.py would refuse
+def test_two_networks_take_turns_within_the_share(job: Experiment) -> None:
+    flags = configuration(*job.turns(0.5, "0"))
+    timesteps = range(0, 100, 100 // job.steps)
+    small = [flags.ensemble.end < t < flags.ensemble.start for t in timesteps]
+    costs = [job.flops[0.5 if each else 1.0] for each in small]
+    assert sum(costs) <= 0.5 * job.steps * job.flops[1.0] < sum(costs) + job.flops[1.0]
+    assert small == sorted(small)  # the last steps are the large network's
+    assert job.turns(0.2, "0") is None
 
 
-def test_every_schedule_that_is_scored_is_made_before(job: Experiment) -> None:
-    named = {
-        Path(flag.partition("=")[2]).stem
-        for task in job.tasks()
-        for flag in task.command
-        if flag.startswith("--schedule=")
-    }
-    keys = ["0", "1", "ddim-10"]
-    for key in keys:
-        folder = job.folder / f"search-{key}"
-        folder.mkdir()
-        points = [
-            {"saving": saving, "distance": 1 - saving, "schedule": [1.0]}
-            for saving in (0.2, 0.55, 0.6, 0.8)
-        ]
-        experiment.write_json(folder / "front.json", {"points": points})
-        job._take_from_front(key)
-    made = {path.stem for path in (job.folder / "schedules").iterdir()}
-    assert made == {f"searched-{share:g}-{key}" for share in experiment.BUDGETS for key in keys}
-    others = {name for name in named if not name.startswith("searched")}
-    assert named == made - {"searched-0.3-ddim-10"} | others
-    assert {name.split("-")[0] for name in others} == {"switch", "random"}
-
-
-def test_a_failing_task_stops_it_and_the_rest_is_not_done_again(
+def test_a_failing_task_stops_what_needs_it_alone_and_the_rest_is_not_done_again(
     job: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    note = "import sys; open(sys.argv[1], 'a').write(sys.argv[2])"
-    log = job.folder / "log.txt"
-    broken = job.folder / "broken"
+    log, broken = job.folder / "log.txt", job.folder / "broken"
     broken.touch()
-    tasks = [
-        Task("a", ("-c", note, str(log), "a")),
-        Task(
-            "deep/b", ("-c", f"import os, sys; sys.exit(os.path.exists({str(broken)!r}))"), ("a",)
-        ),
-        Task("c", ("-c", note, str(log), "c"), ("deep/b",)),
-    ]
-    monkeypatch.setattr(job, "tasks", lambda: tasks)
-    with pytest.raises(UserError, match="deep/b failed"):
-        job.run()
+    note = f"import sys; open({str(log)!r}, 'a').write(sys.argv[1])"
+    commands = {
+        "a": ["-c", note, "a"],
+        "deep/b": ["-c", f"import os, sys; sys.exit(os.path.exists({str(broken)!r}))"],
+        "c": ["-c", note, "c"],
+        "d": None,
+    }
+    monkeypatch.setattr(job, "tasks", lambda: [*commands])
+    monkeypatch.setattr(job, "needs", lambda name: {"deep/b": ["a"], "c": ["deep/b"]}.get(name, []))
+    monkeypatch.setattr(job, "command", commands.get)
+    assert job.run() == ["deep/b"]
     assert log.read_text() == "a"
     broken.unlink()
-    job.run()
+    assert job.run() == []
+    assert job.run() == []
     assert log.read_text() == "ac"
-    job.run()
-    assert log.read_text() == "ac"
 
 
-def test_flagfile(tmp_path: Path) -> None:
-    path = tmp_path / "flags.txt"
-    path.write_text("# text\n--a=1\n--b\n--a=2=3\n\n")
-    assert experiment.read_flagfile(path) == {"a": ["1", "2=3"], "b": ["true"]}
-
-
-def test_first_rows(tmp_path: Path) -> None:
-    import torch
-    from torchvision.io import read_image
-
-    from runtime.files import save_grid
-
-    images = torch.arange(256, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 6, 6)
-    grids = [tmp_path / "a.png", tmp_path / "b.png"]
-    for grid in grids:
-        save_grid(grid, images)
-    experiment.first_rows(grids, tmp_path / "both.png", rows=2)
-    both = read_image(str(tmp_path / "both.png"))
-    part = 2 * 8 + 2
-    assert both.shape == (3, 2 * part + 6, 16 * 8 + 2)
-    assert torch.equal(both[:, :part], read_image(str(grids[0]))[:, :part])
-    assert torch.equal(both[:, -part:], both[:, :part])
+def test_rows_of_another_commit_or_of_other_options_are_refused(
+    job: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.begin()
+    job.begin()
+    monkeypatch.setattr(experiment, "commit", lambda: "another")
+    with pytest.raises(UserError, match=r"commit: .* there, another here"):
+        job.begin()
+    job.options.mixed = True
+    job.begin()
+    monkeypatch.undo()
+    job.options.mixed, job.options.images = False, 11
+    with pytest.raises(UserError, match="images: 10 there, 11 here"):
+        job.begin()
 
 
 def test_sigterm_ends_what_runs(job: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     running = job.folder / "running"
-    code = f"import os, time; open({str(running)!r}, 'x').write('1'); time.sleep(600)"
-    monkeypatch.setattr(job, "tasks", lambda: [Task("long", ("-c", code))])
+    code = f"import time; open({str(running)!r}, 'x').write('1'); time.sleep(600)"
+    monkeypatch.setattr(job, "tasks", lambda: ["long"])
+    monkeypatch.setattr(job, "command", lambda name: ["-c", code])
 
     def ask() -> None:
         while not running.exists():
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.signal(signal.SIGTERM, job.stop)
+    before = signal.signal(signal.SIGTERM, experiment.stop)
     threading.Thread(target=ask).start()
     try:
         with pytest.raises(KeyboardInterrupt):
             job.run()
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert not job.processes
+    assert not job.running
     assert not job.done("long").exists()
 
 
@@ -152,15 +141,20 @@ def test_sigterm_ends_what_runs(job: Experiment, monkeypatch: pytest.MonkeyPatch
     sys.platform != "linux", reason="only Linux tells a process of its parent's end"
 )
 def test_sigkill_leaves_no_command_behind(tmp_path: Path) -> None:
+    """Nor one that another benchmark has started."""
     running = tmp_path / "running"
-    command = (
-        f"import os, pathlib, time; pathlib.Path({str(running)!r}).write_text(str(os.getpid()))"
+    (tmp_path / "long.py").write_text(
+        "import os, pathlib, subprocess, sys, time\n"
+        "def run(folder):\n    subprocess.run([sys.executable, __file__])\n"
+        "if __name__ == '__main__':\n"
+        f"    pathlib.Path({str(running)!r}).write_text(str(os.getpid()))\n    time.sleep(600)\n"
     )
+    put = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]; "
+    command = ["-c", put + "from benchmark.experiment import call; call('long', '.')"]
     code = (
-        "import pathlib, sys; sys.path.insert(0, 'tests')\n"
-        "from test_experiment import Task, experiment_of\n"
-        f"job = experiment_of(pathlib.Path('config/digits.txt'), pathlib.Path({str(tmp_path)!r}))\n"
-        f"job.tasks = lambda: [Task('long', ('-c', {command + '; time.sleep(600)'!r}))]\n"
+        "from benchmark.experiment import Experiment, parsed\n"
+        f"job = Experiment(parsed([{str(tmp_path)!r}, '--quick']))\n"
+        f"job.tasks, job.command = (lambda: ['long']), (lambda name: {command!r})\n"
         "job.run()"
     )
     launcher = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -184,21 +178,78 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_baselines_come_from_the_benchmark_of_searches(
-    job: Experiment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On an untrained network: switches and random schedules within each budget."""
-    config = configuration(f"--flagfile={job.flagfile}")
+@pytest.fixture
+def trained(tmp_path: Path) -> list[str]:
+    """Flags for a small supernet with random weights that lies in a folder."""
+    flags = [*TINY, f"--logdir={tmp_path}", "--num_images=40", "--batch_size=12"]
+    config = configuration(*flags)
     weights = build.own_network(config, torch.device("cpu"), 1).state_dict()
-    (job.folder / "supernet").mkdir()
     state = {"net_model": weights, "ema_model": weights, "settings": config.stored("network")}
-    checkpoint.save(job.folder / "supernet" / "ckpt.pt", state)
-    monkeypatch.setattr(Bench, "switches", lambda self, made=Bench.switches: made(self)[::4])
-    job.only("baselines")
-    names = {path.name for path in (job.folder / "schedules").iterdir()}
-    assert names == {
-        f"{kind}-{share:g}{end}.txt"
-        for share in experiment.BUDGETS
-        for kind, ends in (("switch", ("",)), ("random", ("-0", "-1")))
-        for end in ends
-    }
+    checkpoint.save(tmp_path / "ckpt.pt", state)
+    return flags
+
+
+def test_scores_are_those_of_main_py_and_of_each_set_left_out(trained: list[str]) -> None:
+    config = configuration(*trained, "--eval", "--assigned_width=0.5", "--sample_steps=5")
+    found, images = scores.of_images(config, "pixels")
+    assert found["judge"] == found["chosen_with"]
+    model, networks, schedule, flops = scores.chain(config)
+    evaluator = build.evaluator(model, networks)
+    theirs, pictures = evaluator.score(schedule, 40)
+    assert found["chosen_with"]["distance"] == pytest.approx(theirs.distance, rel=1e-9)
+    assert torch.equal(images, pictures[: scores.SHOWN])
+    rest = evaluator.encoder(torch.cat([pictures[:8], pictures[16:]])).double()
+    without = evaluator.reference.distance(rest.mean(0), rest.T.cov())
+    assert found["chosen_with"]["without"][1] == pytest.approx(without, rel=1e-6)
+    assert found["gflops_per_image"] == 5 * flops[0.5] / 1e9
+    assert found["widths"] == [0.5] * 5
+
+
+def test_the_standard_error_of_a_mean_is_the_usual_one() -> None:
+    values = torch.tensor([1.0, 4.0, 2.0, 7.0, 3.0])
+    without = [(values.sum() - each).item() / 4 for each in values]
+    usual = values.std().item() / 5**0.5
+    assert scores.standard_error(without) == pytest.approx(usual)
+
+
+def test_switches_are_within_the_shares(trained: list[str], tmp_path: Path) -> None:
+    experiment.switches(tmp_path / "found.json", (0.5, 0.3), [*trained, "--num_images=10"])
+    costs = scores.chain(configuration(*trained))[0].flops([1, 0.75, 0.5, 0.25])
+    for share, widths in read_json(tmp_path / "found.json").items():
+        cost = sum(costs[width] for width in widths) / len(widths)
+        assert 0.6 * float(share) < cost / costs[1.0] <= float(share)
+        assert len(set(widths)) == 2
+
+
+def test_report_of_what_is_done(job: Experiment, trained: list[str]) -> None:
+    """Paired differences to full width, means over seeds; pictures."""
+    with pytest.raises(UserError, match="nothing is scored"):
+        job.report()
+    write_json(job.result("test_set"), {"none": "no test split"})
+    base = [1.0, 1.2, 0.8, 1.1, 0.9]
+    for name, times, gflops in [("width/1/0-0", 1, 2), ("sensitivity/0.5/0-0", 1.1, 1)]:
+        name, ds = f"score/{job.options.sampler}/{name}", [times * d for d in base]
+        score = {"encoder": "pixels", "distance": times, "without": ds}
+        write_json(job.result(name), {
+            "images": 50, "chosen_with": score, "judge": score, "gflops_per_image": gflops,
+            "ms_per_image": 3.0, "widths": [1.0, 0.5],
+        })  # fmt: skip
+        scores.write_tensors(job.result(name).with_suffix(".pt"), torch.zeros(15, 1, 8, 8).byte())
+        finish(job, name)
+    job.report()
+    out = job.options.results
+    result = read_json(out / "results.json")
+    assert result["commits"] == ["abc"]
+    assert len(result["not_done"]) == len(job.tasks()) - 2
+    row = re.search(r"^\| searched .*$", (out / "tables.md").read_text(), re.M)[0]
+    assert re.split(r" *\| *", row)[2:7] == ["1", "1", "50 %", "1.1 ± 0.31", "+10.0 ± 0.0 %"]
+    assert {path.name for path in out.iterdir()} >= {"distances.png", "schedules.png",
+                                                     "samples.png"}  # fmt: skip
+
+
+def test_the_page_has_the_tables_of_the_recorded_run() -> None:
+    begin, end = experiment.MARKS
+    shown = re.search(f"{begin}\n(.*){end}", experiment.PAGE.read_text(), re.S)[1]
+    path = parsed([]).results / "results.json"
+    if path.exists():
+        assert shown == experiment.tables(read_json(path))
