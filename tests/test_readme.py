@@ -78,6 +78,13 @@ def test_commands_have_flags_that_exist(page: Path) -> None:
     assert names <= {*own, *(f"no{name}" for name in own), "flagfile"}
 
 
+def test_the_table_of_exports_is_that_of_the_record() -> None:
+    record = json.loads((ROOT / "results/benchmark/exported.json").read_text(encoding="utf-8"))
+    text = (ROOT / "docs" / "diffusers.md").read_text(encoding="utf-8")
+    for row in record["table"]:
+        assert f"| {' | '.join(row)} |" in text
+
+
 def test_the_readme_is_read_in_a_minute() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
 
