@@ -7,33 +7,24 @@ Runs main.py as a user would. A second run in the same folder goes on where the 
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from benchmark.machine import describe
+from benchmark.machine import describe, main_py
+from benchmark.recipe import CONFIG
 from looks import plot_front, plot_schedule, table
 from model import WidthSchedule
 from runtime.files import read_json, write_json
 
-ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
-
-
-def main_py(*arguments: str) -> None:
-    """Run main.py with these flags, and stop where it stops."""
-    print("\n$ python main.py", *arguments, flush=True)
-    code = subprocess.run([sys.executable, str(ROOT / "main.py"), *arguments]).returncode
-    if code:
-        sys.exit(code)
 
 
 def run(folder: Path) -> None:
     """Everything, into `folder`."""
     start = time.perf_counter()
     logdir = f"--logdir={folder}"
-    main_py("--train", f"--flagfile={ROOT / 'config' / 'digits.txt'}", logdir)
+    main_py("--train", f"--flagfile={CONFIG / 'digits.txt'}", logdir)
     trained = time.perf_counter() - start
 
     flagfile = f"--flagfile={folder / 'flagfile.txt'}"

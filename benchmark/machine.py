@@ -98,7 +98,8 @@ def gain(before: Sequence[float], after: Sequence[float]) -> str:
 
 
 def main_py(*arguments: object) -> None:
-    """Run main.py, and stop where it stops."""
+    """Run main.py with these flags, said first, and stop where it stops."""
+    print("\n$ python main.py", *arguments, flush=True)
     code = subprocess.run([sys.executable, ROOT / "main.py", *map(str, arguments)]).returncode
     if code:
         sys.exit(code)
