@@ -153,8 +153,8 @@ def entries(state: object, path: str | Path) -> dict[str, Tensor]:
 
 def fill(net: nn.Module, state: object, path: str | Path) -> None:
     """Copy a state dict into `net`. UserError that names the first entry that does not fit."""
-    stored = entries(state, path)
-    for name, expected in net.state_dict().items():
+    stored, wanted = entries(state, path), net.state_dict()
+    for name, expected in wanted.items():
         if name not in stored:
             raise UserError(f"{path} is for another network: it has no entry {name}")
         if stored[name].shape != expected.shape:
@@ -164,7 +164,7 @@ def fill(net: nn.Module, state: object, path: str | Path) -> None:
                 "--num_res_blocks and the data set's channels"
             )
         check_tensor(stored[name], expected, f"{path}: {name}")
-    extra = [name for name in stored if name not in net.state_dict()]
+    extra = [name for name in stored if name not in wanted]
     if extra:
         raise UserError(f"{path} is for another network: its entry {extra[0]} has no place here")
     net.load_state_dict(stored)
