@@ -148,6 +148,16 @@ def process_main(folder: Path, *arguments: object) -> Result:
     return Result(process.returncode, out, err)
 
 
+def run_alone(code: str, folder: Path, *arguments: object) -> None:
+    """Python's `code` in `folder`, in a process that does not find this project."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
+    code += "\nimport sys\nassert not {'build', 'model', 'runtime'} & sys.modules.keys()"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below `folder`."""
     return {
@@ -162,6 +172,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder, in which we are."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No mode measures latency, which takes a second per width."""
+    for command in ("plan", "search"):
+        monkeypatch.setattr(f"commands.{command}.latency", lambda *arguments: 0.001)
 
 
 @pytest.fixture

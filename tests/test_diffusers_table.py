@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, run_main
+from conftest import ROOT, run_alone, run_main
 from test_latents import write_autoencoder
 
 import build
-from model.diffusers.step_aware_unet import StepAwareUNet
 from runtime.files import save_image
+from sampling.noise import SAMPLING, ImageNoise
 from settings import Configuration
 
 # diffusers 0.34's own, in its FIR layers
@@ -106,7 +103,29 @@ MODELS = {  # the model's config, its scheduler, its autoencoder
              **down_up("", "CrossAttn")), DDPM, "",
     ),
 }  # fmt: skip
-SCHEDULE = [1] * 6 + [0.75] * 4 + [0.5] * 10
+OPEN = """
+import sys
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+
+for folder in sys.argv[1:]:
+    print("opening", folder)
+    pipe = DiffusionPipeline.from_pretrained(
+        folder, custom_pipeline=folder, trust_remote_code=True, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    expected = np.load(folder + ".npz")
+    images = pipe(2, latents=torch.from_numpy(expected["x_T"]), output_type="np").images
+    assert np.abs(255 * images - expected["images"]).max() < 1.5, folder
+"""
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where rows leave their exports, and noise and images beside. In the end, diffusers alone must
+    make the same of all of them: one process, since it takes seconds to start."""
+    folder = tmp_path_factory.mktemp("exports")
+    yield folder
+    run_alone(OPEN, folder, *sorted(path for path in folder.iterdir() if path.is_dir()))
 
 
 def write_model(name: str) -> type:
@@ -133,95 +152,91 @@ def succeeds(*arguments: str) -> None:
     assert result.status == 0, result.err
 
 
+def slug(name: str) -> str:
+    return re.sub(r"\W+", "-", name)
+
+
 def test_the_table_has_every_model() -> None:
     assert ROWS.keys() == MODELS.keys()
 
 
-@pytest.mark.parametrize("name", MODELS, ids=lambda name: re.sub(r"\W+", "-", name))
-def test_a_model_goes_the_whole_way(here: Path, refused: Callable, name: str) -> None:
+@pytest.mark.parametrize("name", MODELS, ids=slug)
+def test_a_model_goes_the_whole_way(
+    here: Path, refused: Callable, untimed: None, exports: Path, name: str
+) -> None:
     flags, result = ROWS[name]
     flags = flags.replace("FILE", "FILE.safetensors").split()
     kind = write_model(name)
-    images = ["--dataset=digits"]
-    if "Skip" in str(MODELS[name]):  # these blocks know three channels alone
-        images = ["--dataset=image_folder", "--data_root=images"]
-        for i in range(4):
-            save_image(Path("images", f"{i}.png"), torch.randint(256, (3, 8, 8)).byte())
+    colours = 3 if "Skip" in str(MODELS[name]) else 1  # these blocks know three alone
+    for i in range(10):  # folders are classes
+        save_image(Path("images", f"{i}", "0.png"), torch.randint(256, (colours, 32, 32)).byte())
     way, _, reason = result.partition(": ")
     about = [
-        "--init_diffusers=DIR", *flags, "--fid_encoder=pixels", "--device=cpu",
-        "--num_images=2", "--batch_size=2", *images, "--min_width=0.5", "--candidate_width=0.75",
+        "--init_diffusers=DIR", *flags, "--fid_encoder=pixels", "--device=cpu", "--num_images=2",
+        "--batch_size=2", "--dataset=image_folder", "--data_root=images", "--min_width=0.5",
+        "--candidate_width=0.5", "--logdir=run",
     ]  # fmt: skip
     train = [
-        *about, "--train", "--sandwich", "--total_steps=1", "--lr=1e-12", "--warmup=0",
-        "--sample_step=0", "--label_dropout=0", "--logdir=run",
+        *about, "--train", "--sandwich", "--num_sandwich_sampling=2", "--total_steps=1",
+        "--lr=1e-12", "--warmup=0", "--sample_step=0", "--label_dropout=0",
     ]  # fmt: skip
     if way == "refused":
         Path("run").mkdir()
         refused(reason, *train)
-        refused(reason, *about, "--eval", "--logdir=run")
+        refused(reason, *about, "--eval")
         return
     succeeds(*train)
-    Path("run/search.txt").write_text(json.dumps(SCHEDULE))
-    again = ["--flagfile=run/flagfile.txt", "--sample_steps=4"]
-    succeeds(*again, "--eval_stepaware")
-    score = json.loads(Path("run/eval_stepaware.json").read_text())
-    assert score["average_gflops"] < 0.8 * score["full_width_gflops"]
-    succeeds(*again, "--export_diffusers=out")
-    model = build.load_model(Configuration.of(logdir="run", device="cpu"))
-    ours, theirs = model.net, kind.from_pretrained("DIR/unet")
-    exported = StepAwareUNet.from_pretrained("out/unet")
-    x, given, shown, texts = torch.randn(2, *model.image_shape), {}, {}, {}
-    if ours.settings.num_classes:
+    steps = dict(sampler="ddim", sample_steps=4)
+    again = ["--flagfile=run/flagfile.txt", *(f"--{flag}={value}" for flag, value in steps.items())]
+    again += ["--classes=1,3"] if "--num_classes=10" in flags else []
+    search = ["--search_method=sensitivity", "--search_objective=pareto", "--flops_budget=0.8"]
+    few = ["--num_segments=2", "--num_generation=1", "--pop_size=2"]
+    succeeds(*again, "--search", *search, *few)
+    succeeds(*again, f"--export_diffusers={exports / slug(name)}")
+
+    labels = {"classes": "1,3"} if "--num_classes=10" in flags else {}
+    model = build.load_model(Configuration.of(logdir="run", device="cpu", **steps, **labels))
+    schedule = model.schedule("run/search.txt")
+    assert 0.5 in schedule.widths
+    networks = build.candidates(model, sorted(set(schedule.widths)))
+    images = build.generator(model, networks).images(schedule, 2)
+    assert images.float().std() > 1
+    x = ImageNoise(0, SAMPLING, torch.arange(2), model.image_shape).initial()
+    images = images.permute(0, 2, 3, 1).numpy()
+    np.savez(exports / f"{slug(name)}.npz", x_T=x.numpy(), images=images)
+
+    theirs, given, shown, texts = kind.from_pretrained("DIR/unet"), {}, {}, {}
+    if labels:
         given, shown = {"labels": torch.tensor([1, 3])}, {"class_labels": torch.tensor([1, 3])}
-    if ours.embeddings is not None:
-        texts = {"encoder_hidden_states": ours.embeddings.expand(2, -1, -1)}
+    if model.net.embeddings is not None:
+        texts = {"encoder_hidden_states": model.net.embeddings.expand(2, -1, -1)}
     with torch.no_grad():
-        for t, width in ((2, 1.0), (8, 0.75), (15, 0.5)):
-            time = torch.full((2,), t)
-            answer = ours(x, time, width, **given)
-            torch.testing.assert_close(exported(x, t, **shown).sample, answer, rtol=1e-4, atol=1e-4)
-            if width == 1:
-                its = theirs(x, t, **shown, **texts).sample
-                torch.testing.assert_close(answer, its, rtol=1e-4, atol=1e-4)
-            else:
-                assert not torch.allclose(answer, its, atol=1e-3)
+        whole, half = (model.net(x, torch.tensor([2, 2]), width, **given) for width in (1.0, 0.5))
+        its = theirs(x, 2, **shown, **texts).sample
+    torch.testing.assert_close(whole, its, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(half, its, atol=1e-3)
 
 
 # --- the walk -------------------------------------------------------------------------------------
 
 FEWER = {  # flags that make the walk short; the last of two counts
-    "--train": ["--total_steps=2", "--sample_step=0", "--batch_size=4"],
+    "--train": ["--total_steps=2", "--sample_step=0"],
     "--search": ["--num_images=3", "--num_generation=1", "--pop_size=2", "--num_segments=2"],
     "--eval": ["--num_images=3"], "--eval_stepaware": ["--num_images=3"],
     "--generate": ["--num_images=2"],
 }  # fmt: skip
 
 
-def test_the_walk(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_walk(here: Path, untimed: None) -> None:
     """Every command of the page, in turn."""
-    for command in ("plan", "search"):
-        monkeypatch.setattr(f"commands.{command}.latency", lambda *arguments: 0.001)
     lines = re.sub(r"\\\n\s*", "", PAGE)
     commands = re.findall(r"^ +python (?:- <<'EOF'\n((?:.*\n)*?) +EOF|main.py (.*))$", lines, re.M)
     flags = [flags.split() for _, flags in commands if flags]
     make, *use = (textwrap.dedent(code) for code, _ in commands if code)
-    run_python(make)
+    exec(make, {})
     assert len(flags) >= 7
     for each in flags:
         mode = next((mode for mode in FEWER if mode in each), None)
         succeeds(*each, *FEWER.get(mode, []), "--device=cpu")
-    run_python("\n".join(use))
+    run_alone("\n".join(use), here)
     assert Path("sample.png").exists()
-
-
-def run_python(code: str) -> None:
-    """Run it in the working folder, in a process that keeps diffusers' copies of modules there."""
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(Path("modules").resolve()),
-    }
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
