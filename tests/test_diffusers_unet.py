@@ -289,13 +289,13 @@ def test_heads_narrow_whole_or_each_in_part():
 
 def test_threads_and_copies_do_not_disturb_each_other():
     net = SlimmableDiffusersUNet(tiny()).requires_grad_(False)
-    widths = [1, 0.75, 0.5, 0.25] * 2
-    expected = [net(*batch(), width) for width in widths]
+    widths, inputs = [1, 0.75, 0.5, 0.25] * 2, batch()
+    expected = [net(*inputs, width) for width in widths]
     with ThreadPoolExecutor(len(widths)) as pool:
-        outputs = list(pool.map(lambda width: net(*batch(), width), widths))
+        outputs = list(pool.map(lambda width: net(*inputs, width), widths))
     torch.testing.assert_close(outputs, expected)
     again = pickle.loads(pickle.dumps(copy.deepcopy(net)))
-    torch.testing.assert_close(again(*batch(), 0.5), expected[2])
+    torch.testing.assert_close(again(*inputs, 0.5), expected[2])
 
 
 @pytest.mark.parametrize("num_classes", [5, 4])
