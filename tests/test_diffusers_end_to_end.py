@@ -20,17 +20,17 @@ from PIL import Image
 from test_latents import write_autoencoder
 
 import dataset
-from diffusion import NoiseSchedule, sample_ddim
+from diffusion import NoiseSchedule
 from model import checkpoint
 from model.diffusers.importance import order_by_importance
 from model.diffusers.loading import read_embeddings
-from model.diffusers.step_aware_unet import StepAwareUNet
 from model.diffusers.supernet import SlimmableDiffusersUNet
 from runtime.errors import UserError
 from sampling.noise import SAMPLING, ImageNoise
 from sampling.samplers import make_sampler
 from settings import SamplingSettings
 
+pytestmark = pytest.mark.usefixtures("untimed")
 UNET = dict(
     sample_size=8, in_channels=1, out_channels=1, block_out_channels=(32, 64), layers_per_block=1,
     down_block_types=("DownBlock2D", "AttnDownBlock2D"),
@@ -79,90 +79,40 @@ def succeeds(*arguments: str) -> str:
     return result.out
 
 
-def test_from_a_folder_to_a_folder(beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for command in ("plan", "search"):  # measuring takes a second per width
-        monkeypatch.setattr(f"commands.{command}.latency", lambda *arguments: 0.001)
-    succeeds(*TRAIN)
-    settings = torch.load("run/ckpt.pt", weights_only=True)["settings"]
-    assert settings["kind"] == "diffusers"
-    assert [settings[n] for n in ("T", "beta_T", "img_size")] == [20, 0.3, 8]
-    assert "of full" in succeeds(*FLAGS, "--profile")
-    steps = ["--sampler=ddim", "--sample_steps=5"]
-    succeeds(*FLAGS, *steps, "--eval", "--assigned_width=0.5")
-    succeeds(*FLAGS, *steps, "--search", "--num_generation=2", "--pop_size=4")
-    schedule = json.loads(Path("run/search.txt").read_text())
-    assert set(schedule) <= {0.5, 0.75, 1}
-    mixed = [1] * 8 + [0.75] * 4 + [0.5] * 8  # all widths, whatever the search chose
-    Path("run/search.txt").write_text(json.dumps(mixed))
-    succeeds(*FLAGS, *steps, "--eval_stepaware")
-    succeeds(*FLAGS, "--export_diffusers", "out")
-    assert not [path for path in Path("out").rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
-    unet = StepAwareUNet.from_pretrained("out/unet")
-    assert unet.config.schedule == mixed
-    pipeline = diffusers.DDIMPipeline(
-        unet, diffusers.DDIMScheduler.from_pretrained("out/scheduler")
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    images = pipeline(
-        2, generator, num_inference_steps=5, output_type="np", use_clipped_model_output=True
-    ).images
-    theirs = torch.from_numpy(images)[..., 0]
-    # Ours on the same noise, which the pipeline draws first.
-    x_T = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    state = checkpoint.load("run/ckpt.pt")
-    net = SlimmableDiffusersUNet.from_settings(state["settings"])
-    checkpoint.fill(net, state["ema_model"], "run/ckpt.pt")
-    net.eval()
-
-    @torch.no_grad()
-    def denoise(x: torch.Tensor, t: int) -> torch.Tensor:
-        return net(x, torch.full((len(x),), t), float(mixed[t]))
-
-    levels = NoiseSchedule(0.001, 0.3, 20)
-    x_0 = sample_ddim(denoise, x_T, levels, steps=5, clip_denoised=True)
-    torch.testing.assert_close(theirs, (x_0[:, 0] + 1) / 2, rtol=1e-3, atol=1e-3)
-
-
 def test_a_run_goes_on_without_its_folder(beside: Path) -> None:
     succeeds(*TRAIN, "--total_steps=2", "--sample_step=0")
     Path("model").unlink()
-    succeeds(*TRAIN, "--sample_step=0")  # the same command
+    succeeds(*TRAIN)  # the same command
     whole = torch.load("run/ckpt.pt", weights_only=True)
     assert whole["step"] == 4
     result = run_main(*TRAIN, "--grad_clip=2", "--total_steps=6")
     assert "grad_clip: 1.0 there, 2.0 here" in result.error
 
 
-def test_full_width_starts_as_the_model(beside: Path) -> None:
-    """One step at a learning rate near zero: the same network, but for the order of channels."""
-    succeeds(*TRAIN, "--total_steps=1", "--lr=1e-12", "--sample_step=0")
-    state = checkpoint.load("run/ckpt.pt")
-    net = SlimmableDiffusersUNet.from_settings(state["settings"])
-    checkpoint.fill(net, state["net_model"], "run/ckpt.pt")
-    original = SlimmableDiffusersUNet.from_pretrained("model")
-    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 11])
-    with torch.no_grad():
-        torch.testing.assert_close(net.eval()(x, t), original.eval()(x, t), rtol=1e-4, atol=1e-4)
-    order_by_importance(original)
-    for name, value in original.state_dict().items():
-        torch.testing.assert_close(net.state_dict()[name], value)
-
-
 def test_other_noise_schedules_travel(here: Path) -> None:
     save_model(
         Path("model"), dict(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     )
-    succeeds(*TRAIN, "--total_steps=1")
+    succeeds(*TRAIN, "--total_steps=1", "--sample_step=0")
     settings = torch.load("run/ckpt.pt", weights_only=True)["settings"]
-    assert (settings["beta_schedule"], settings["mean_type"]) == ("squaredcos_cap_v2", "v")
+    expected = dict(kind="diffusers", T=20, beta_T=0.3, img_size=8,
+                    beta_schedule="squaredcos_cap_v2", mean_type="v")  # fmt: skip
+    assert {name: settings[name] for name in expected} == expected
     Path("run/search.txt").write_text("[1, 0.5, 0.5, 0.5]")
     steps = ["--sampler=dpm_solver", "--sample_steps=4", "--clip_denoised=false"]
-    succeeds(*FLAGS, *steps, "--eval_stepaware")
     succeeds(*FLAGS, *steps, "--export_diffusers=out")
+    assert not [path for path in Path("out").rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
     scheduler = diffusers.DDPMScheduler.from_pretrained("out/scheduler")
     assert scheduler.config.beta_schedule == "squaredcos_cap_v2"
     assert scheduler.config.prediction_type == "v_prediction"
+
+
+def trained_network(weights: str = "ema_model") -> SlimmableDiffusersUNet:
+    """The network of run/ckpt.pt."""
+    state = checkpoint.load("run/ckpt.pt")
+    net = SlimmableDiffusersUNet.from_settings(state["settings"]).requires_grad_(False).eval()
+    checkpoint.fill(net, state[weights], "run/ckpt.pt")
+    return net
 
 
 PIPELINES = {  # the scheduler's settings, the flags that they become
@@ -183,8 +133,9 @@ def test_a_converted_model_makes_the_images_of_its_own_pipeline(here: Path, name
     assert flags == expected
     for flag, value in flags.items():
         assert f"--{flag}={value}" in out
-    net = SlimmableDiffusersUNet.from_pretrained("model").requires_grad_(False)
-    order_by_importance(net)
+    net, ordered = trained_network("net_model"), SlimmableDiffusersUNet.from_pretrained("model")
+    order_by_importance(ordered)
+    torch.testing.assert_close(net.state_dict(), ordered.state_dict())
     noise_schedule = NoiseSchedule(0.001, 0.3, 20)
 
     def ours(sampler: str, **more: object) -> torch.Tensor:
@@ -244,7 +195,6 @@ UNTRAINED = {  # the scheduler that the folder has, flags that make its pipeline
 def test_before_training_a_model_makes_the_images_of_its_own_pipeline(
     here: Path, scheduler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("commands.plan.latency", lambda *arguments: 0.001)
     save_model(Path("model"))
     flags, steps = UNTRAINED[scheduler]
     pipeline = getattr(diffusers, scheduler.replace("Scheduler", "Pipeline"))
@@ -263,11 +213,7 @@ def test_before_training_a_model_makes_the_images_of_its_own_pipeline(
         assert ours.std() > 10
 
 
-def test_a_model_is_scored_and_searched_before_training(
-    beside: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for command in ("plan", "search"):
-        monkeypatch.setattr(f"commands.{command}.latency", lambda *arguments: 0.001)
+def test_a_model_is_scored_and_searched_before_training(beside: Path, refused: Callable) -> None:
     steps = [*BEFORE, "--sampler=ddim", "--sample_steps=3"]
     succeeds("--eval", *steps)
     said = json.loads(Path("run/eval.json").read_text())
@@ -306,12 +252,6 @@ def test_a_scheduler_that_clips_latents_must_be_decided(here: Path, refused: Cal
     assert "--img_size=16" in succeeds(*profile, "--clip_denoised=false")
 
 
-def test_what_a_flag_says_of_sampling_wins(here: Path) -> None:
-    save_model(Path("model"))
-    out = succeeds("--profile", "--init_diffusers=model", "--device=cpu", "--var_type=fixedlarge")
-    assert re.search(r"variance_type +fixed_small +--var_type=fixedlarge \(given\)", out)
-
-
 def test_image_sizes_are_those_of_the_model_or_given(here: Path, refused: Callable) -> None:
     profile = ["--profile", "--init_diffusers=model", "--device=cpu"]
     save_model(Path("model"))
@@ -319,7 +259,9 @@ def test_image_sizes_are_those_of_the_model_or_given(here: Path, refused: Callab
     for size in ([8, 8], None, [8, 16]):
         Path("model/unet/config.json").write_text(json.dumps({**config, "sample_size": size}))
         if size == [8, 8]:
-            assert "--img_size=8" in succeeds(*profile)
+            out = succeeds(*profile, "--var_type=fixedlarge")
+            assert "--img_size=8" in out
+            assert re.search(r"variance_type +fixed_small +--var_type=fixedlarge \(given\)", out)
         else:
             refused("sample_size", *profile)
             assert "--img_size=16" in succeeds(*profile, "--img_size=16")
@@ -362,6 +304,7 @@ def test_mistakes_are_one_line(
         ({}, dict(out_channels=2), "1 channels and makes 2.*variance"),
         ({}, dict(in_channels=2), "2 channels and makes 1.*inpaint"),
         ({}, dict(class_embed_type="timestep"), "needs class_labels"),
+        ({}, dict(num_class_embeds=11), "--num_classes=11, or 10"),
         (dict(beta_schedule="sigmoid"), {}, "beta_schedule is sigmoid"),
         (dict(trained_betas=[0.1] * 20), {}, "trained_betas"),
         (dict(rescale_betas_zero_snr=True), {}, "rescale_betas_zero_snr"),
@@ -375,26 +318,18 @@ def test_models_that_cannot_be_used(
     refused(message, *TRAIN)
 
 
-@pytest.mark.parametrize("embeddings", [10, 11])
-def test_classes_from_a_folder_to_scores(here: Path, refused: Callable, embeddings: int) -> None:
-    save_model(Path("model"), num_class_embeds=embeddings)
-    refused(f"--num_classes={embeddings}, or {embeddings - 1}", *TRAIN)
+def test_classes_from_a_folder_to_scores(here: Path, refused: Callable) -> None:
+    save_model(Path("model"), num_class_embeds=10)
+    refused("--num_classes=10, or 9", *TRAIN)
     refused("--num_classes=3", *TRAIN, "--num_classes=3")
-    train = [*TRAIN, "--num_classes=10", "--total_steps=1"]
-    if embeddings == 10:
-        refused("--guidance_scale=2", *train, "--label_dropout=0", "--guidance_scale=2")
-    succeeds(*train, "--guidance_scale=2")
-    state = checkpoint.load("run/ckpt.pt")
-    net = SlimmableDiffusersUNet.from_settings(state["settings"])
-    checkpoint.fill(net, state["ema_model"], "run/ckpt.pt")
-    assert net.class_embedding.frequencies.sum() == pytest.approx(1)
+    train = [*TRAIN, "--num_classes=10", "--total_steps=1", "--guidance_scale=2"]
+    refused("--guidance_scale=2", *train, "--label_dropout=0")
+    succeeds(*train)
+    assert trained_network().class_embedding.frequencies.sum() == pytest.approx(1)
     steps = ["--sampler=ddim", "--sample_steps=3"]
     succeeds(*FLAGS, *steps, "--eval", "--assigned_width=0.5", "--classes=3,5")
-    Path("run/search.txt").write_text("[1, 0.5, 0.75]")
-    succeeds(*FLAGS, *steps, "--eval_stepaware", "--guidance_scale=1")
     succeeds(*FLAGS, *steps, "--profile")
     refused("--num_classes", *FLAGS, *steps, "--eval", "--num_classes=9")
-    succeeds(*FLAGS, *steps, "--clip_denoised=false", "--sampler=ddpm", "--export_diffusers=out")
 
 
 def save_conditional(folder: Path) -> None:
@@ -432,30 +367,20 @@ def test_embeddings_before_training(here: Path) -> None:
         assert ours.std() > 10
 
 
-def test_embeddings_from_training_to_export(
-    here: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("commands.search.latency", lambda *arguments: 0.001)
+def test_embeddings_of_a_run_are_in_its_checkpoint(here: Path, refused: Callable) -> None:
     save_conditional(Path("model"))
     refused("needs encoder_hidden_states.*--conditioning", "--eval", *BEFORE)
     refused("takes one row", *TRAIN, "--conditioning=two.safetensors")
-    succeeds(*TRAIN, "--total_steps=1", "--conditioning=one.safetensors")
-    steps = ["--sampler=ddim", "--sample_steps=4", "--conditioning="]  # as in the checkpoint
-    succeeds(*FLAGS, *steps, "--search", "--num_generation=1", "--pop_size=2")
-    succeeds(*FLAGS, *steps, "--eval_stepaware")
-    succeeds(*FLAGS, "--conditioning=", "--export_diffusers=out")
-    pipeline = diffusers.DDIMPipeline(
-        StepAwareUNet.from_pretrained("out/unet"),
-        diffusers.DDIMScheduler.from_pretrained("out/scheduler"),
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    assert pipeline(1, num_inference_steps=4, output_type="np").images.std() > 0.01
+    train = [*TRAIN, "--total_steps=1", "--conditioning=one.safetensors"]
+    succeeds(*train, "--sample_step=0")
     Path("one.safetensors").rename("other")
+    steps = ["--sampler=ddim", "--sample_steps=4", "--num_images=3"]
+    succeeds(*FLAGS, *steps, "--eval", "--conditioning=")
     safetensors.torch.save_file(
         {"encoder_hidden_states": torch.zeros(1, 5, 12), "null": torch.zeros(1, 5, 12)},
         "one.safetensors",
     )
-    refused("other embeddings", *TRAIN, "--conditioning=one.safetensors")
+    refused("other embeddings", *train)
 
 
 EMBEDDINGS = {  # what a file of --conditioning must not be
@@ -480,9 +405,8 @@ def test_files_that_hold_no_embeddings(tmp_path: Path, name: str) -> None:
 
 
 def test_a_model_without_scheduler_needs_the_flags_that_it_would_set(
-    here: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch
+    here: Path, refused: Callable
 ) -> None:
-    monkeypatch.setattr("commands.plan.latency", lambda *arguments: 0.001)
     save_model(Path("model"))
     shutil.rmtree("model/scheduler")
     profile = ["--profile", "--init_diffusers=model", "--device=cpu"]
