@@ -1,16 +1,13 @@
 import functools
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import contents, tiny_network
+from conftest import contents, run_alone, tiny_network
 from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from test_latents import write_autoencoder
 
@@ -29,27 +26,31 @@ T, SIZE = 20, 8
 BETAS = (1e-3, 0.2, T)
 WIDTHS = WidthSchedule([1.0] * 5 + [0.25] * 3 + [0.5] * 12)
 
-# Runs in a process of its own that knows diffusers and the folder, and nothing of this project.
+# Runs in a process of its own: the folders in plain/ by diffusers' pipelines, those in searched/ by
+# their own, which is not told how to sample.
 RUN = """
-import sys
+from pathlib import Path
 import numpy as np, torch
-from diffusers import DDIMPipeline, DDPMPipeline
+from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
 
-for folder in sys.argv[1:]:
-    arrays = {}
-    for cls, runs in (
-        (DDPMPipeline, {"ddpm": {"num_inference_steps": 10}}),
-        (DDIMPipeline, {"ddim": {"num_inference_steps": 5},
-                        "ddim_eta": {"num_inference_steps": 10, "eta": 0.7}}),
-    ):
-        pipeline = cls.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
-        pipeline.set_progress_bar_config(disable=True)
-        for name, options in runs.items():
-            generator = torch.Generator().manual_seed(7)
-            result = pipeline(batch_size=2, generator=generator, output_type="np", **options)
-            arrays[name] = result.images
-    np.savez(folder + ".npz", **arrays)
-assert not any(name.split(".")[0] in ("model", "runtime", "diffusion") for name in sys.modules)
+def images(pipeline, **options):
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(7)
+    return pipeline(2, generator, output_type="np", **options).images
+
+local = dict(trust_remote_code=True, local_files_only=True)
+for folder in Path("plain").iterdir():
+    ddpm, ddim = (cls.from_pretrained(folder, **local) for cls in (DDPMPipeline, DDIMPipeline))
+    np.savez(f"{folder}.npz", ddpm=images(ddpm, num_inference_steps=10),
+             ddim=images(ddim, num_inference_steps=5),
+             ddim_eta=images(ddim, num_inference_steps=10, eta=0.7))
+first = None
+for folder in map(str, Path("searched").iterdir()):
+    pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, **local)
+    first = first or (folder, pipeline)
+    np.save(f"{folder}.npy", images(pipeline))
+folder, pipeline = first  # the others left it alone
+np.testing.assert_array_equal(images(pipeline), np.load(f"{folder}.npy"))
 """
 
 
@@ -130,27 +131,12 @@ def our_images(net: torch.nn.Module) -> dict[str, torch.Tensor]:
     return images
 
 
-def run_alone(code: str, folder: Path, names: Iterable[str]) -> None:
-    """Run `code` on folders, in a process that does not find this project."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *(str(folder / name) for name in names)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_fresh_process_gets_our_images_from_the_folder(tmp_path):
-    nets = {name: make() for name, make in NETWORKS.items()}
+def write_plain(folder: Path, nets: Mapping[str, torch.nn.Module]) -> None:
     scheduler = DDPMScheduler(T, *BETAS[:2], variance_type="fixed_large", clip_sample=False)
     for name, net in nets.items():
         unet = step_aware(subnets(net), WIDTHS, (3, SIZE, SIZE))
-        export_diffusers(tmp_path / name, unet, scheduler)
-        assert contents(tmp_path / name).keys() == {
+        export_diffusers(folder / name, unet, scheduler)
+        assert contents(folder / name).keys() == {
             "model_index.json",
             "pipeline.py",
             "scheduler/scheduler_config.json",
@@ -158,15 +144,32 @@ def test_a_fresh_process_gets_our_images_from_the_folder(tmp_path):
             "unet/diffusion_pytorch_model.safetensors",
             "unet/step_aware_unet.py",
         }
-        config = json.loads((tmp_path / name / "unet/config.json").read_text())
+        config = json.loads((folder / name / "unet/config.json").read_text())
         assert config["schedule"] == list(WIDTHS.widths)
-    run_alone(RUN, tmp_path, nets)
+
+
+def test_a_fresh_process_gets_our_images_from_the_folder(tmp_path):
+    write_autoencoder(tmp_path / "shifted", shift_factor=0.3, in_channels=3, out_channels=3)
+    write_autoencoder(tmp_path / "vq", kind="VQModel", in_channels=3, out_channels=3)
+    nets = {name: make() for name, make in NETWORKS.items()}
+    models = {name: searched(name, tmp_path) for name in SEARCHED}
+    write_plain(tmp_path / "plain", nets)
+    for name, (model, schedule) in models.items():
+        write(model, schedule, tmp_path / "searched" / name)
+    run_alone(RUN, tmp_path)
     for name, net in nets.items():
-        theirs = np.load(tmp_path / f"{name}.npz")
+        theirs = np.load(tmp_path / f"plain/{name}.npz")
         for sampler, images in our_images(net).items():
             expected = (images / 2 + 0.5).permute(0, 2, 3, 1).numpy()
             assert expected.std() > 0.01
             np.testing.assert_allclose(theirs[sampler], expected, atol=2e-4, err_msg=name)
+    for name, (model, schedule) in models.items():
+        ours, theirs = (
+            our_searched_images(model, schedule),
+            np.load(tmp_path / f"searched/{name}.npy"),
+        )
+        assert ours.std() > 0.01
+        np.testing.assert_allclose(theirs, ours, atol=1e-3, err_msg=name)
 
 
 def test_folders_of_earlier_versions_can_be_built():
@@ -237,22 +240,6 @@ def test_an_export_overwrites_nothing(tmp_path):
 
 # --- what was searched ----------------------------------------------------------------------------
 
-# Like RUN: each folder by its own pipeline, which is not told how to sample.
-RUN_AS_SEARCHED = """
-import sys
-import numpy as np, torch
-from diffusers import DiffusionPipeline
-
-for folder in sys.argv[1:]:
-    # Twice: a second model leaves the first alone.
-    pipeline, _ = (DiffusionPipeline.from_pretrained(
-        folder, custom_pipeline=folder, trust_remote_code=True, local_files_only=True)
-        for _ in range(2))
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(7)
-    np.save(folder + ".npy", pipeline(2, generator, output_type="np").images)
-assert not any(name.split(".")[0] in ("model", "runtime", "diffusion") for name in sys.modules)
-"""
 EVERY, STEPS = [1.0] * 3 + [0.5] * 4 + [0.25] * 3, [0.5, 1.0, 0.25, 0.5]
 STEPS_5 = [1.0, 0.25, 0.5, 1.0, 0.5]
 SEARCHED = {  # network, schedule, sampling options
@@ -373,21 +360,6 @@ def our_searched_images(model: build.Model, schedule: WidthSchedule) -> np.ndarr
     if model.autoencoder:
         x_0 = model.autoencoder._decode(x_0)
     return (x_0.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).numpy()
-
-
-def test_a_fresh_process_samples_as_was_searched(tmp_path):
-    write_autoencoder(tmp_path / "shifted", shift_factor=0.3, in_channels=3, out_channels=3)
-    write_autoencoder(tmp_path / "vq", kind="VQModel", in_channels=3, out_channels=3)
-    for name in SEARCHED:
-        write(*searched(name, tmp_path), tmp_path / name)
-    run_alone(RUN_AS_SEARCHED, tmp_path, SEARCHED)
-    for name in SEARCHED:
-        ours, theirs = (
-            our_searched_images(*searched(name, tmp_path)),
-            np.load(tmp_path / f"{name}.npy"),
-        )
-        assert ours.std() > 0.01
-        np.testing.assert_allclose(theirs, ours, atol=1e-3, err_msg=name)
 
 
 @pytest.mark.parametrize(
