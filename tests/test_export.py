@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import contents, run_alone, tiny_network
-from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    PyramidAttentionBroadcastConfig,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from test_latents import write_autoencoder
 
 import build
@@ -17,6 +23,8 @@ from diffusion import NoiseSchedule, sample_ddim, sample_ddpm
 from model import SlimmableUNet, StepAwareDenoiser, WidthSchedule, sampling_networks
 from model.diffusers import step_aware_unet
 from model.diffusers.export import export_diffusers, step_aware
+from model.diffusers.pipeline import StepAwarePipeline
+from model.diffusers.step_aware_unet import StepAwareUNet
 from model.diffusers.supernet import SlimmableDiffusersUNet
 from runtime.errors import UserError
 from sampling.prefixes import Chain
@@ -360,6 +368,25 @@ def our_searched_images(model: build.Model, schedule: WidthSchedule) -> np.ndarr
     if model.autoencoder:
         x_0 = model.autoencoder._decode(x_0)
     return (x_0.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).numpy()
+
+
+def test_a_cache_of_attention_is_of_the_images_being_made(tmp_path):
+    write(*searched("DDIMScheduler", tmp_path), tmp_path / "a")
+    unet = StepAwareUNet.from_pretrained(tmp_path / "a/unet")
+    pipe = StepAwarePipeline(unet, DDIMScheduler.from_pretrained(tmp_path / "a/scheduler"))
+    pipe.set_progress_bar_config(disable=True)
+    cached = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 10),
+        current_timestep_callback=lambda: pipe.current_timestep,
+    )
+    images, x = [], torch.randn(3, 3, SIZE, SIZE)
+    for count, cache in ((2, None), (2, cached), (3, None), (2, None)):
+        if cache:
+            unet.enable_cache(cache)
+        images.append(pipe(count, latents=x[:count], output_type="np").images)
+    assert np.abs(images[1] - images[0]).max() > 1e-4
+    np.testing.assert_array_equal(images[3], images[1])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,10 @@ from torch import Tensor
 
 
 class StepAwarePipeline(DiffusionPipeline):
-    """unet: a StepAwareUNet whose config says how to sample. vae: where it works in latents."""
+    """unet: a StepAwareUNet whose config says how to sample. vae: where it works in latents.
+
+    current_timestep: of the network pass that is made, for the caches that diffusers offers.
+    """
 
     _optional_components = ["vae"]  # noqa: RUF012 - diffusers adds to it
     model_cpu_offload_seq = "unet->vae"
@@ -73,6 +76,7 @@ class StepAwarePipeline(DiffusionPipeline):
         x = latents.to(device, unet.dtype) * scheduler.init_noise_sigma
         steps = zip(self.progress_bar(scheduler.timesteps), how["calls"], strict=True)
         for time, (t, width) in steps:
+            self.current_timestep = t
             seen = scheduler.scale_model_input(x, time)
             if classes:
                 output = self._guided(seen, t, width, labels, classes["null"], guidance_scale)
@@ -87,6 +91,7 @@ class StepAwarePipeline(DiffusionPipeline):
         images = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
         if output_type == "pil":
             images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()  # what a cache holds is of these images
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _guided(

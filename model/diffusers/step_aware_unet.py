@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.resnet import (
     Downsample2D,
     ResnetBlock2D,
@@ -284,7 +285,7 @@ def key(width: float) -> str:
     return f"width_{width:g}".replace(".", "_")
 
 
-class StepAwareUNet(ModelMixin, ConfigMixin):
+class StepAwareUNet(ModelMixin, ConfigMixin, CacheMixin):
     """Candidate networks and the width schedule that names one of them for each timestep.
 
     networks: `key(width)` -> the argument of `build`. schedule: one width for each of `timesteps`,
