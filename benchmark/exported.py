@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -35,41 +35,38 @@ def compiled(pipe: DiffusionPipeline) -> None:
         network.compile()
 
 
-def quantised(pipe: DiffusionPipeline) -> None:
-    """Linear layers alone: torch has no dynamic quantisation of convolutions."""
-    torch.ao.quantization.quantize_dynamic(pipe.unet, {torch.nn.Linear}, inplace=True)
-
-
 CHANGES: dict[str, Callable[[DiffusionPipeline], object]] = {
     "as it is": lambda pipe: None,
     "channels last": lambda pipe: pipe.unet.to(memory_format=torch.channels_last),
     "compiled": compiled,
     "bfloat16": lambda pipe: pipe.to(torch.bfloat16),
-    "int8, Linear alone": quantised,
 }
 
 
-def rows(logdir: Path, folder: Path) -> dict[str, tuple[list[str], str]]:
+def rows(logdir: Path, folder: Path) -> dict[str, tuple[tuple[str, ...], str]]:
     """Name -> (flags of the export, name of the change)."""
     front = read_json(logdir / "search" / "front.json")
     steps, share = len(front["timesteps"]), 1 - front["chosen"]["saving"]
     full, fewer = folder / "full.txt", max(1, round(share * steps))
     WidthSchedule([1.0] * len(front["chosen"]["schedule"])).save(full)
-    found = {f"searched schedule, {name}": ([], name) for name in CHANGES}
-    found |= {f"full width, {n}": ([f"--schedule={full}"], n) for n in ("as it is", "bfloat16")}
+    found = {f"searched schedule, {name}": ((), name) for name in CHANGES}
+    found |= {f"full width, {n}": ((f"--schedule={full}",), n) for n in ("as it is", "bfloat16")}
     for name in ("ddpm", "dpm_solver", "UniPCMultistepScheduler"):
-        flags = [f"--schedule={full}", f"--sampler={name}", f"--sample_steps={fewer}"]
+        flags = (f"--schedule={full}", f"--sampler={name}", f"--sample_steps={fewer}")
         found[f"full width, {name} with {fewer} steps"] = (flags, "as it is")
     return found
 
 
-def opened(logdir: Path, out: Path, flags: list[str], change: str) -> DiffusionPipeline:
-    """The pipeline of the export with these flags, changed."""
+def exported(logdir: Path, out: Path, flags: Sequence[str]) -> str:
+    """The folder of the export with these flags."""
     machine.main_py(f"--flagfile={logdir / 'flagfile.txt'}", f"--logdir={logdir}", *flags,
                     f"--export_diffusers={out}")  # fmt: skip
-    pipe = DiffusionPipeline.from_pretrained(
-        str(out), custom_pipeline=str(out), trust_remote_code=True
-    )
+    return str(out)
+
+
+def opened(folder: str, change: str) -> DiffusionPipeline:
+    """Its pipeline, changed."""
+    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
     CHANGES[change](pipe)
     return pipe
@@ -102,10 +99,11 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         wanted = rows(o.logdir, Path(folder))
-        pipes = {
-            name: opened(o.logdir, Path(folder) / str(i), *what)
-            for i, (name, what) in enumerate(wanted.items())
+        folders = {
+            flags: exported(o.logdir, Path(folder, str(i)), flags)
+            for i, flags in enumerate(dict.fromkeys(flags for flags, _ in wanted.values()))
         }
+        pipes = {name: opened(folders[flags], change) for name, (flags, change) in wanted.items()}
         works = {n: lambda pipe=p: images(pipe, o.batch, 0) for n, p in pipes.items()}
         seconds = machine.in_turns(works, o.repeats)
         measured = {
