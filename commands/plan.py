@@ -225,7 +225,7 @@ def profile(config: Configuration) -> None:
     passes = "one pass" if model.passes_per_call == 1 else "two passes (--guidance_scale)"
     say(
         f"{passes}, images {model.image_shape}, batch {measured_batch(model)}, {model.device}, "
-        f"{config.run.amp} amp"
+        f"--amp={config.run.amp}"
     )
     if vae := model.autoencoder:
         say(
