@@ -388,7 +388,7 @@ def test_missing_conditioning_is_one_line():
 
 def test_settings_of_something_else_are_refused():
     for settings in ({"kind": "diffusers"}, {"class": "VQModel", "config": {}, "T": 1}):
-        with pytest.raises(UserError, match=r"not (the settings|one) of"):
+        with pytest.raises(UserError, match="the settings of"):
             SlimmableDiffusersUNet.from_settings(settings)
 
 

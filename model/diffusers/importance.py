@@ -41,11 +41,22 @@ class _Place:
                 weight.copy_(weight.index_select(self.dim, index))
 
 
-def _grouped_order(strength: Tensor, groups: int) -> Tensor:
-    """Groups by falling strength, and channels by falling strength inside each group."""
+def _joint(writers: list[_Place], readers: list[_Place]) -> Tensor:
+    """The norm of what writes each channel times the norm of what reads it, (channels,)."""
+    pair = sum(p.strength() ** 2 for p in writers) * sum(p.strength() ** 2 for p in readers)
+    return pair.sqrt()
+
+
+def _best(strength: Tensor, groups: int) -> Tensor:
+    """Groups of channels by falling strength."""
+    return strength.unflatten(0, (groups, -1)).sum(1).argsort(descending=True, stable=True)
+
+
+def _grouped_order(strength: Tensor, groups: int, first: Tensor | None = None) -> Tensor:
+    """Groups as in `first`, or the best first, and channels by falling strength inside each."""
     by_group = strength.unflatten(0, (groups, -1))
     inside = by_group.argsort(dim=1, descending=True, stable=True)
-    first = by_group.sum(1).argsort(descending=True, stable=True)
+    first = _best(strength, groups) if first is None else first
     return (first[:, None] * by_group.shape[1] + inside[first]).flatten()
 
 
@@ -72,9 +83,8 @@ def order_by_importance(net: SlimmableDiffusersUNet) -> None:
     _order_time_embedding(net.model)
 
 
-def _order(writers: list[_Place], readers: list[_Place], groups: int = 1) -> None:
-    strength = sum(p.strength() ** 2 for p in writers) * sum(p.strength() ** 2 for p in readers)
-    order = _grouped_order(strength.sqrt(), groups)
+def _order(writers: list[_Place], readers: list[_Place]) -> None:
+    order = _grouped_order(_joint(writers, readers), 1)
     for place in writers + readers:
         place.permute(order)
 
@@ -110,20 +120,12 @@ def _order_attention(attention: Attention) -> None:
     out = _Place(attention.to_out[0], 1)
     heads = attention.heads
 
-    def channels(first: list[_Place], second: list[_Place]) -> Tensor:
-        pair = sum(p.strength() ** 2 for p in first) * sum(p.strength() ** 2 for p in second)
-        return pair.sqrt().unflatten(0, (heads, -1))  # (heads, channels of one)
-
-    def order_of(strength: Tensor) -> Tensor:
-        inside = strength.argsort(dim=1, descending=True, stable=True)
-        return (best[:, None] * strength.shape[1] + inside[best]).flatten()
-
-    value, score = channels(values, [out]), channels(queries, keys)
-    best = value.sum(1).argsort(descending=True, stable=True)
+    value, score = _joint(values, [out]), _joint(queries, keys)
+    best = _best(value, heads)
     if attention.norm_q is not None:  # its weights stay where they are, so the channels must
         score = torch.zeros_like(score)
     for places, strength in (([*queries, *keys], score), ([*values, out], value)):
-        order = order_of(strength)
+        order = _grouped_order(strength, heads, best)
         for place in places:
             place.permute(order)
 

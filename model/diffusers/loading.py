@@ -71,6 +71,7 @@ def read_model(directory: str | Path) -> ModelMixin:
 def build(name: str, config: Mapping[str, object], where: object) -> ModelMixin:
     """A model of this class of CLASSES with fresh weights. UserError, which begins with `where`,
     where it cannot be built."""
+    check_class(name, where)
     check(config, Config, where)
     kind = getattr(diffusers, name)
     try:
@@ -134,12 +135,15 @@ def _read_config(folder: Path) -> dict:
             f"it{_near(folder)}"
         )
     check(config := read_json(path), Config, path)
-    name = config.get("_class_name")
-    if name not in CLASSES:
-        raise UserError(
-            f"{path} is for a {str(name)[:60]}; only a {' or a '.join(CLASSES)} can be used"
-        )
+    check_class(config.get("_class_name"), path)
     return config
+
+
+def check_class(name: object, where: object) -> None:
+    """UserError, which begins with `where`, unless it is one of CLASSES."""
+    if name not in CLASSES:
+        names = " or a ".join(CLASSES)
+        raise UserError(f"{where}: a {str(name)[:60]} cannot be used, only a {names}")
 
 
 def _near(folder: Path) -> str:

@@ -26,7 +26,7 @@ from diffusers.models.normalization import AdaGroupNorm
 from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from torch import Tensor, nn
 
-from model.diffusers.step_aware_unet import Leading, fit, set_heads
+from model.diffusers.step_aware_unet import fit, fit_classes, set_heads
 from runtime.errors import UserError
 
 # Modules of these names see only image, text or time inputs.
@@ -244,15 +244,15 @@ class Planner:
         """The layers that read images, timesteps, classes or texts, or write images."""
         model = self.model
         temb = Side(self.temb[:1])
-        self.cuts[id(model.conv_in)] = Cut(Side((model.conv_in.out_channels,)))
-        self.cuts[id(model.conv_out)] = Cut(None, Side((model.conv_out.in_channels,)))
-        for block in model.down_blocks:
-            if getattr(block, "skip_conv", None) is not None:
-                self.cuts[id(block.skip_conv)] = Cut(Side((block.skip_conv.out_channels,)))
-        for block in model.up_blocks:
-            if getattr(block, "skip_conv", None) is not None:
-                inputs = Side((block.skip_conv.in_channels,))
-                self.cuts[id(block.skip_conv)] = Cut(None, inputs)
+
+        def image_layers(blocks: nn.ModuleList) -> list[nn.Module]:
+            layers = [getattr(block, "skip_conv", None) for block in blocks]
+            return [layer for layer in layers if layer is not None]
+
+        for layer in (model.conv_in, *image_layers(model.down_blocks)):
+            self.cuts[id(layer)] = Cut(Side((layer.out_channels,)))
+        for layer in (model.conv_out, *image_layers(model.up_blocks)):
+            self.cuts[id(layer)] = Cut(None, Side((layer.in_channels,)))
         for name in ("time_embedding", "class_embedding", "add_embedding"):
             embedding = getattr(model, name, None)
             if isinstance(embedding, TimestepEmbedding):
@@ -309,6 +309,5 @@ def narrow(
         for name, groups, side in plan.norms:
             norm = narrowed.get_submodule(name)
             norm.num_groups = plan.count(side, width) // plan.norm_divisor(groups, side)
-    if isinstance(getattr(narrowed, "class_embedding", None), nn.Identity):
-        narrowed.class_embedding = Leading(narrowed.time_embedding.linear_2.out_features)
+    fit_classes(narrowed)
     return narrowed

@@ -76,33 +76,33 @@ def set_heads(attention: Attention, heads: int) -> None:
         attention.scale = (attention.inner_dim // heads) ** -0.5
 
 
-def rebuild(
-    class_name: str,
-    config: dict,
-    shapes: Shapes,
-    heads: Mapping[str, int],
-    num_groups: Mapping[str, int],
-) -> nn.Module:
-    """A diffusers model of this class and config, narrowed to these shapes; weights are not set.
+def fit_classes(model: nn.Module) -> None:
+    """Cut class embeddings that come from outside to the time embedding of a narrowed model."""
+    if isinstance(getattr(model, "class_embedding", None), nn.Identity):
+        model.class_embedding = Leading(len(model.time_embedding.linear_2.weight))
 
-    heads: attention layer -> its number of heads. num_groups: group norm -> its number of groups.
+
+def _rebuild(spec: Mapping) -> nn.Module:
+    """A diffusers model of spec's class and config, narrowed to its shapes.
+
+    heads: attention layer -> its number of heads. num_groups: group norm -> its number of groups;
+    older folders lack it, since they have those of the config.
     """
-    if class_name not in ("UNet2DModel", "UNet2DConditionModel"):
-        raise ValueError(f"unknown network class {class_name}")
-    model = getattr(diffusers, class_name).from_config(config)
+    if spec["class"] not in ("UNet2DModel", "UNet2DConditionModel"):
+        raise ValueError(f"unknown network class {spec['class']}")
+    model = getattr(diffusers, spec["class"]).from_config(dict(spec["config"]))
     for name, module in model.named_modules():
         for entry, parameter in list(module._parameters.items()):
-            shape = shapes.get(f"{name}.{entry}")
+            shape = spec["shapes"].get(f"{name}.{entry}")
             if parameter is not None and shape is not None and list(parameter.shape) != shape:
                 module.register_parameter(entry, nn.Parameter(parameter.new_empty(shape)))
     for module in model.modules():
         fit(module)
-    for name, count in heads.items():
+    for name, count in spec["heads"].items():
         set_heads(model.get_submodule(name), count)
-    for name, count in num_groups.items():
+    for name, count in spec.get("num_groups", {}).items():
         model.get_submodule(name).num_groups = count
-    if isinstance(getattr(model, "class_embedding", None), nn.Identity):
-        model.class_embedding = Leading(model.time_embedding.linear_2.weight.shape[0])
+    fit_classes(model)
     return model
 
 
@@ -274,10 +274,8 @@ class DenseUNet(nn.Module):
 
 def build(spec: Mapping) -> nn.Module:
     """The network that an entry of `networks` in config.json describes; weights are not set."""
-    if spec["kind"] == "ddsm":
-        return DenseUNet(spec["shapes"], spec["num_groups"])
-    groups = spec.get("num_groups", {})  # older folders: as in the config
-    return rebuild(spec["class"], dict(spec["config"]), spec["shapes"], spec["heads"], groups)
+    own = spec["kind"] == "ddsm"
+    return DenseUNet(spec["shapes"], spec["num_groups"]) if own else _rebuild(spec)
 
 
 def key(width: float) -> str:

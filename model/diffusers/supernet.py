@@ -18,7 +18,7 @@ from diffusers import ModelMixin
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from model.diffusers.loading import CLASSES, build, read_model
+from model.diffusers.loading import build, check_class, read_model
 from model.diffusers.plan import RESNETS, Planner, narrow
 from model.diffusers.trained import trained_diffusion
 from runtime.errors import UserError
@@ -65,22 +65,19 @@ class DenseDiffusersUNet(nn.Module):
         self, model: ModelMixin, num_classes: int = 0, embeddings: Tensor | None = None
     ) -> None:
         super().__init__()
+        check_class(type(model).__name__, "a supernet")
         self.model, self.num_classes = model, num_classes
         self.register_buffer("embeddings", embeddings)
 
     def forward(
         self, x: Tensor, t: Tensor, labels: Tensor | None = None, **conditioning: object
     ) -> Tensor:
-        conditioning = _labelled(conditioning, labels, self, self.num_classes, x)
+        conditioning = _labelled(self, x, labels, conditioning)
         return self.model(x, t, return_dict=False, **conditioning)[0]
 
 
 def _labelled(
-    conditioning: dict[str, object],
-    labels: Tensor | None,
-    net: nn.Module,
-    num_classes: int,
-    x: Tensor,
+    net: nn.Module, x: Tensor, labels: Tensor | None, conditioning: dict[str, object]
 ) -> dict[str, object]:
     """`conditioning` and what labels (B,) stand for: rows of the net's embeddings, None being the
     first, or classes, None being the null class."""
@@ -88,10 +85,10 @@ def _labelled(
         rows = net.embeddings
         rows = rows[:1].expand(len(x), -1, -1) if labels is None else rows[labels]
         return {**conditioning, "encoder_hidden_states": rows}
-    if not num_classes or "class_labels" in conditioning:
+    if not net.num_classes or "class_labels" in conditioning:
         return conditioning
     if labels is None:
-        labels = torch.full((len(x),), num_classes, device=x.device)
+        labels = torch.full((len(x),), net.num_classes, device=x.device)
     return {**conditioning, "class_labels": labels}
 
 
@@ -142,9 +139,8 @@ class SlimmableDiffusersUNet(nn.Module):
         self, model: ModelMixin, T: int = 1000, norm_groups: str = "fixed", num_classes: int = 0
     ) -> None:
         super().__init__()
-        if type(model).__name__ not in CLASSES:
-            raise UserError(f"a {type(model).__name__} is not one of {', '.join(CLASSES)}")
-        self.model = model
+        check_class(type(model).__name__, "a supernet")
+        self.model, self.num_classes = model, num_classes
         null_class = _set_null_class(model, num_classes) if num_classes else True
         self.plan = Planner(model, norm_groups == "proportional")()
         config = json.loads(model.to_json_string())
@@ -181,10 +177,12 @@ class SlimmableDiffusersUNet(nn.Module):
 
         On the meta device, where FLOPs are counted, placeholders stand for what is missing.
         """
-        conditioning = _labelled(conditioning, labels, self, self.settings.num_classes, x)
+        conditioning = _labelled(self, x, labels, conditioning)
         if x.is_meta:
             conditioning = {**self._placeholders(x), **conditioning}
-        self._check_conditioning(conditioning)
+        for name in self.conditioning():
+            if conditioning.get(name) is None:
+                raise UserError(f"this {self.settings.class_name} needs {name} beside x and t")
         model = self.model if width == 1 else narrow(self.model, self.plan, width, lambda w: w)
         return model(x, t, return_dict=False, **conditioning)[0]
 
@@ -286,12 +284,9 @@ class SlimmableDiffusersUNet(nn.Module):
     def from_settings(cls, settings: Mapping) -> SlimmableDiffusersUNet:
         """A network with fresh weights from `settings_dict()`'s values."""
         try:
-            name, config, T = settings["class"], settings["config"], settings["T"]
-            if name not in CLASSES:
-                raise UserError(f"a {name} is not one of {', '.join(CLASSES)}")
             net = cls(
-                build(name, config, "the settings of a diffusers network"),
-                int(T),
+                build(settings["class"], settings["config"], "the settings of a diffusers network"),
+                int(settings["T"]),
                 settings.get("norm_groups", "fixed"),
                 int(settings.get("num_classes", 0)),
             )
@@ -347,11 +342,6 @@ class SlimmableDiffusersUNet(nn.Module):
         config = self.settings.config
         size = config["encoder_hid_dim"] or config["cross_attention_dim"]
         return size if isinstance(size, int) else size[0]
-
-    def _check_conditioning(self, conditioning: Mapping[str, object]) -> None:
-        for name in self.conditioning():
-            if conditioning.get(name) is None:
-                raise UserError(f"this {self.settings.class_name} needs {name} beside x and t")
 
     def _placeholders(self, x: Tensor) -> dict[str, object]:
         """Conditioning of zeros, in the usual shapes."""
