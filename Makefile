@@ -4,7 +4,7 @@ BIN = .venv/bin
 READY = .venv/.ready
 OLDEST = .venv-oldest
 QUICK = tests/test_model.py tests/test_diffusion.py tests/test_samplers.py tests/test_train.py \
-	tests/test_main.py::test_released_schedule_and_network
+	tests/test_main.py::test_released_schedule_and_network tests/test_export.py
 
 .PHONY: demo test fuzz oldest lint experiment clean
 

@@ -23,7 +23,7 @@ class StepAwarePipeline(DiffusionPipeline):
     _optional_components = ["vae"]  # noqa: RUF012 - diffusers adds to it
     model_cpu_offload_seq = "unet->vae"
 
-    def __init__(self, unet: object, scheduler: object, vae: object = None) -> None:
+    def __init__(self, unet, scheduler, vae=None) -> None:  # types as text break 0.34
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
 
