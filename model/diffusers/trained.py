@@ -34,6 +34,9 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 NEEDED = ("T", "beta_1", "beta_T", "beta_schedule", "mean_type")
 _TRAINING = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
              "prediction_type", "rescale_betas_zero_snr")  # fmt: skip
+# Flags of which one says what happens instead of a setting that no flag has.
+_CLIPPING = ("clip_denoised", "scheduler_options")
+_SPACING = ("timestep_spacing", "scheduler_options")
 _NOT_CLIPPED = ("clip_sample", "clip_sample_range", "thresholding")
 _THRESHOLD = ("dynamic_thresholding_ratio", "sample_max_value")  # details of thresholding
 
@@ -162,6 +165,14 @@ class _Config:
         """The value that the scheduler has; None where it has no such setting."""
         return self.entries.get(name, self.defaults.get(name)) if name in self else None
 
+    def own(self, known: Collection[str]) -> dict[str, object]:
+        """Entries that are no default of the class, without those that are `known`."""
+        return {
+            name: value
+            for name, value in self.entries.items()
+            if name in self and name not in known and value != self.defaults[name]
+        }
+
     def one_of(self, name: str, supported: Collection[object]) -> object:
         """The value, if it is one of these."""
         if self[name] not in supported:
@@ -173,12 +184,7 @@ class _Config:
 
 def _own_sampler(config: _Config) -> str:
     """Flags that make the chain of the model's own pipeline; "" where --sampler=ddpm is that."""
-    said_by_flags = {*_TRAINING, "clip_sample", "variance_type"}
-    options = {
-        name: value
-        for name, value in config.entries.items()
-        if name in config and name not in said_by_flags and value != config.defaults[name]
-    }
+    options = config.own({*_TRAINING, "clip_sample", "variance_type"})
     if config.name == "DDPMScheduler" and not options:
         return ""
     given = f" --scheduler_options='{json.dumps(options)}'" if options else ""
@@ -207,15 +213,14 @@ def _clipping(config: _Config) -> list[Setting]:
     """What is done to x̂_0 within a step."""
     if config["thresholding"]:
         return [
-            Setting("thresholding", True, decided_by=("clip_denoised", "scheduler_options")),
+            Setting("thresholding", True, decided_by=_CLIPPING),
             *(Setting(name, config[name], note="of thresholding") for name in _THRESHOLD),
         ]
     if "clip_sample" not in config:
         return []
     bound = config["clip_sample_range"]
     if config["clip_sample"] and bound not in (None, 1, 1.0):
-        decided_by = ("clip_denoised", "scheduler_options")
-        return [Setting("clip_sample_range", bound, decided_by=decided_by)]
+        return [Setting("clip_sample_range", bound, decided_by=_CLIPPING)]
     clip = bool(config["clip_sample"])
     note = "ddim: as with use_clipped_model_output" if clip else ""
     return [Setting("clip_sample", clip, (("clip_denoised", clip),), note=note)]
@@ -237,24 +242,18 @@ def _spacing(config: _Config) -> list[Setting]:
         note = "the same as uniform where --sample_steps divides --T"
         settings.append(Setting("timestep_spacing", spacing, note=note))
     elif spacing != config.defaults.get("timestep_spacing"):  # otherwise --sampler has it, too
-        decided_by = ("timestep_spacing", "scheduler_options")
-        settings.append(Setting("timestep_spacing", spacing, decided_by=decided_by))
+        settings.append(Setting("timestep_spacing", spacing, decided_by=_SPACING))
     if offset:
-        decided_by = ("timestep_spacing", "scheduler_options")
-        settings.append(Setting("steps_offset", offset, decided_by=decided_by))
+        settings.append(Setting("steps_offset", offset, decided_by=_SPACING))
     return settings
 
 
 def _others(config: _Config, known: Collection[str]) -> list[Setting]:
-    """Entries that are no default of the class and that only the class itself knows."""
+    """Entries that only the class itself knows."""
     usual = {*known, *_NOT_CLIPPED, *_THRESHOLD, "trained_betas", "rescale_betas_zero_snr",
              "timestep_spacing", "steps_offset"}  # fmt: skip
     note = f"only of --sampler={config.name}, with --scheduler_options"
-    return [
-        Setting(name, value, note=note)
-        for name, value in config.entries.items()
-        if name in config and name not in usual and value != config.defaults[name]
-    ]
+    return [Setting(name, value, note=note) for name, value in config.own(usual).items()]
 
 
 def find_scheduler(directory: str | Path) -> Path | None:
