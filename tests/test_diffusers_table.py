@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
 from collections.abc import Callable, Iterator
@@ -192,6 +193,7 @@ def test_a_model_goes_the_whole_way(
     search = ["--search_method=sensitivity", "--search_objective=pareto", "--flops_budget=0.8"]
     few = ["--num_segments=2", "--num_generation=1", "--pop_size=2"]
     succeeds(*again, "--search", *search, *few)
+    assert json.loads(Path("run/search/front.json").read_text())["chosen"]["saving"] >= 0.2
     succeeds(*again, f"--export_diffusers={exports / slug(name)}")
 
     labels = {"classes": "1,3"} if "--num_classes=10" in flags else {}
