@@ -197,7 +197,7 @@ def test_folders_of_earlier_versions_can_be_built():
         torch.testing.assert_close(output, net(x, t, 0.5), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("kind", ["own", "diffusers"])
 def test_any_timestep_takes_the_width_of_the_nearest_trained_one(kind):
     net = NETWORKS[kind]()
     schedule = WidthSchedule([1.0, 0.5, 0.25], [0, 6, 12])
@@ -211,7 +211,7 @@ def test_any_timestep_takes_the_width_of_the_nearest_trained_one(kind):
     with torch.no_grad():
         out = full(x, torch.tensor(4.2)).sample
         again = full(x, torch.tensor([4.2, 4.2]), return_dict=False)[0]
-        exact = net(x, torch.tensor([4, 4]) if kind.startswith("own") else torch.tensor([4.2, 4.2]))
+        exact = net(x, torch.tensor([4, 4]) if kind == "own" else torch.tensor([4.2, 4.2]))
         torch.testing.assert_close(out, again)
         torch.testing.assert_close(out, exact, atol=1e-5, rtol=0)
         with pytest.raises(ValueError, match="several widths"):
