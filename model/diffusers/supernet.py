@@ -346,20 +346,17 @@ class SlimmableDiffusersUNet(nn.Module):
     def _placeholders(self, x: Tensor) -> dict[str, object]:
         """Conditioning of zeros, in the usual shapes."""
         config, inputs = self.settings.config, {}
+        projected = config.get("projection_class_embeddings_input_dim")
         if getattr(self.model, "class_embedding", None) is not None:
             channels = self.model.time_embedding.linear_2.out_features
-            size = {
-                "identity": channels,
-                "projection": config.get("projection_class_embeddings_input_dim"),
-                "simple_projection": config.get("projection_class_embeddings_input_dim"),
-            }.get(config["class_embed_type"])
+            sizes = {"identity": channels, "projection": projected, "simple_projection": projected}
+            size = sizes.get(config["class_embed_type"])
             labels = x.new_zeros(len(x), dtype=torch.long)
             inputs["class_labels"] = labels if size is None else x.new_zeros(len(x), size)
         if self.settings.class_name == "UNet2DConditionModel":
             inputs["encoder_hidden_states"] = x.new_zeros(len(x), TOKENS, self.features)
             if config["addition_embed_type"] == "text_time":
-                times = 6 * config["addition_time_embed_dim"]
-                pooled = config["projection_class_embeddings_input_dim"] - times
+                pooled = projected - 6 * config["addition_time_embed_dim"]
                 inputs["added_cond_kwargs"] = {
                     "text_embeds": x.new_zeros(len(x), pooled),
                     "time_ids": x.new_zeros(len(x), 6),
