@@ -113,7 +113,7 @@ def make_search(model: Model, evaluator: Evaluator, folder: Path) -> Search:
             settings.fid_weight * distance + settings.macs_weight * cost / 2e6
         ),
         folder=folder,
-        identity=search_identity(model),
+        identity=search_identity(model) | {"statistics": evaluator.reference.summary},
         start=start,
         images=evaluator.num_images,
         say=say,

@@ -117,6 +117,12 @@ class Gaussian:
         numbers = torch.cat([self.mu.flatten(), self.sigma.flatten()]).cpu().numpy()
         return hashlib.sha256(numbers.tobytes()).hexdigest()[:16]
 
+    @property
+    def summary(self) -> str:
+        """Norms that other statistics would change, and computing the same ones again would not."""
+        norms = self.mu.norm(), self.sigma.trace(), self.sigma.norm()
+        return " ".join(f"{float(norm):.6g}" for norm in norms)
+
     def distance(self, mu: Array, sigma: Array) -> float:
         """|μ1 − μ2|² + tr(Σ1 + Σ2 − 2 (Σ1 Σ2)^½) to another one (Dowson & Landau 1982).
 

@@ -75,11 +75,14 @@ class SearchLog:
         self.records[record["rung"], tuple(record["schedule"])] = record
 
     def _check(self, stored: Mapping[str, object]) -> None:
+        # Logs of earlier versions lack the weights and the statistics; where the latter are known,
+        # their file may have another name.
+        known = {**{n: self.identity.get(n) for n in ("weights", "statistics")}, **stored}
+        moved = {"fid_cache"} if "statistics" in stored else set()
         differing = [
-            f"{name}: {stored.get(name)} there, {value} here"
+            f"{name}: {known.get(name)} there, {value} here"
             for name, value in self.identity.items()
-            # Logs of earlier versions lack the weights.
-            if stored.get(name, value if name == "weights" else None) != value
+            if known.get(name) != value and name not in moved
         ]
         if differing:
             raise UserError(

@@ -375,6 +375,20 @@ def test_search_of_a_network_trained_anew(here: Path, run_folder: Path, refused:
     refused("scored otherwise .weights: ", *search)
 
 
+def test_search_by_other_statistics(here: Path, run_folder: Path, refused: Refused) -> None:
+    """Their file may move, and be made again, but not hold others."""
+    search = [*EVAL, "--search", "--num_generation=1", "--pop_size=4"]
+    assert run_main(*search).status == 0
+    log = Path("run/search/search.jsonl").read_bytes()
+    os.rename("stats.npz", "moved.npz")
+    for name in ("moved", "again"):
+        assert run_main(*search, f"--fid_cache={name}.npz").status == 0
+    assert Path("run/search/search.jsonl").read_bytes() == log
+    others = dict(np.load("moved.npz"))
+    np.savez("moved.npz", **{**others, "mu": others["mu"] + 0.01})
+    refused("scored otherwise .statistics: ", *search, "--fid_cache=moved.npz")
+
+
 def test_plan_of_a_plain_network(here: Path) -> None:
     plain = [a for a in TRAIN if a not in ("--sandwich", "--slimmable_unet")]
     assert "training: 6 steps × 8 images × 1 widths" in run_main(*plain, "--dry_run").out
