@@ -20,6 +20,7 @@ from absl.testing import flagsaver
 from torch import nn
 
 from model import SlimmableUNet
+from score import flops
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -104,8 +105,23 @@ class Result:
         return lines[0]
 
 
+_flops: dict[str, int] = {}
+
+
+def flops_once(net: nn.Module, width: float, image_shape: tuple[int, int, int]) -> int:
+    """score.flops, which takes a third of a second, once for networks of the same shape."""
+    shapes = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    key = f"{net.settings} {shapes} {width} {image_shape}"
+    if key not in _flops:
+        _flops[key] = flops(net, width, image_shape)
+    return _flops[key]
+
+
 def run_main(*arguments: object) -> Result:
-    """`python main.py ARGUMENTS` without a process of its own; flags are as before afterwards."""
+    """`python main.py ARGUMENTS` without a process of its own; flags are as before afterwards.
+
+    Latency is not measured, and FLOPs are counted once: both would be most of a small run's time.
+    """
     from absl import app
 
     import main
@@ -121,6 +137,9 @@ def run_main(*arguments: object) -> Result:
         flagsaver.flagsaver(),
     ):
         patch.setattr(sys, "argv", argv)
+        for command in ("plan", "search"):
+            patch.setattr(f"commands.{command}.latency", lambda *arguments: 0.001)
+        patch.setattr("score.flops", flops_once)
         try:
             main.run(main.parse(argv))
         except SystemExit as stopped:
@@ -172,13 +191,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder, in which we are."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No mode measures latency, which takes a second per width."""
-    for command in ("plan", "search"):
-        monkeypatch.setattr(f"commands.{command}.latency", lambda *arguments: 0.001)
 
 
 @pytest.fixture

@@ -215,8 +215,6 @@ def test_guided_runs(run_conditional: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("report.draw_front", lambda folder, front: None)
     monkeypatch.setattr("report.SearchProgress.pictures", lambda self: None)
     monkeypatch.setattr("report.plot_fronts", lambda *arguments: None)
-    for command in ("search", "plan"):
-        monkeypatch.setattr(f"commands.{command}.latency", lambda *arguments: 0.001)
     results = {}
     for name, more in {
         "plain": [], "guided": ["--guidance_scale=2"], "some": ["--classes=3,5"],

@@ -30,7 +30,6 @@ from sampling.noise import SAMPLING, ImageNoise
 from sampling.samplers import make_sampler
 from settings import SamplingSettings
 
-pytestmark = pytest.mark.usefixtures("untimed")
 UNET = dict(
     sample_size=8, in_channels=1, out_channels=1, block_out_channels=(32, 64), layers_per_block=1,
     down_block_types=("DownBlock2D", "AttnDownBlock2D"),

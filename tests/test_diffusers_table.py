@@ -163,7 +163,7 @@ def test_the_table_has_every_model() -> None:
 
 @pytest.mark.parametrize("name", MODELS, ids=slug)
 def test_a_model_goes_the_whole_way(
-    here: Path, refused: Callable, untimed: None, exports: Path, name: str
+    here: Path, refused: Callable, exports: Path, name: str
 ) -> None:
     flags, result = ROWS[name]
     flags = flags.replace("FILE", "FILE.safetensors").split()
@@ -229,7 +229,7 @@ FEWER = {  # flags that make the walk short; the last of two counts
 }  # fmt: skip
 
 
-def test_the_walk(here: Path, untimed: None) -> None:
+def test_the_walk(here: Path) -> None:
     """Every command of the page, in turn."""
     lines = re.sub(r"\\\n\s*", "", PAGE)
     commands = re.findall(r"^ +python (?:- <<'EOF'\n((?:.*\n)*?) +EOF|main.py (.*))$", lines, re.M)

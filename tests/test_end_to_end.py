@@ -32,7 +32,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("commands.search.latency", lambda *arguments: 0.001)
         for arguments in commands:
             result = run_main(*arguments)
             assert result.status == 0, (arguments, result.out, result.err)

@@ -471,9 +471,8 @@ def test_a_network_that_overflows_is_one_line(lively: Callable) -> None:
     assert len(made("--assigned_width=0.5")) == 10
 
 
-def test_the_page_for_python(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_for_python(run_folder: Path) -> None:
     """docs/python.md, from top to bottom."""
-    monkeypatch.setattr("commands.search.latency", lambda *arguments: 0.001)
     Path("logs").mkdir()
     run_folder.rename("logs/digits")
     result = run_main(

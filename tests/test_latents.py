@@ -346,7 +346,6 @@ def work(tmp_path_factory: pytest.TempPathFactory, autoencoders: Path) -> Path:
     few = ["--num_generation=2", "--pop_size=3"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("commands.search.latency", lambda *arguments: 0.001)
         for arguments in (
             [*LATENT, "--dry_run"],
             [*LATENT, "--total_steps=3", "--eval_step=3", "--num_images=20", "--num_classes=10"],

@@ -489,8 +489,7 @@ def test_the_table_of_what_works_with_what(
         flags.append("--precond=edm")
         (run_folder / "ckpt.pt").write_bytes((precond / "ckpt.pt").read_bytes())
     (run_folder / "search.txt").write_text(str([0.5] * 5 + [1] * 5))
-    # Neither times nor exact FLOPs nor pictures matter here, and they take long.
-    monkeypatch.setattr("commands.search.latency", lambda *arguments: 0.001)
+    # Neither exact FLOPs nor pictures matter here, and they take long.
     monkeypatch.setattr("score.flops", lambda net, width, shape: int(1e6 * width**2))
     monkeypatch.setattr("report.draw_front", lambda folder, front: None)
     monkeypatch.setattr("report.SearchProgress.pictures", lambda self: None)

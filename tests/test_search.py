@@ -404,9 +404,8 @@ def test_a_front_is_judged_before_search_txt_is_touched(
 # --- through the program --------------------------------------------------------------------------
 
 
-def test_search_through_the_program(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_through_the_program(run_folder: Path) -> None:
     """The published objective, fid_weight·FID + macs_weight·MMACs; search.txt replaced whole."""
-    monkeypatch.setattr("commands.search.latency", lambda *arguments: 0.001)
     (run_folder / "search.txt").write_text("something older")
     arguments = [
         "--search", "--logdir=run", "--device=cpu", "--num_images=8", "--batch_size=8",
@@ -434,9 +433,8 @@ def test_search_through_the_program(run_folder: Path, monkeypatch: pytest.Monkey
     assert json.loads((run_folder / "search.txt").read_text()) == chosen
 
 
-def test_shared_states_are_of_one_noise(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_states_are_of_one_noise(run_folder: Path) -> None:
     """A sensitivity search scores on several noises: each has the distances that it has alone."""
-    monkeypatch.setattr("commands.search.latency", lambda *arguments: 0.001)
     search = [
         "--search", "--search_method=sensitivity", "--logdir=run", "--device=cpu",
         "--num_images=8",
@@ -453,11 +451,8 @@ def test_shared_states_are_of_one_noise(run_folder: Path, monkeypatch: pytest.Mo
     assert len({rung for rung, *_ in logs[0]}) == 3
 
 
-def test_the_front_to_pick_from(
-    run_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_front_to_pick_from(run_folder: Path, here: Path) -> None:
     """By sensitivity: a table of points with their errors; a picked one is chosen everywhere."""
-    monkeypatch.setattr("commands.search.latency", lambda *arguments: 0.001)
     common = ["--search", "--logdir=run", "--device=cpu", "--fid_encoder=pixels"]
     search = [
         *common, "--search_method=sensitivity", "--search_objective=pareto", "--num_images=8",
@@ -581,11 +576,8 @@ def test_the_page_in_a_browser(tmp_path: Path, width: int) -> None:
     assert colours[0x16, 0x68, 0xB5] > 10000  # the images
 
 
-def test_settings_travel_with_the_schedule(
-    run_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settings_travel_with_the_schedule(run_folder: Path) -> None:
     """What uses search.txt samples as the search did, unless the command line says otherwise."""
-    monkeypatch.setattr("commands.search.latency", lambda *arguments: 0.001)
     common = ["--flagfile=run/flagfile.txt", "--logdir=run", "--notrain", "--num_images=8",
               "--batch_size=8", "--fid_cache=stats.npz"]  # fmt: skip
     sampler = ["--sampler=ddim", "--eta=0.5", "--sample_steps=5", "--allow_skip"]

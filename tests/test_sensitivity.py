@@ -294,7 +294,6 @@ def test_search_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method:
 def test_plan(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes and time of each stage at a millisecond per image and call, and what fits in 1.04 s:
     uniform widths 0.32 s, table 0.24 s, and of two rounds of 0.32 s one."""
-    monkeypatch.setattr("commands.plan.latency", lambda *arguments: 0.001)
     monkeypatch.setattr("commands.plan._encoder_seconds", lambda model: 0.0)
     search = ["--search", "--dry_run", "--logdir=run", "--device=cpu", "--num_images=8",
               "--num_generation=3", "--pop_size=4", "--num_segments=2"]  # fmt: skip
