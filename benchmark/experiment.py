@@ -48,7 +48,8 @@ from runtime.processes import end_with_parent
 from runtime.schema import digest, widths_line
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE, MARKS = ROOT / "docs" / "experiment.md", ("<!-- tables: begin -->", "<!-- tables: end -->")
+PAGE, README = ROOT / "docs" / "experiment.md", ROOT / "README.md"
+MARKS = "<!-- tables: begin -->", "<!-- tables: end -->"
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 EVOLUTION = ("--search_method=evolution", "--num_segments=0", "--num_generation=6",
              "--pop_size=16", "--mutation_prob=0.04")  # fmt: skip
@@ -404,17 +405,21 @@ class Experiment:
             "not_done": [name for name in names if name not in done], "tasks": done,
         }  # fmt: skip
         write_json(out / "results.json", result)
-        text, (begin, end) = tables(result), MARKS
+        text = tables(result)
         write_text(out / "tables.md", text)
         plot_distances(out / "distances.png", result)
         shown = [images[key] for key in SHOWN if key in images]
         plot_schedules(out / "schedules.png", [row for row, _ in shown])
         pictures(out / "samples.png", shown)
         if self.options.docs:
-            page = PAGE.read_text()
-            old = re.search(f"{begin}\n(.*){end}", page, re.S)[1]
-            write_text(PAGE, page.replace(old, text))
+            for page, made in ((PAGE, text), (README, short_table(result))):
+                write_text(page, page.read_text().replace(between_marks(page), made))
         print(f"{text}\n{len(result['not_done'])} tasks not done; saved {out}")
+
+
+def between_marks(page: Path) -> str:
+    """The part of a page that `--docs` writes."""
+    return re.search("{}\n(.*){}".format(*MARKS), page.read_text(), re.DOTALL)[1]
 
 
 def label(row: Mapping) -> str:
@@ -489,6 +494,27 @@ def tables(result: Mapping) -> str:
                  for r in records]  # fmt: skip
         text += markdown([keys, *shown])
     return "\n".join(text) + "\n"
+
+
+def short_table(result: Mapping) -> str:
+    """The rows that the README has, as Markdown."""
+    found = defaultdict(list)
+    for row in result["rows"]:
+        if row["sampler"] == result["sampler"]:
+            found[row["method"], row["share"]].append(row)
+    full = {row["seeds"][0]: row for row in found["width", 1.0]}
+    first = result["rows"][0]
+    names = [
+        f"{part} {first[role]['encoder']}"
+        for role in ROLES
+        for part in ("distance,", "above full,")
+    ]
+    lines = [["", "FLOPs", *names]]
+    for key in SHOWN:
+        if key in found:
+            _, _, share, *rest, _ = cells(found[key], full)
+            lines.append([label(found[key][0]), share, *rest])
+    return "\n".join(markdown(lines)[1:]) + "\n"
 
 
 def plot_distances(path: Path, result: Mapping) -> None:

@@ -247,9 +247,12 @@ def test_report_of_what_is_done(job: Experiment, trained: list[str]) -> None:
                                                      "samples.png"}  # fmt: skip
 
 
-def test_the_page_has_the_tables_of_the_recorded_run() -> None:
-    begin, end = experiment.MARKS
-    shown = re.search(f"{begin}\n(.*){end}", experiment.PAGE.read_text(), re.S)[1]
-    path = parsed([]).results / "results.json"
-    if path.exists():
-        assert shown == experiment.tables(read_json(path))
+def test_the_pages_have_the_tables_and_the_numbers_of_the_recorded_run() -> None:
+    result = read_json(parsed([]).results / "results.json")
+    text, short = experiment.tables(result), experiment.short_table(result)
+    assert experiment.between_marks(experiment.PAGE) == text
+    assert experiment.between_marks(experiment.README) == short
+    errors = read_json(parsed([]).results / "errors.json")["table"]
+    known = {*re.findall(r"\d+\.\d+", f"{text} {errors}")}
+    page = re.sub(r"`.*?`|\]\(.*?\)|^    .*", "", experiment.PAGE.read_text(), flags=re.M)
+    assert {*re.findall(r"\d+\.\d+", page)} <= known
