@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from conftest import ROOT, TINY
 
 import build
-from benchmark import experiment, scores
+from benchmark import errors, experiment, scores
 from benchmark.experiment import Experiment, parsed
 from benchmark.recipe import configuration
 from model import checkpoint
@@ -219,6 +220,25 @@ def test_switches_are_within_the_shares(trained: list[str], tmp_path: Path) -> N
         cost = sum(costs[width] for width in widths) / len(widths)
         assert 0.6 * float(share) < cost / costs[1.0] <= float(share)
         assert len(set(widths)) == 2
+
+
+def test_errors_of_a_narrow_step(
+    trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image of a chain whose one step is narrow parts from the usual one by what is said."""
+    flags = [*trained, "--num_images=6", "--sample_steps=4", "--var_type=fixedsmall"]
+    monkeypatch.setattr("sys.argv", ["errors", str(tmp_path / "errors.json"), *flags])
+    errors.main()
+    found = read_json(tmp_path / "errors.json")["measured"]["ddim"]["0.5"]
+    assert [record["timestep"] for record in found] == [7, 5, 2, 0]
+    assert found[-1]["made"] == found[-1]["left"] > 0
+    model = build.load_model(configuration(*flags, "--sampler=ddim"))
+    making = build.generator(model, build.candidates(model, [0.5, 1.0]))
+    making.to_images, making.sampler = (lambda x: x), replace(model.sampler, limit=float("inf"))
+    usual, narrow = (
+        making.images([w if t == 5 else 1.0 for t in range(10)], 6) for w in (1.0, 0.5)
+    )
+    assert errors.rms(usual - narrow) == pytest.approx(found[1]["left"], rel=1e-3) != 0
 
 
 def test_report_of_what_is_done(job: Experiment, trained: list[str]) -> None:
