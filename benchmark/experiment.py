@@ -32,6 +32,7 @@ from statistics import fmean
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 
 import build
 from benchmark.machine import commit, describe
@@ -76,8 +77,8 @@ ROWS = {  # of the tables, in this order
     "small": "small network, trained alone",
 }
 PAIR = {"plain": "large_logdir", "small": "small_logdir"}
-SHOWN = [("width", 1.0), ("sensitivity", 0.5), ("sensitivity", 0.3), ("sensitivity", 0.2),
-         ("evolution", 0.3), ("switch", 0.3), ("steps", 0.3), ("width", 0.25)]  # fmt: skip
+SHOWN = [("width", 1.0), ("sensitivity", 0.3), ("finetuned", 0.3), ("control", 0.3),
+         ("switch", 0.3), ("steps", 0.3), ("plain", 1.0), ("small", 1.0)]  # fmt: skip
 DEFAULTS = {
     "flagfile": ROOT / "config" / "fashion_mnist_14.txt", "images": 1000, "search_images": 400,
     "judge": "efficientnet_lite2", "train_seeds": 2, "search_seeds": 3, "sampler": "ddpm-25",
@@ -432,7 +433,7 @@ def label(row: Mapping) -> str:
 
 def cells(rows: Sequence[Mapping], full: Mapping[str, Mapping]) -> list[str]:
     """Of rows that differ in their seeds: FLOPs; by each encoder the distance, and how much it is
-    above full width's on the same noise; time. full: by training seed."""
+    above full width's on the same noise. full: by training seed."""
     bases = [full[row["seeds"][0]] for row in rows if row["seeds"][0] in full]
     gflops, cost = (fmean(r["gflops_per_image"] for r in some) for some in (rows, bases or rows))
     made = [str(len(rows)), f"{gflops:.3g}", f"{100 * gflops / cost:.0f} %"]
@@ -448,7 +449,7 @@ def cells(rows: Sequence[Mapping], full: Mapping[str, Mapping]) -> list[str]:
         noise = 100 * fmean(standard_error(r[1:]) for r in ratios) if ratios else math.nan
         change = "" if label(rows[0]) == "full width" else f"{above:+z.1f} ± {noise:.1f} %"
         made += [f"{fmean(values):.4g} ± {error:.2g}{several}", change]
-    return [*made, f"{fmean(row['ms_per_image'] for row in rows):.3g}"]
+    return made
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -475,7 +476,7 @@ def tables(result: Mapping) -> str:
         return [[name + label(found[key][0]), *cells(found[key], mine)] for key in keys]
 
     of_encoders = [part for role in ROLES for part in (rows[0][role]["encoder"], "above full")]
-    header = ["seeds", "GFLOPs an image", "of full width", *of_encoders, "ms an image"]
+    header = ["seeds", "GFLOPs an image", "of full width", *of_encoders]
     text = [f"{rows[0]['images']} images a row; commit {', '.join(result['commits'])}; "
             f"{result['core_hours']:.1f} core-hours."]  # fmt: skip
     if "none" not in test:
@@ -512,17 +513,17 @@ def short_table(result: Mapping) -> str:
     lines = [["", "FLOPs", *names]]
     for key in SHOWN:
         if key in found:
-            _, _, share, *rest, _ = cells(found[key], full)
+            _, _, share, *rest = cells(found[key], full)
             lines.append([label(found[key][0]), share, *rest])
     return "\n".join(markdown(lines)[1:]) + "\n"
 
 
 def plot_distances(path: Path, result: Mapping) -> None:
     """Distance over FLOPs of the main sampler's rows, by each encoder, with standard errors."""
-    figure, empty = new_figure((11, 4.5))
+    figure, empty = new_figure((12, 4.5))
     empty.remove()
     for axes, role in zip(figure.subplots(1, 2), ROLES, strict=True):
-        for method, mark in zip(ROWS, "oPXs^*vD<>dph", strict=True):
+        for number, (method, mark) in enumerate(zip(ROWS, "oPXs^*vD<>dph", strict=True)):
             points = sorted(
                 (r["gflops_per_image"], r[role]["distance"], standard_error(r[role]["without"]))
                 for r in result["rows"]
@@ -530,11 +531,12 @@ def plot_distances(path: Path, result: Mapping) -> None:
             )
             if points:
                 x, y, error = zip(*points, strict=True)
-                axes.errorbar(x, y, error, fmt=mark, label=ROWS[method], capsize=2, alpha=0.8)
+                colour = colormaps["tab20"](2 * number % 20 + number // 10)  # dark ones first
+                axes.errorbar(x, y, error, fmt=mark, color=colour, label=ROWS[method], capsize=2)
         axes.set(xlabel="GFLOPs an image", yscale="log",
                  ylabel=f"Fréchet distance ({result['rows'][0][role]['encoder']})")  # fmt: skip
         axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="x-small")
     save_figure(figure, path)
 
 

@@ -121,5 +121,21 @@ def test_the_table_of_widths_is_that_of_the_recorded_runs() -> None:
                 assert f"| {shown} |" in row
 
 
+def test_the_table_of_widths_on_fashion_mnist_is_that_of_the_recorded_runs() -> None:
+    path = ROOT / "results" / "widths" / "fashion_mnist_14.json"
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    for cells in json.loads(path.read_text(encoding="utf-8"))["tables"].values():
+        for name, seeds in cells.items():
+            runs = [*seeds.values()]
+            (row,) = (
+                li for li in text.splitlines() if li.startswith(f"| {name}, {runs[0]['steps']} ")
+            )
+            for width in runs[0]["distance"]:
+                chosen = ", ".join(f"{run['distance'][width]:.2f}" for run in runs)
+                judged = [next(iter(run["judged"].values()))[width] for run in runs]
+                shown = f"{chosen} ({', '.join(f'{1000 * value:.1f}' for value in judged)})"
+                assert f"| {shown} |" in row
+
+
 if __name__ == "__main__":
     print(schemas() if "schemas" in sys.argv else options.markdown())
