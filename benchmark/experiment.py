@@ -414,13 +414,19 @@ class Experiment:
         pictures(out / "samples.png", shown)
         if self.options.docs:
             for page, made in ((PAGE, text), (README, short_table(result))):
-                write_text(page, page.read_text().replace(between_marks(page), made))
+                write_between_marks(page, made)
         print(f"{text}\n{len(result['not_done'])} tasks not done; saved {out}")
 
 
 def between_marks(page: Path) -> str:
     """The part of a page that `--docs` writes."""
     return re.search("{}\n(.*){}".format(*MARKS), page.read_text(), re.DOTALL)[1]
+
+
+def write_between_marks(page: Path, text: str) -> None:
+    begin, end = MARKS
+    before, _, rest = page.read_text().partition(f"{begin}\n")
+    write_text(page, f"{before}{begin}\n{text}{end}{rest.partition(end)[2]}")
 
 
 def label(row: Mapping) -> str:
