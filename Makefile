@@ -22,7 +22,7 @@ FUZZ_MINUTES ?= 60
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 FUZZ_MINUTES=$(FUZZ_MINUTES) $(BIN)/python -m pytest -q -n 0 -s tests/test_fuzz.py
 
-# A quick part of the tests: network, FLOPs, samplers, training steps.
+# A quick part of the tests: network, FLOPs, samplers, training steps, exports.
 oldest: $(OLDEST)/.ready
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2 $(QUICK) -k "not table and not resumed and not terminated"
 

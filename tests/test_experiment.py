@@ -267,6 +267,16 @@ def test_report_of_what_is_done(job: Experiment, trained: list[str]) -> None:
                                                      "samples.png"}  # fmt: skip
 
 
+def test_what_is_between_the_marks_alone_is_written(tmp_path: Path) -> None:
+    begin, end = experiment.MARKS
+    page = tmp_path / "page.md"
+    page.write_text(f"# a\n{begin}\n{end}\nb\n")  # nothing there yet
+    for text in ("| 1 |\n", "| 2 |\n"):
+        experiment.write_between_marks(page, text)
+        assert page.read_text() == f"# a\n{begin}\n{text}{end}\nb\n"
+        assert experiment.between_marks(page) == text
+
+
 def test_the_pages_have_the_tables_and_the_numbers_of_the_recorded_run() -> None:
     result = read_json(parsed([]).results / "results.json")
     text, short = experiment.tables(result), experiment.short_table(result)
