@@ -39,6 +39,7 @@ class Scored(TypedDict):
     label: NotRequired[Name]
     passes: NotRequired[Amount]
     passes_saved: NotRequired[Amount]
+    seconds: NotRequired[Amount]  # noted by benchmark.search
     unusable: NotRequired[str]
 
 

@@ -65,7 +65,7 @@ class Score:
             if len(self.scored) == self.limit:
                 raise KeyboardInterrupt
             self.scored.append(schedules[i].widths)
-            yield i, {"distance": distance(schedules[i]), "label": "toy"}
+            yield i, {"distance": distance(schedules[i]), "label": "toy", "seconds": 0.5}
 
 
 def make(folder: Path, score: Score | None = None, **changes: object) -> Search:
@@ -252,6 +252,7 @@ def test_resume_from_any_line(tmp_path: Path, objective: str) -> None:
         assert summary(job.run()) == expected
         assert sorted(lines(folder)) == sorted(log)
         assert len(score.scored) == len(log) - max(1, count)
+        assert {record["seconds"] for record in job.records.values()} == {0.5}  # the log's too
 
 
 @pytest.mark.parametrize("changes", [{}, PARETO])
