@@ -145,6 +145,25 @@ def test_a_file_that_unpacks_to_more_than_it_is(path: Path) -> None:
     refused(path.with_name("b.pt"), r"unpacks to [\d,]{10,} bytes")
 
 
+def test_a_file_with_a_wrong_bit_is_refused(path: Path) -> None:
+    weights = {"0.weight": torch.full((3, 2), 1.5)}
+    save(path, {"net_model": weights, "ema_model": weights})
+    content = path.read_bytes()
+    assert content.count(weights["0.weight"].numpy().tobytes()) == 1
+    path.write_bytes(content.replace(b"\0\0\xc0\x3f", b"\0\0\xc8\x3f", 1))
+    refused(path, r"CRC.*--ckpt_name")
+
+
+def test_a_file_without_checksums_is_read(path: Path) -> None:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        save(path, state(network()))
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert load(path).keys() >= {"net_model", "ema_model"}
+
+
 class Malicious:
     def __init__(self, mark: Path) -> None:
         self.mark = mark
