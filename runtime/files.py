@@ -155,7 +155,7 @@ def read_text(path: str | Path) -> str:
     try:
         # Parsed JSON takes several times the space of its text.
         memory.require(8 * os.path.getsize(path), f"reading {path}", "it is too large")
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

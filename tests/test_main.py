@@ -205,6 +205,12 @@ def test_flagfiles_in_flagfiles(here: Path) -> None:
     assert (values["T"], values["lr"]) == (5, 0.25)
 
 
+def test_a_flagfile_with_a_byte_order_mark(here: Path) -> None:
+    (here / "a.txt").write_text("\ufeff--T=5\r\n--lr=0.25\r\n", encoding="utf-8")
+    values = parsed("--flagfile=a.txt")
+    assert (values["T"], values["lr"]) == (5, 0.25)
+
+
 def test_home_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(here / "home"))
     paths = [name for name, o in OPTIONS.items() if o.path]
