@@ -220,7 +220,18 @@ def _read(
     agree(path, stored, {"encoder": encoder_name}, REMEDY)
     with _advice():
         arrays = read_arrays(path, {"mu": (dim,), "sigma": (dim, dim)})
+        if not _is_covariance(arrays["sigma"]):
+            raise UserError(f"{path}: sigma is no covariance: not symmetric, or negative somewhere")
     return arrays["mu"], arrays["sigma"], stored
+
+
+def _is_covariance(sigma: np.ndarray) -> bool:
+    """Whether sigma is symmetric and positive semidefinite, but for what half precision rounds."""
+    rounding = 1e-3 * sigma.diagonal().max()
+    if not np.allclose(sigma, sigma.T, rtol=0, atol=rounding):
+        return False
+    raised = sigma + rounding * np.sqrt(len(sigma)) * np.eye(len(sigma))
+    return not sigma.any() or not int(torch.linalg.cholesky_ex(torch.from_numpy(raised)).info)
 
 
 @contextlib.contextmanager

@@ -175,6 +175,10 @@ GOOD = {"mu": np.zeros(3), "sigma": np.eye(3)}
         ({"mu": np.zeros(4), "sigma": np.eye(4)}, r"mu .*\(4,\)"),
         (GOOD | {"sigma": np.eye(2)}, r"sigma .*\(2, 2\)"),
         (GOOD | {"sigma": np.full((3, 3), np.inf)}, "sigma"),
+        (GOOD | {"sigma": -np.eye(3)}, "sigma"),
+        (GOOD | {"sigma": np.diag([1.0, 1.0, -0.1])}, "sigma"),
+        (GOOD | {"sigma": np.eye(3) + 2 * np.ones((3, 3)) * (1 - np.eye(3))}, "sigma"),
+        (GOOD | {"sigma": np.triu(np.full((3, 3), 0.5)) + np.eye(3)}, "sigma"),
         (GOOD | {"mu": np.array(["a", "b", "c"])}, "mu"),
         (GOOD | {"mu": np.zeros(3, dtype=object)}, "stats"),
         (GOOD | {"encoder": "inception"}, "encoder: inception there, pixels here"),
@@ -199,6 +203,15 @@ def test_wrong_statistics_are_refused(tmp_path, content, about):
         score.load_statistics(path, 3, "pixels", dataset="cifar10")
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_covariances_of_few_images_are_read(tmp_path, kind):
+    features = np.random.default_rng(0).random((5, 50))  # of rank 4
+    for sigma in (np.cov(features, rowvar=False), np.zeros((50, 50))):
+        np.savez(tmp_path / "stats.npz", mu=features[0].astype(kind), sigma=sigma.astype(kind))
+        read = score.load_statistics(tmp_path / "stats.npz", 50, "pixels")[1]
+        np.testing.assert_array_equal(read, sigma.astype(kind))
 
 
 @pytest.mark.parametrize("count", [0, 1])
