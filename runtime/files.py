@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from runtime import memory
 from runtime.errors import UserError
@@ -191,15 +191,34 @@ def read_json(path: str | Path, schema: type[T] = object, remedy: str = "") -> T
 
 
 def append_jsonl(path: str | Path, record: object) -> None:
-    """Add one line of JSON to `path`; it is on the disk when this returns."""
+    """Add one line of JSON to `path`; it is on the disk when this returns.
+
+    What a killed writer, or a full disk, left of a last line is removed.
+    """
     try:
         check_place(path)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with open(path, "a+b") as file:
+            _end_last_line(file)
+            file.write(json.dumps(record).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _end_last_line(file: BinaryIO) -> None:
+    """End the last line of a file that is open for appending; remove it where it is no JSON."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1))
+    if file.read() in (b"", b"\n"):
+        return
+    file.seek(0)
+    last = file.read().rpartition(b"\n")[2]
+    try:
+        json.loads(last)
+        file.write(b"\n")  # an editor left it out
+    except ValueError:
+        file.truncate(size - len(last))
 
 
 def read_jsonl(path: str | Path, schema: type[T] = object) -> list[T]:

@@ -164,6 +164,22 @@ def test_partial_results_on_a_full_disk(here: Path, capsys: pytest.CaptureFixtur
     assert not list(here.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("left", "kept"),
+    [
+        ("", []),
+        ('{"n": 1}\n', [{"n": 1}]),
+        ('{"n": 1}\n{"n": 2, "dist', [{"n": 1}]),  # of a killed writer
+        ('{"n": 1, "dist', []),
+        ('{"n": 1}\n{"n": 2}', [{"n": 1}, {"n": 2}]),  # of an editor
+    ],
+)
+def test_a_line_after_an_unfinished_one(here: Path, left: str, kept: list) -> None:
+    Path("log.jsonl").write_text(left)
+    files.append_jsonl("log.jsonl", {"n": 3})
+    assert files.read_jsonl("log.jsonl") == [*kept, {"n": 3}]
+
+
 def test_what_does_not_fit_into_memory_is_refused_with_the_number() -> None:
     memory.require(memory.total(), "a batch", "lower --batch_size")
     with pytest.raises(UserError, match=r"a batch takes .* GiB .*--batch_size"):
