@@ -403,7 +403,10 @@ def sample_ddim(
         else:
             epsilon = (x - math.sqrt(step.abar_t) * x_0) / math.sqrt(1 - step.abar_t)
         sigma = eta * math.sqrt(step.posterior)
-        direction = math.sqrt(max(0.0, 1 - step.abar_s - sigma**2))
+        rest = 1 - step.abar_s - sigma**2
+        if rest < -1e-9:  # further below 0 than by rounding
+            raise UserError(f"--eta={eta}: too much noise for the step from {t} to {s}; lower it")
+        direction = math.sqrt(max(0.0, rest))
         x = math.sqrt(step.abar_s) * x_0 + direction * epsilon
         if sigma > 0:
             x = x + sigma * noise(t)

@@ -566,6 +566,7 @@ D, Z = exact(SHORT), lambda t: X
         (lambda: sample_ddpm(D, X, SHORT, noise=Z, mean_type="x"), "--mean_type=x"),
         (lambda: sample_ddpm(D, X, SHORT, noise=Z, steps=[]), "at least one"),
         (lambda: sample_ddim(D, X, SHORT, steps=5, eta=-1.0), "--eta=-1"),
+        (lambda: sample_ddim(D, X, SHORT, steps=5, eta=5.0, noise=Z), "--eta=5"),
         (lambda: sample_ddim(D, X, SHORT, steps=[]), "at least one"),
         (lambda: sample_edm(D, X, SHORT, steps=5, S_churn=-1.0), "--S_churn=-1"),
         (lambda: sample_edm(D, X, SHORT, steps=5, S_noise=-1.0), "--S_noise=-1"),
