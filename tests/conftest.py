@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -147,24 +150,78 @@ def run_main(*arguments: object) -> Result:
     return Result(status, out.getvalue(), err.getvalue())
 
 
-def start_main(folder: Path, *arguments: object) -> subprocess.Popen:
-    """`python main.py ARGUMENTS` as a process of its own, in `folder`."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "main.py"), *map(str, arguments)],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,  # a group of its own, for signals to all of it
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def process_main(folder: Path, *arguments: object) -> Result:
-    """The same, waited for."""
-    process = start_main(folder, *arguments)
-    out, err = process.communicate(timeout=120)
-    return Result(process.returncode, out, err)
+    """`python main.py ARGUMENTS` in `folder`, as a user starts it."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), *map(str, arguments)],
+        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+# Copies of a process that has loaded torch and the program start at once; Python alone takes
+# seconds of processor time to load them.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["conftest", "commands.train", "commands.search", "commands.evaluate", "sklearn.datasets",
+     "torch.distributed.elastic.multiprocessing", "torch.utils.tensorboard"]
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def forks(cache_home: Path) -> None:
+    """Start the process that `Started` copies."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, TESTS))))
+        forkserver.ensure_running()
+
+
+class Started:
+    """`python main.py ARGUMENTS` as a process of its own in `folder`, in a group of its own.
+
+    function: what to run with these arguments instead. Needs the fixture `forks`.
+    """
+
+    def __init__(self, folder: Path, *arguments: object, function: Callable | None = None) -> None:
+        self.outputs = [folder.with_name(f"{folder.name}.{name}") for name in ("out", "err")]
+        self.process = FORKS.Process(
+            target=_started, args=(folder, self.outputs, list(map(str, arguments)), function)
+        )
+        self.process.start()
+        self.pid = self.process.pid
+
+    def wait(self, timeout: float = 100) -> Result:
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, "it runs on"
+        return Result(self.process.exitcode, *(path.read_text() for path in self.outputs))
+
+    def wait_for(self, path: Path) -> None:
+        """Until the file is there, and not empty."""
+        deadline = time.monotonic() + 60
+        while not path.exists() or not path.stat().st_size:
+            assert self.process.exitcode is None, self.wait()
+            assert time.monotonic() < deadline, path
+            time.sleep(0.05)
+
+
+def _started(folder: Path, outputs: list[Path], arguments: list[str], function: Callable) -> None:
+    os.setsid()
+    os.chdir(folder)
+    for number, path in enumerate(outputs, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = ["main.py", *arguments]
+    if function is None:
+        from main import start as function
+    function()
+
+
+def alive(pid: int) -> bool:
+    """Whether it runs; one that ended, and that nobody waits for, does not."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
 
 
 def run_alone(code: str, folder: Path, *arguments: object) -> None:

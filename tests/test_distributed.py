@@ -10,15 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import KERNELS, ROOT, TINY, TRAIN, Result, run_main
+from conftest import FORKS, KERNELS, ROOT, TINY, TRAIN, Result, Started, alive, run_main
 from PIL import Image
 from test_latents import write_autoencoder
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+import main
 from model import checkpoint
 from runtime import files
 from runtime import processes as distributed
@@ -47,16 +50,6 @@ JOBS = {
     # Last: by both processes, whose group then stays.
     "refused": [*TRAIN, "--batch_size=9", "--total_steps=1", "--sample_step=0", "--logdir=none"],
 }
-# Run JOBS, each as a group of its own: torchrun's variables, but for a port for each.
-PROCESS = """
-import json, os, sys
-from conftest import run_main
-done = []
-for port, arguments in zip(*map(json.loads, sys.argv[1:])):
-    os.environ["MASTER_PORT"] = str(port)
-    done.append(vars(run_main(*arguments)))
-print(json.dumps(done))
-"""
 
 
 def free_port() -> int:
@@ -65,24 +58,36 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(folder: Path, *arguments: object) -> subprocess.Popen:
-    """`torchrun --nproc_per_node=2 main.py ARGUMENTS` in `folder`."""
-    return subprocess.Popen(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-            f"--master_port={free_port()}", str(ROOT / "main.py"), *map(str, arguments),
-        ],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+def run_jobs(folder: Path, rank: int, ports: list[int]) -> list[Result]:
+    """All JOBS, each in a group of its own: torchrun's variables, but for a port for each."""
+    os.chdir(folder)
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2"}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    done = []
+    for port, arguments in zip(ports, JOBS.values(), strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        done.append(run_main(*arguments))
+    return done
+
+
+def start(folder: Path, *arguments: object) -> Started:
+    """`torchrun --nproc_per_node=2 main.py ARGUMENTS` in `folder`: its agent and two workers."""
+    return Started(folder, *arguments, function=torchrun)
+
+
+def torchrun() -> None:
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, start_method="fork", max_restarts=0,
+        monitor_interval=0.1, rdzv_backend="static", rdzv_endpoint=f"127.0.0.1:{free_port()}",
+        rdzv_configs={"rank": 0},
     )  # fmt: skip
+    elastic_launch(config, worker)()
 
 
-def finish(process: subprocess.Popen) -> Result:
-    out, err = process.communicate(timeout=100)
-    return Result(process.returncode, out, err)
+def worker() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the agent's, whose copy this is
+    Path(f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
+    main.start()
 
 
 def records(path: Path) -> list[dict]:
@@ -93,31 +98,6 @@ def picture(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path), float)
 
 
-def ranks(process: subprocess.Popen) -> dict[int, int]:
-    """Rank -> process id of torchrun's two workers."""
-    found = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(status.read_text().rpartition(")")[2].split()[1])
-            if parent == process.pid:
-                variables = (status.parent / "environ").read_bytes().split(b"\0")
-                rank = next(v for v in variables if v.startswith(b"RANK="))
-                found[int(rank.removeprefix(b"RANK="))] = int(status.parent.name)
-        except (OSError, StopIteration):
-            continue
-    return found
-
-
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    for _ in range(600):
-        if path.exists() or process.poll() is not None:
-            break
-        time.sleep(0.1)
-    if not path.exists():
-        process.kill()
-        pytest.fail(f"{path.name} did not appear: {finish(process).err}")
-
-
 def test_alone_there_is_nothing_to_do() -> None:
     assert (distributed.rank(), distributed.world(), distributed.is_main()) == (0, 1, True)
     assert distributed.gather("mine") == ["mine"]
@@ -126,30 +106,19 @@ def test_alone_there_is_nothing_to_do() -> None:
         assert distributed.world() == 1
 
 
-def test_two_processes_do_what_one_does(here: Path, trained: Path) -> None:
+def test_two_processes_do_what_one_does(here: Path, trained: Path, forks: None) -> None:
     """Training, stopped and continued; latents; statistics, images and distances; searches."""
     for name in ("one", "two"):
         shutil.copytree(trained, here / name / "run")
         write_autoencoder(here / name / "vae")
-    ports = json.dumps([free_port() for _ in JOBS])
-    command = [sys.executable, "-c", PROCESS, ports, json.dumps([*JOBS.values()])]
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    group = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    running = [
-        subprocess.Popen(
-            command, cwd=here / "two", stdout=subprocess.PIPE, text=True,
-            env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"},
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    os.chdir(here / "one")
-    alone = {name: run_main(*flags) for name, flags in JOBS.items()}
-    os.chdir(here)
-    said = [json.loads(process.communicate(timeout=100)[0]) for process in running]
-    both = {
-        name: [Result(**each) for each in results]
-        for name, results in zip(JOBS, zip(*said, strict=True), strict=True)
-    }
+    ports = [free_port() for _ in JOBS]
+    with ProcessPoolExecutor(2, FORKS) as pool:
+        running = [pool.submit(run_jobs, here / "two", rank, ports) for rank in (0, 1)]
+        os.chdir(here / "one")
+        alone = {name: run_main(*flags) for name, flags in JOBS.items()}
+        os.chdir(here)
+        said = [process.result(timeout=100) for process in running]
+    both = dict(zip(JOBS, zip(*said, strict=True), strict=True))
     for name, results in both.items():
         expected = {2} if name == "refused" else {0}
         assert {r.status for r in results} == expected, results
@@ -208,53 +177,49 @@ def test_two_processes_do_what_one_does(here: Path, trained: Path) -> None:
 
 
 def test_an_error_of_one_process_ends_both_and_is_said_once(run_folder: Path) -> None:
+    """By torchrun itself."""
     flags = [*TINY, "--eval", "--logdir=run", "--fid_cache=run/ckpt.pt/none.npz"]
-    result = finish(start(run_folder.parent, *flags))
-    assert result.status == 1  # torchrun's own
-    lines = [line for line in result.err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, result.err
-    assert "exitcode  : 2" in result.err
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += [f"--master_port={free_port()}", str(ROOT / "main.py"), *flags]
+    done = subprocess.run(command, cwd=run_folder.parent, capture_output=True, text=True)
+    assert done.returncode == 1  # torchrun's own
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert "exitcode  : 2" in done.stderr
 
 
-def test_a_process_that_dies_takes_the_job_down(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train = [*TRAIN, "--total_steps=100000", "--sample_step=0", "--logdir=run"]
-    process = start(tmp_path, *train)
-    wait_for(tmp_path / "run" / "ckpt.pt", process)
-    os.kill(ranks(process)[1], signal.SIGKILL)
-    result = finish(process)
+ENDLESS = [*TRAIN, "--total_steps=100000", "--sample_step=0", "--logdir=run"]
+
+
+def test_a_process_that_dies_takes_the_job_down(here: Path, forks: None) -> None:
+    job = start(here, *ENDLESS)
+    job.wait_for(here / "run" / "ckpt.pt")
+    os.kill(int(Path("1.pid").read_text()), signal.SIGKILL)
+    result = job.wait()
     assert result.status != 0
     assert "rank      : 1" in result.err
     assert "-9" in result.err
-    saved = checkpoint.load(tmp_path / "run" / "ckpt.pt")["step"]
-    monkeypatch.chdir(tmp_path)
-    assert run_main(*train, f"--total_steps={saved + 3}").status == 0
-    assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["step"] == saved + 3
+    saved = checkpoint.load("run/ckpt.pt")["step"]
+    assert run_main(*ENDLESS, f"--total_steps={saved + 3}").status == 0
+    assert checkpoint.load("run/ckpt.pt")["step"] == saved + 3
 
 
-def test_without_torchrun_the_processes_end(tmp_path: Path) -> None:
-    train = [*TRAIN, "--total_steps=100000", "--sample_step=0", "--logdir=run"]
-    process = start(tmp_path, *train)
-    wait_for(tmp_path / "run" / "ckpt.pt", process)
-    workers = ranks(process).values()
-    process.kill()
-    process.communicate(timeout=60)  # they hold its pipes until they end
-    stats = [path for worker in workers if (path := Path(f"/proc/{worker}/stat")).exists()]
-    assert all(path.read_text().rpartition(")")[2].split()[0] == "Z" for path in stats)
-    with files.alone_in(tmp_path / "run", wait=False):
-        assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["step"] > 0
+def test_without_torchrun_the_processes_end(here: Path, forks: None) -> None:
+    job = start(here, *ENDLESS)
+    job.wait_for(here / "run" / "ckpt.pt")
+    job.process.kill()
+    job.wait()
+    deadline = time.monotonic() + 60
+    while any(alive(int(path.read_text())) for path in here.glob("*.pid")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with files.alone_in(here / "run", wait=False):
+        assert checkpoint.load("run/ckpt.pt")["step"] > 0
 
 
-def test_sigterm_saves(tmp_path: Path) -> None:
-    train = [*TRAIN, "--total_steps=100000", "--save_step=100000", "--sample_step=0"]
-    process = start(tmp_path, *train, "--logdir=run")
-    wait_for(tmp_path / "run" / "train.jsonl", process)
-    for _ in range(600):
-        if (tmp_path / "run" / "train.jsonl").read_text():
-            break
-        time.sleep(0.1)
-    process.terminate()
-    result = finish(process)
-    assert result.out.count("stopped and saved at step") == 1, result.err
-    assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["step"] > 0
+def test_sigterm_saves(here: Path, forks: None) -> None:
+    job = start(here, *ENDLESS, "--save_step=100000")
+    job.wait_for(here / "run" / "train.jsonl")
+    job.process.terminate()
+    assert job.wait().out.count("stopped and saved at step") == 1
+    assert checkpoint.load("run/ckpt.pt")["step"] > 0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, alive
 
 import build
 from benchmark import errors, experiment, scores
@@ -169,14 +169,6 @@ def test_sigkill_leaves_no_command_behind(tmp_path: Path) -> None:
             return
         time.sleep(0.05)
     raise AssertionError("the command runs on")
-
-
-def alive(pid: int) -> bool:
-    """Whether it runs; one that ended, and that nobody waits for, does not."""
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
 
 
 @pytest.fixture

@@ -4,21 +4,19 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ROOT, TRAIN, contents, run_main, start_main
+from conftest import TRAIN, Started, contents, run_main
 from torch import nn
 from torchvision.io import read_image, write_png
 
 import dataset
 import diffusion
+import main
 import train
 from model import SlimmableUNet, checkpoint
 from runtime.errors import UserError
@@ -161,17 +159,6 @@ def test_ema_follows_the_network(tmp_path: Path) -> None:
     assert not trained.ema.model.training
 
 
-def test_plain_training_uses_one_width(tmp_path: Path) -> None:
-    trained, widths = trainer(tmp_path, sandwich=False), []
-
-    def network(x: torch.Tensor, t: torch.Tensor, width: float) -> torch.Tensor:
-        widths.append(width)
-        return trained.net(x, t, width)
-
-    trained.train_step(network, batch(trained))
-    assert widths == [1.0]
-
-
 def test_a_schedule_is_trained_at_each_timestep_s_own_width(tmp_path: Path) -> None:
     schedule, seen = [0.25] * 3 + [0.0] * 2 + [1.0] * 5, []
     trained = trainer(tmp_path)
@@ -184,16 +171,7 @@ def test_a_schedule_is_trained_at_each_timestep_s_own_width(tmp_path: Path) -> N
     for step in range(40):
         trained.train_step(network, batch(trained, step))
     assert all(schedule[t] == width for t, width in seen)
-    assert {t for t, _ in seen} == {
-        0,
-        1,
-        2,
-        5,
-        6,
-        7,
-        8,
-        9,
-    }  # a step that is left out is not trained
+    assert {t for t, _ in seen} == {0, 1, 2, 5, 6, 7, 8, 9}  # not those that are left out
     assert len(seen) == 40 * 8  # one width per step
     assert sum(width == 0.25 for _, width in seen) / len(seen) == pytest.approx(3 / 8, abs=0.2)
 
@@ -297,14 +275,6 @@ def test_grids_are_the_ema_network_at_each_width(trained: Path) -> None:
     assert not torch.equal(grids[1.0], grids[0.25])
 
 
-def test_train_and_eval_scores(here: Path) -> None:
-    result = run_main(*TRAIN, "--logdir=run", "--eval_step=3", "--num_images=8")
-    assert result.status == 0, result.err
-    records = read_lines(here / "run" / "train_eval.jsonl")
-    assert [(r["step"], r["width"]) for r in records] == [(3, 1.0), (3, 0.25), (6, 1.0), (6, 0.25)]
-    assert all(record["scores"]["fd_pixels"] > 0 for record in records)
-
-
 def test_a_save_that_is_killed_leaves_the_old_file(tmp_path: Path) -> None:
     trained = trainer(tmp_path)
     trained.save()
@@ -400,31 +370,23 @@ def test_interrupted_and_resumed(
     ends_the_same(photos, straight)
 
 
-KILLED = """
-import os, signal, sys
-sys.argv = ["main.py", *sys.argv[2:]]
-import main
-from train import Trainer
-record = Trainer._record
-def dies(self, *arguments):
-    losses = record(self, *arguments)
-    if self.step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return losses
-Trainer._record = dies
-main.start()
-"""
+def die_in_step_5() -> None:
+    record = Trainer._record
+
+    def dies(self: Trainer, *arguments: object) -> dict:
+        losses = record(self, *arguments)
+        if self.step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return losses
+
+    Trainer._record = dies
+    main.start()
 
 
-def test_killed_and_resumed(photos: Path, straight: dict) -> None:
+def test_killed_and_resumed(photos: Path, straight: dict, forks: None) -> None:
     often = [*LONG, "--save_step=2"]
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, "", *often],
-        cwd=photos,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = Started(photos, *often, function=die_in_step_5).wait()
+    assert killed.status == -signal.SIGKILL, killed
     assert checkpoint.load("run/ckpt.pt")["step"] == 4
     assert len(read_lines(Path("run/train.jsonl"))) == 5  # step 5 will happen again
     with open("run/train.jsonl", "a") as file:
@@ -434,20 +396,15 @@ def test_killed_and_resumed(photos: Path, straight: dict) -> None:
     assert {"ckpt_2.pt", "ckpt_4.pt", "ckpt_6.pt", "ckpt_8.pt"} <= set(os.listdir("run"))
 
 
-@pytest.mark.parametrize("kill", [os.kill, os.killpg])
-def test_terminated_process(photos: Path, kill: Callable) -> None:
-    long = [*LONG, "--total_steps=100000", "--num_workers=1"]
-    process = start_main(photos, *long)
-    deadline = time.monotonic() + 100
-    while not Path("run/train.jsonl").exists() or not Path("run/train.jsonl").stat().st_size:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    kill(process.pid, signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert "Traceback" not in err
-    step = int(re.search(r"stopped and saved at step (\d+) of 100000", out)[1])
+def test_terminated_with_its_workers(photos: Path, forks: None) -> None:
+    """As a terminal or a queue ends a job: the whole group gets the signal."""
+    process = Started(photos, *LONG, "--total_steps=100000", "--num_workers=1")
+    process.wait_for(Path("run/train.jsonl"))
+    os.killpg(process.pid, signal.SIGTERM)
+    result = process.wait()
+    assert result.status == 143
+    assert "Traceback" not in result.err
+    step = int(re.search(r"stopped and saved at step (\d+) of 100000", result.out)[1])
     assert checkpoint.load("run/ckpt.pt")["step"] == step
 
 
@@ -459,6 +416,9 @@ def test_what_the_last_step_owes_is_made_up_for(here: Path) -> None:
     for name in names:
         (here / "run" / name).unlink()
     scores = Path("run/train_eval.jsonl")
+    records = read_lines(scores)
+    assert [(r["step"], r["width"]) for r in records] == [(3, 1.0), (3, 0.25), (6, 1.0), (6, 0.25)]
+    assert all(record["scores"]["fd_pixels"] > 0 for record in records)
     lines = scores.read_text().splitlines(keepends=True)
     scores.write_text("".join(lines[:-1]))
     assert run_main(*command).status == 0
@@ -482,12 +442,10 @@ def test_milestones_give_way_to_a_signal(tmp_path: Path) -> None:
         trained.train(0, [Milestone(2, False, make, lambda step: False)])
 
 
-def test_the_end_says_what_comes_next(here: Path) -> None:
-    said = run_main(*TRAIN, "--logdir=run").out
-    assert "run/ckpt.pt, step 6 of 6" in said
-    assert "--search --flagfile run/flagfile.txt" in said
+def test_the_end_of_plain_training_says_what_comes_next(here: Path) -> None:
     plain = [a for a in TRAIN if a not in ("--sandwich", "--slimmable_unet")]
-    assert "--eval --flagfile" in run_main(*plain, "--logdir=plain").out
+    said = run_main(*plain, "--logdir=plain", "--total_steps=1", "--sample_step=0").out
+    assert "--eval --flagfile" in said
 
 
 def test_another_run_in_the_folder_is_left_alone(run_folder: Path, refused: Callable) -> None:
@@ -495,7 +453,9 @@ def test_another_run_in_the_folder_is_left_alone(run_folder: Path, refused: Call
 
 
 def test_going_on_with_more_steps(here: Path) -> None:
-    assert run_main(*TRAIN, "--logdir=run").status == 0
+    said = run_main(*TRAIN, "--logdir=run").out
+    assert "run/ckpt.pt, step 6 of 6" in said
+    assert "--search --flagfile run/flagfile.txt" in said
     before = contents(here)
     again = run_main(*TRAIN, "--logdir=run")
     assert again.status == 0
@@ -569,28 +529,30 @@ def test_checkpoint_that_does_not_say_is_as_published(
         refused(flag[2:13], *TRAIN, "--logdir=run", "--total_steps=8", flag)
 
 
-@pytest.mark.parametrize("entry", ["optim", "sched", "step"])
-def test_checkpoint_that_cannot_go_on(run_folder: Path, refused: Callable, entry: str) -> None:
-    state = torch.load(run_folder / "ckpt.pt", weights_only=True)
-    for value in (None, {"param_groups": 3}):
-        state[entry] = value
-        torch.save(state, run_folder / "ckpt.pt")
-        refused(rf"run/ckpt\.pt.*{entry}", *TRAIN, "--logdir=run", "--total_steps=8")
-
-
-@pytest.mark.parametrize("entry", ["moments", "EMA", "x_T"])
-def test_tensors_that_do_not_fit_are_refused(
-    run_folder: Path, refused: Callable, entry: str
+@pytest.mark.parametrize(
+    ("place", "value", "about"),
+    [
+        *((entry, value, entry) for entry in ("optim", "sched", "step")
+          for value in (None, {"param_groups": 3})),
+        # Fused Adam would end in SIGSEGV.
+        ("optim.state.3.exp_avg", torch.zeros(3), "3 exp_avg"),
+        ("ema_model.head.weight", torch.full((16, 1, 3, 3), torch.nan), "head.weight .*finite"),
+        ("x_T", torch.full((4, *SHAPE), torch.inf), "x_T .*finite"),
+    ],
+)  # fmt: skip
+def test_checkpoint_that_cannot_go_on(
+    run_folder: Path, refused: Callable, place: str, value: object, about: str
 ) -> None:
+    """What else an optimizer's state must not be: test_checkpoint.py."""
     state = torch.load(run_folder / "ckpt.pt", weights_only=True)
-    if entry == "moments":  # fused Adam would end in SIGSEGV
-        state["optim"]["state"][3]["exp_avg"], about = torch.zeros(3), "3 exp_avg"
-    elif entry == "EMA":
-        state["ema_model"]["head.weight"][0, 0, 0, 0], about = torch.nan, "head.weight .*finite"
+    if place.startswith("optim."):
+        state["optim"]["state"][3]["exp_avg"] = value
+    elif place.startswith("ema_model."):
+        state["ema_model"]["head.weight"] = value
     else:
-        state["x_T"][0], about = torch.inf, "x_T .*finite"
+        state[place] = value
     torch.save(state, run_folder / "ckpt.pt")
-    refused(rf"run/ckpt\.pt: .*{about}", *TRAIN, "--logdir=run", "--total_steps=8")
+    refused(rf"run/ckpt\.pt.*{about}", *TRAIN, "--logdir=run", "--total_steps=8")
 
 
 # --- starts from a checkpoint ---------------------------------------------------------------------
