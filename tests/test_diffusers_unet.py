@@ -16,14 +16,11 @@ from score import flops
 pytestmark = pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")
 SIZE = 8
 BASE = {
-    "sample_size": SIZE,
-    "block_out_channels": (32, 64),
-    "layers_per_block": 1,
+    "sample_size": SIZE, "block_out_channels": (32, 64), "layers_per_block": 1,
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 8,
-    "attention_head_dim": 8,
-}
+    "norm_num_groups": 8, "attention_head_dim": 8,
+}  # fmt: skip
 
 
 def blocks(down: str, up: str, **more: object) -> dict:
@@ -33,8 +30,7 @@ def blocks(down: str, up: str, **more: object) -> dict:
 UNCONDITIONAL = {
     "default": {},
     "scale_shift, attention norm": {
-        "resnet_time_scale_shift": "scale_shift",
-        "attn_norm_num_groups": 4,
+        "resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 4,
     },
     "resnet samplers": blocks(
         "AttnDownBlock2D", "AttnUpBlock2D", downsample_type="resnet", upsample_type="resnet"
@@ -46,11 +42,8 @@ UNCONDITIONAL = {
     ),
     "skip, unequal": blocks("SkipDownBlock2D", "SkipUpBlock2D"),
     "attention skip": blocks(
-        "AttnSkipDownBlock2D",
-        "AttnSkipUpBlock2D",
-        block_out_channels=(128, 128),
-        norm_num_groups=32,
-        attention_head_dim=16,
+        "AttnSkipDownBlock2D", "AttnSkipUpBlock2D", block_out_channels=(128, 128),
+        norm_num_groups=32, attention_head_dim=16,
     ),
     "one head": {"attention_head_dim": None},
     "three heads": {"attention_head_dim": 16, "block_out_channels": (32, 48)},
@@ -59,42 +52,27 @@ UNCONDITIONAL = {
     "fourier": {"time_embedding_type": "fourier"},
     "learned time": {"time_embedding_type": "learned", "num_train_timesteps": 1000},
     "small settings": {
-        "mid_block_scale_factor": 2.0,
-        "dropout": 0.5,
-        "center_input_sample": True,
-        "time_embedding_dim": 40,
-        "downsample_padding": 0,
-        "in_channels": 1,
-        "out_channels": 2,
+        "mid_block_scale_factor": 2.0, "dropout": 0.5, "center_input_sample": True,
+        "time_embedding_dim": 40, "downsample_padding": 0, "in_channels": 1, "out_channels": 2,
     },
     "three levels": {
-        "block_out_channels": (16, 32, 64),
-        "layers_per_block": 2,
-        "norm_num_groups": 4,
+        "block_out_channels": (16, 32, 64), "layers_per_block": 2, "norm_num_groups": 4,
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        "act_fn": "gelu",
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), "act_fn": "gelu",
     },
     "class embedding": {"num_class_embeds": 5},
     "class timestep": {"class_embed_type": "timestep"},
     "class identity": {"class_embed_type": "identity"},
-}
+}  # fmt: skip
 CROSS = {
-    **BASE,
-    "in_channels": 3,
-    "out_channels": 3,
+    **BASE, "in_channels": 3, "out_channels": 3, "cross_attention_dim": 12, "attention_head_dim": 4,
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 12,
-    "attention_head_dim": 4,
-}
+}  # fmt: skip
 SIMPLE = blocks(
-    "SimpleCrossAttnDownBlock2D",
-    "SimpleCrossAttnUpBlock2D",
-    encoder_hid_dim=12,
-    mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-    attention_head_dim=8,
-)
+    "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D", encoder_hid_dim=12,
+    mid_block_type="UNetMidBlock2DSimpleCrossAttn", attention_head_dim=8,
+)  # fmt: skip
 CONDITIONAL = {
     "default": {},
     "linear projection": {"use_linear_projection": True, "transformer_layers_per_block": 2},

@@ -252,83 +252,44 @@ EVERY, STEPS = [1.0] * 3 + [0.5] * 4 + [0.25] * 3, [0.5, 1.0, 0.25, 0.5]
 STEPS_5 = [1.0, 0.25, 0.5, 1.0, 0.5]
 SEARCHED = {  # network, schedule, sampling options
     "ddpm": ("own", EVERY, {}),
-    "ddpm, clipped": (
-        "own",
-        STEPS_5,
-        dict(sample_steps=5, var_type="fixedsmall", clip_denoised=True),
-    ),
+    "ddpm, clipped": ("own", STEPS_5, dict(
+        sample_steps=5, var_type="fixedsmall", clip_denoised=True)),
     "ddpm, quadratic": ("diffusers", EVERY, dict(sample_steps=5, timestep_spacing="quadratic")),
     "ddpm, skip": ("own", [0.5, 0.0, 1.0] * 3 + [0.25], dict(allow_skip=True)),
     "ddim": ("own", STEPS_5, dict(sampler="ddim", sample_steps=5, mean_type="v")),
     "ddim, one step": ("own", [0.5], dict(sampler="ddim", sample_steps=1)),
-    "ddim, leading": (
-        "own",
-        EVERY,
-        dict(sampler="ddim", sample_steps=4, timestep_spacing="leading"),
-    ),
-    "ddim, trailing": (
-        "own",
-        EVERY,
-        dict(sampler="ddim", sample_steps=5, timestep_spacing="trailing"),
-    ),
-    "ddpm, linspace": ("own", EVERY, dict(sample_steps=4, timestep_spacing="linspace")),
+    "ddim, leading": ("own", EVERY, dict(
+        sampler="ddim", sample_steps=4, timestep_spacing="leading")),
+    "ddim, trailing": ("own", EVERY, dict(
+        sampler="ddim", sample_steps=5, timestep_spacing="trailing")),
     "ddim, eta": ("own", EVERY, dict(sampler="ddim", sample_steps=5, eta=0.7, clip_denoised=True)),
-    "ddim, unequal": ("own", STEPS, dict(sampler="ddim", sample_steps=4)),
-    "ddim, quadratic": (
-        "diffusers with classes",
-        EVERY,
-        dict(sampler="ddim", sample_steps=5, timestep_spacing="quadratic", clip_denoised=True),
-    ),
-    "ddim, linspace": (
-        "own",
-        EVERY,
-        dict(sampler="ddim", sample_steps=4, timestep_spacing="linspace", eta=1.0, mean_type="v"),
-    ),
-    "ddim, skip": (
-        "own",
-        [0.0, 0.5, 1.0] * 3 + [0.25],
-        dict(sampler="ddim", allow_skip=True, clip_denoised=True, eta=1.0),
-    ),
+    "ddim, quadratic": ("diffusers with classes", EVERY, dict(
+        sampler="ddim", sample_steps=5, timestep_spacing="quadratic", clip_denoised=True)),
+    "ddim, linspace": ("own", STEPS, dict(
+        sampler="ddim", sample_steps=4, timestep_spacing="linspace", eta=1.0, mean_type="v")),
+    "ddim, skip": ("own", [0.0, 0.5, 1.0] * 3 + [0.25], dict(
+        sampler="ddim", allow_skip=True, clip_denoised=True, eta=1.0)),
     "edm": ("own", STEPS, dict(sampler="edm", sample_steps=4, clip_denoised=True)),
-    "edm, every": (
-        "diffusers",
-        EVERY,
-        dict(sampler="edm", sample_steps=4, beta_schedule="scaled_linear"),
-    ),
+    "edm, every": ("diffusers", EVERY, dict(
+        sampler="edm", sample_steps=4, beta_schedule="scaled_linear")),
     "edm, Euler": ("own", STEPS, dict(sampler="edm", sample_steps=4, heun=False, rho=3.0)),
-    "dpm_solver": (
-        "diffusers",
-        STEPS,
-        dict(sampler="dpm_solver", sample_steps=4, scheduler_options='{"use_karras_sigmas": true}'),
-    ),
-    "ancestral": (
-        "diffusers",
-        EVERY,
-        dict(sampler="EulerAncestralDiscreteScheduler", sample_steps=4),
-    ),
+    "dpm_solver": ("diffusers", STEPS, dict(
+        sampler="dpm_solver", sample_steps=4, scheduler_options='{"use_karras_sigmas": true}')),
+    "ancestral": ("diffusers", EVERY, dict(
+        sampler="EulerAncestralDiscreteScheduler", sample_steps=4)),
     "Heun": ("own", STEPS, dict(sampler="HeunDiscreteScheduler", sample_steps=4)),
-    "UniPC": ("own", EVERY, dict(sampler="UniPCMultistepScheduler", sample_steps=4)),
-    "DDIMScheduler": (
-        "diffusers",
-        EVERY,
-        dict(sampler="DDIMScheduler", sample_steps=5, clip_denoised=True),
-    ),
-    "classes": (
-        "own with classes",
-        EVERY,
-        dict(guidance_scale=2.0, classes="3,5", clip_denoised=True),
-    ),
-    "classes of diffusers": (
-        "diffusers with classes",
-        EVERY,
-        dict(guidance_scale=0.5, sampler="edm", sample_steps=4),
-    ),
+    "DDIMScheduler": ("diffusers", EVERY, dict(
+        sampler="DDIMScheduler", sample_steps=5, clip_denoised=True)),
+    "classes": ("own with classes", EVERY, dict(
+        guidance_scale=2.0, classes="3,5", clip_denoised=True)),
+    "classes of diffusers": ("diffusers with classes", EVERY, dict(
+        guidance_scale=0.5, sampler="edm", sample_steps=4)),
     "rows": ("rows", EVERY, dict(sampler="ddim", sample_steps=5)),
     "rows, guided": ("guided row", EVERY, dict(guidance_scale=2.0, sampler="ddim", sample_steps=5)),
     "one row": ("one row", EVERY, dict(sampler="ddim", sample_steps=5)),
     "latents": ("latent", EVERY, dict(latent_vae="shifted")),
     "quantised latents": ("own", STEPS_5, dict(latent_vae="vq", sampler="ddim", sample_steps=5)),
-}
+}  # fmt: skip
 SEARCHED_NETWORKS = {
     "own": tiny_network,
     "own with classes": functools.partial(tiny_network, num_classes=10),
