@@ -67,16 +67,6 @@ def test_inception_score_where_there_is_a_classifier() -> None:
     assert scores.inception_score == pytest.approx(expected, rel=1e-5)
 
 
-def test_inception_scores_go_on() -> None:
-    probabilities = torch.rand(7, 4).softmax(1)
-    whole, half = score.InceptionScore(7, 2), score.InceptionScore(7, 2)
-    whole.update(probabilities)
-    half.update(probabilities[:3])
-    half = score.InceptionScore.from_state(half.state())
-    half.update(probabilities[3:])
-    assert half.result() == pytest.approx(whole.result(), rel=1e-12)
-
-
 # What a partial file could claim, by its entries.
 DAMAGES = {
     "batches": lambda batches: batches - 1,

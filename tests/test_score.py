@@ -144,7 +144,7 @@ def test_inception_score_equals_its_definition_in_any_order():
         left.result()
     right.update(p[order[20:]], order[20:])
     left.merge(score.InceptionScore(50, splits=5))
-    left.merge(right)
+    left.merge(score.InceptionScore.from_state(right.state()))
     for inception_score in (straight, left):
         expected = (np.mean(scores), np.std(scores))
         assert inception_score.result() == pytest.approx(expected, rel=1e-9)

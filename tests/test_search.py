@@ -255,19 +255,6 @@ def test_resume_from_any_line(tmp_path: Path, objective: str) -> None:
         assert {record["seconds"] for record in job.records.values()} == {0.5}  # the log's too
 
 
-@pytest.mark.parametrize("changes", [{}, PARETO])
-def test_killed_again_and_again(tmp_path: Path, changes: dict) -> None:
-    expected = summary(make(tmp_path / "whole", **changes).run())
-    for _ in range(100):
-        try:
-            candidates = make(tmp_path / "cut", Score(limit=3), **changes).run()
-            break
-        except KeyboardInterrupt:
-            continue
-    assert summary(candidates) == expected
-    assert sorted(lines(tmp_path / "cut")) == sorted(lines(tmp_path / "whole"))
-
-
 def test_a_longer_search_uses_the_log(tmp_path: Path) -> None:
     make(tmp_path, num_generation=3).run()
     before, score = len(lines(tmp_path)) - 1, Score()
