@@ -84,7 +84,12 @@ def decode(path: str | io.BytesIO) -> Image.Image:
     try:
         if isinstance(path, str):
             check_file(path)
-        with Image.open(path, formats=FORMATS) as file:
+        # Opened here: what Pillow opens by name it may map into memory, and a TIFF that its
+        # orientation turns comes out torn then.
+        with (
+            open(path, "rb") if isinstance(path, str) else path as content,
+            Image.open(content, formats=FORMATS) as file,
+        ):
             _check(file)
             value_range = _value_range(file)
             file.load()

@@ -16,6 +16,7 @@ from PIL import EpsImagePlugin, Image
 
 import dataset as data
 from dataset import survey
+from dataset.decoding import decode
 from model import checkpoint
 from runtime.errors import UserError
 
@@ -58,6 +59,15 @@ def test_images_stand_upright(tmp_path: Path) -> None:
         Image.fromarray(pixels).save(tmp_path / f"{name}.png", exif=exif)
     first_rows = [image[0, 0].tolist() for image in map(load(tmp_path).__getitem__, range(3))]
     assert first_rows == [[10] * 4, [40, 30, 20, 10], [10] * 4]
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_turned_tiffs_stand_upright(tmp_path: Path, compression: str | None) -> None:
+    pixels = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    orientation = Image.Exif()
+    orientation[274] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.tif", exif=orientation, compression=compression)
+    assert np.asarray(decode(str(tmp_path / "a.tif"))).tolist() == [[3, 0], [4, 1], [5, 2]]
 
 
 RED, HIDDEN, HALF = (200, 0, 0, 255), (0, 200, 0, 0), (0, 0, 200, 51)
