@@ -92,6 +92,7 @@ def decode(path: str | io.BytesIO) -> Image.Image:
         ):
             _check(file)
             value_range = _value_range(file)
+            _scale_transparent_value(file)
             file.load()
             try:
                 image = ImageOps.exif_transpose(file)
@@ -114,6 +115,8 @@ def resize_and_crop(
     from torchvision.transforms.v2 import functional
 
     if has_alpha(image):
+        # Pillow makes nothing else of La, grey that was multiplied by its alpha.
+        image = image.convert("LA") if image.mode == "La" else image
         canvas = Image.new("RGBA", image.size, (*background, 255))
         image = Image.alpha_composite(canvas, image.convert("RGBA"))
     image = image.convert("L" if channels == 1 else "RGB")
@@ -162,9 +165,19 @@ def _value_range(image: Image.Image) -> tuple[float, float] | None:
         black, white = 0, 2 ** int(_first(tags.get(_BITS)) or 16) - 1
     elif not (isinstance(black, (int, float)) and isinstance(white, (int, float))):
         black = white = 0
-    if not (np.isfinite([black, white]).all() and black < white):
+    # Pillow's integers end at 2^31 − 1; larger ones came out negative.
+    fits = image.mode == "F" or white < 2**31
+    if not (np.isfinite([black, white]).all() and black < white and fits):
         raise ValueError(f"mode {image.mode} and no range of its values: save it as 8 or 16 bits")
     return (white, black) if tags.get(_PHOTOMETRIC) == 0 else (black, white)
+
+
+def _scale_transparent_value(image: Image.Image) -> None:
+    """Of grey PNGs of 2 and 4 bits: Pillow scales their pixels to 0…255, but not this value."""
+    if image.format == "PNG" and "transparency" in image.info:
+        raw_mode = image.tile[0][3]
+        if raw_mode in ("L;2", "L;4"):
+            image.info["transparency"] *= 85 if raw_mode == "L;2" else 17
 
 
 def _first(value: object) -> object:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import EpsImagePlugin, Image
 
 import dataset as data
 from dataset import survey
-from dataset.decoding import decode
+from dataset.decoding import decode, resize_and_crop
 from model import checkpoint
 from runtime.errors import UserError
 
@@ -30,13 +31,14 @@ def save(path: Path, color: object = (9, 99, 199), mode: str = "RGB", **more: ob
     Image.new(mode, (4, 4), color).save(path, **more)
 
 
-def tiff(bits: int, photometric: int, rows: list[bytes]) -> bytes:
-    """A grey TIFF of 4 pixels a row, which Pillow cannot write."""
+def tiff(bits: int, photometric: int, rows: list[bytes], more: Sequence[tuple] = ()) -> bytes:
+    """A grey TIFF of 4 pixels a row, which Pillow cannot write. more: tags."""
+    count = 8 + len(more)
     entries = [(256, 4, 4), (257, 4, len(rows)), (258, 3, bits), (259, 3, 1),
-               (262, 3, photometric), (273, 4, 8 + 2 + 12 * 8 + 4), (277, 3, 1),
-               (279, 4, sum(map(len, rows)))]  # fmt: skip
+               (262, 3, photometric), (273, 4, 8 + 2 + 12 * count + 4), (277, 3, 1),
+               (279, 4, sum(map(len, rows))), *more]  # fmt: skip
     directory = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
-    return b"II*\0" + struct.pack("<IH", 8, 8) + directory + b"\0\0\0\0" + b"".join(rows)
+    return b"II*\0" + struct.pack("<IH", 8, count) + directory + b"\0\0\0\0" + b"".join(rows)
 
 
 # --- Pixels ---------------------------------------------------------------------------------------
@@ -100,6 +102,30 @@ def test_transparent_pixels_show_the_background(
     assert data.fingerprint(images) != data.fingerprint(load(tmp_path, background="red"))
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """Of a PNG."""
+    check = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + check
+
+
+def test_grey_of_few_bits_with_a_transparent_value(tmp_path: Path) -> None:
+    """Pixels 0, 5, 10, 15 of four bits, of which 5 is transparent; Pillow cannot write these."""
+    chunks = [
+        chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 4, 0, 0, 0, 0)),
+        chunk(b"tRNS", struct.pack(">H", 5)),
+        chunk(b"IDAT", zlib.compress(b"\0\x05\xaf" * 4)),
+        chunk(b"IEND", b""),
+    ]
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    assert load(tmp_path, background="#010101")[0][0, 0].tolist() == [0, 1, 170, 255]
+
+
+def test_grey_that_was_multiplied_by_its_alpha() -> None:
+    image = Image.new("LA", (4, 4), (100, 128)).convert("La")
+    pixels = resize_and_crop(image, 1, 4, (0, 0, 0))
+    assert pixels.tolist() == pytest.approx(np.full((1, 4, 4), 50), abs=1)
+
+
 STEPS = [0, 0x555, 0xAAA, 0xFFF]  # thirds of 12 bits
 TWELVE = bytes.fromhex("000555aaafff")
 TWO_BYTES = struct.pack("<4H", 0, 21845, 43690, 65535)
@@ -155,14 +181,20 @@ def test_other_modes(
     assert images[0][:, 1, 1].tolist() == expected
 
 
-@pytest.mark.parametrize("mode", ["F", "I", "LAB", "nan"])
+@pytest.mark.parametrize("mode", ["F", "I", "LAB", "nan", "unsigned"])
 def test_modes_without_a_rule_are_refused_by_name(tmp_path: Path, mode: str) -> None:
+    if mode == "unsigned":  # a white that Pillow's signed integers do not reach
+        (tmp_path / "odd.tif").write_bytes(
+            tiff(32, 1, [bytes(16)] * 4, [(340, 4, 0), (341, 4, 2**32 - 1)])
+        )
+        mode = "I"
+    elif mode != "nan":
+        Image.new(mode, (4, 4)).save(tmp_path / "odd.tif")
     if mode == "nan":
         write_tagged(tmp_path / "odd.tif", [np.nan] * 4, "float32", {340: 0.0, 341: 1.0})
         with pytest.raises(UserError, match=r"odd\.tif.*finite"):
             load(tmp_path)[0]
         return
-    Image.new(mode, (4, 4)).save(tmp_path / "odd.tif")
     with pytest.raises(UserError, match=rf"odd\.tif \(mode {mode}"):
         load(tmp_path)
 
