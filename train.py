@@ -149,17 +149,10 @@ class Trainer:
         agree(self.path, stored, self.identity, remedy, ignore=["latent_vae", *changed])
         checkpoint.fill(self.net, state["net_model"], self.path)
         checkpoint.fill(self.ema.model, state["ema_model"], self.path)
-        checkpoint.check_optimizer(state.get("optim"), self.optim, self.path)
-        checkpoint.check_scheduler(state.get("sched"), self.sched, self.path)
-        try:
-            checkpoint.load_optimizer(self.optim, state["optim"])
-            self.sched.load_state_dict(state["sched"])
-            rate, self.step = self.sched.base_lrs[0], int(state["step"])
-            self.arithmetic = "" if "amp" in changed else str(state.get("arithmetic", ""))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{self.path} cannot be continued: its optim, sched or step does not fit ({error})"
-            ) from error
+        checkpoint.load_optimizer(self.optim, state.get("optim"), self.path)
+        rate = checkpoint.load_scheduler(self.sched, state.get("sched"), self.path)
+        self.step = int(state.get("step", self.sched.last_epoch))
+        self.arithmetic = "" if "amp" in changed else str(state.get("arithmetic", ""))
         x_T = state.get("x_T", self.x_T)
         if getattr(x_T, "shape", None) == self.x_T.shape:  # else of another --sample_size
             checkpoint.check_tensor(x_T, self.x_T, f"{self.path}: x_T")
@@ -169,11 +162,6 @@ class Trainer:
                 changed["lr"] = (rate, self.settings.lr)
             else:
                 agree(self.path, {"lr": rate}, {"lr": self.settings.lr}, remedy)
-        if changed.keys() & {"lr", "warmup"}:  # the state brought back the rates of before
-            self.sched.base_lrs = [self.settings.lr]
-            rate = self.settings.lr * self.sched.lr_lambdas[0](self.sched.last_epoch)
-            self.optim.param_groups[0].update(initial_lr=self.settings.lr, lr=rate)
-            self.sched._last_lr = [rate]
         return changed
 
     def save(self, numbered: bool = False) -> None:

@@ -5,26 +5,25 @@ where this project wrote it, settings. Files are data: nothing in them is ever e
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import pickle
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Annotated, Literal, NotRequired, TypedDict
 
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim import Adam
+from torch.optim.lr_scheduler import LambdaLR
 
 from runtime.errors import UserError
 from runtime.files import read_tensors, replacing, write_tensors
-from runtime.schema import Count, Name, check
+from runtime.schema import Amount, Count, Name, check
 
 FORMAT = 1
-ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}  # of each parameter
 REMEDY = "the file is damaged or of another program: take an earlier one with --ckpt_name"
 # Settings of files that lack them: released ones, and those older than the setting.
 DEFAULTS = {"skip_slicing": "leading", "norm_groups": "fixed", "finetune_schedule": None}
@@ -191,132 +190,85 @@ def check_tensor(stored: object, expected: Tensor, name: str) -> None:
 # --- the state of a training run ------------------------------------------------------------------
 
 
-def load_optimizer(optimizer: Optimizer, state: Mapping[str, object]) -> None:
-    """`optimizer.load_state_dict(state)`, and moments in the memory order of their parameters.
+class Moments(TypedDict):
+    """Adam's state of one parameter. step: a tensor, or a number as torch 1.11 wrote it."""
 
-    Fused Adam goes through both as they lie in memory: where one is channels_last and the other is
-    not, it would take the moments of other weights. `check_optimizer` comes before.
-    """
-    optimizer.load_state_dict(state)
-    for parameter, values in optimizer.state.items():
-        for name, value in values.items():
-            if name != "step" and value.stride() != parameter.stride():
-                values[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
+    step: object
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
 
 
-def check_optimizer(state: object, optimizer: Optimizer, path: str | Path) -> None:
-    """UserError unless `state` is a state dict that this Adam can go on from.
+class Group(TypedDict):
+    """A group of Adam's parameters, by number. Its rate is the scheduler's matter; the rest, such
+    as `fused`, is how torch computes."""
 
-    Its kernels trust shapes and types, and a wrong one ends the process. lr, foreach and fused may
-    differ from the optimizer's; whatever else its groups say may not.
+    params: list[int]
+    betas: tuple[float, ...]
+    eps: float
+    weight_decay: float
+    amsgrad: NotRequired[bool]
+
+
+class AdamState(TypedDict):
+    """The entry `optim` of a checkpoint."""
+
+    state: dict[int, Moments]
+    param_groups: Annotated[list[Group], Meta(min_length=1, max_length=1)]
+
+
+class SchedulerState(TypedDict):
+    """The entry `sched` of a checkpoint."""
+
+    last_epoch: Count
+    base_lrs: Annotated[list[Amount], Meta(min_length=1, max_length=1)]
+
+
+@torch.no_grad()
+def load_optimizer(optimizer: Adam, state: object, path: str | Path) -> None:
+    """Let `optimizer`, which has one group, go on from the moments in a checkpoint's `optim`.
+
+    Raises UserError unless they fit: Adam's kernels trust shapes and types, and a wrong one ends
+    the process. Moments get the memory order of their parameters: fused Adam goes through both as
+    they lie in memory, and would take the moments of other weights.
     """
     where = f"{path}: optim"
-    if not isinstance(state, dict) or not isinstance(state.get("state"), dict):
-        raise UserError(f"{where} is not an optimizer's state; {REMEDY}")
-    own, groups = optimizer.state_dict()["param_groups"], state.get("param_groups")
-    if not isinstance(groups, list) or len(groups) != len(own):
-        raise UserError(f"{where} does not have {len(own)} group(s) of parameters; {REMEDY}")
-    parameters = {}
-    for stored, expected, group in zip(groups, own, optimizer.param_groups, strict=True):
-        _check_group(stored, expected, where)
-        parameters |= dict(zip(stored["params"], group["params"], strict=True))
-    if len(parameters) != sum(len(group["params"]) for group in own):
-        raise UserError(f"{where} names a parameter twice; {REMEDY}")
-    tensor_steps = set()
-    for number, values in state["state"].items():
-        if number not in parameters:
-            raise UserError(f"{where} has a state {_short(number)} of no parameter; {REMEDY}")
-        if not isinstance(values, dict) or values.keys() != ADAM_STATE:
-            raise UserError(f"{where} state {number} is not {', '.join(ADAM_STATE)}; {REMEDY}")
-        for name in ("exp_avg", "exp_avg_sq"):
-            check_tensor(values[name], parameters[number], f"{where} state {number} {name}")
-        if bool((values["exp_avg_sq"] < 0).any()):
-            raise UserError(f"{where} state {number} exp_avg_sq is negative; {REMEDY}")
-        step = values["step"]
-        tensor_steps.add(isinstance(step, Tensor))
-        if isinstance(step, Tensor):
-            check_tensor(step, torch.zeros((), dtype=step.dtype), f"{where} state {number} step")
-            step = step.item()
-        if not _is_number(step) or step < 0:
-            raise UserError(f"{where} state {number} step is not a number of steps; {REMEDY}")
-    if len(tensor_steps) > 1:  # torch looks at the first only
-        raise UserError(f"{where} mixes steps that are tensors with others; {REMEDY}")
-
-
-def _check_group(stored: object, expected: Mapping[str, object], where: str) -> None:
-    """One of the optimizer's groups of settings, against the one that it is for."""
-    if not isinstance(stored, dict):
-        raise UserError(f"{where} has a group that is not a table of names and values; {REMEDY}")
-    params = stored.get("params")
-    if not isinstance(params, list) or len(params) != len(expected["params"]):
+    stored = check(state, AdamState, where, REMEDY)
+    (theirs,), (group,) = stored["param_groups"], optimizer.param_groups
+    for name in theirs.keys() - {"params"}:
+        if theirs[name] != group[name]:
+            raise UserError(f"{where} has {name} = {theirs[name]}, not {group[name]}; {REMEDY}")
+    if len(theirs["params"]) != len(group["params"]):
         raise UserError(f"{where} is for another number of parameters; {REMEDY}")
-    if not all(type(number) is int for number in params):
-        raise UserError(f"{where} has parameters that are not numbered; {REMEDY}")
-    for name in ("lr", "betas", "eps", "weight_decay"):
-        if name not in stored:
-            raise UserError(f"{where} has no {name}; {REMEDY}")
-    for name, value in stored.items():
-        if name == "params":
-            continue
-        if name in ("lr", "initial_lr"):
-            fits = _is_number(value) and value >= 0
-        elif name in ("foreach", "fused"):
-            fits = value is None or isinstance(value, bool)
-        elif name in expected:
-            fits = _same(value, expected[name])
-        else:  # of another version of torch
-            fits = value is None or isinstance(value, bool | int | float | str)
-        if not fits:
-            raise UserError(
-                f"{where} has {_short(name)} = {_short(value)}, which does not fit; {REMEDY}"
-            )
+    parameters = dict(zip(theirs["params"], group["params"], strict=True))
+    if len(parameters) != len(group["params"]):
+        raise UserError(f"{where} names a parameter twice; {REMEDY}")
+    for number, moments in stored["state"].items():
+        name = f"{where} state {number}"
+        if number not in parameters:
+            raise UserError(f"{name} is of no parameter; {REMEDY}")
+        parameter, step = parameters[number], moments["step"]
+        if isinstance(step, Tensor):
+            check_tensor(step, torch.zeros((), dtype=step.dtype), f"{name} step")
+            step = step.item()
+        step = torch.tensor(check(step, Amount, f"{name} step", REMEDY))
+        optimizer.state[parameter] = {"step": step.to(parameter.device)}
+        for entry in ("exp_avg", "exp_avg_sq"):
+            check_tensor(moments[entry], parameter, f"{name} {entry}")
+            own = torch.empty_like(parameter).copy_(moments[entry])
+            optimizer.state[parameter][entry] = own
+        if bool((own < 0).any()):
+            raise UserError(f"{name} exp_avg_sq is negative; {REMEDY}")
 
 
-def check_scheduler(state: object, scheduler: LRScheduler, path: str | Path) -> None:
-    """UserError unless `state` is a state dict that this LambdaLR can go on from.
-
-    torch writes whatever stands there over the scheduler's attributes.
-    """
-    where, own = f"{path}: sched", scheduler.state_dict()
-    if not isinstance(state, dict):
-        raise UserError(f"{where} is not a table of names and values; {REMEDY}")
-    missing = {"base_lrs", "last_epoch", "_step_count", "lr_lambdas"} - state.keys()
-    if missing:
-        raise UserError(f"{where} has no {sorted(missing)[0]}; {REMEDY}")
-    for name, value in state.items():
-        if isinstance(own.get(name), list):
-            fits = isinstance(value, list) and len(value) == len(own[name])
-            none = name == "lr_lambdas"
-            fits = fits and all(v is None if none else _is_number(v) and v >= 0 for v in value)
-        elif name in ("last_epoch", "_step_count"):
-            fits = type(value) is int and 0 <= value < 2**53
-        else:  # of another version of torch, if not a flag
-            fits = (name in own or not hasattr(scheduler, str(name))) and (
-                value is None or isinstance(value, bool | int)
-            )
-        if not fits:
-            raise UserError(
-                f"{where} has {_short(name)} = {_short(value)}, which does not fit; {REMEDY}"
-            )
-
-
-def _is_number(value: object) -> bool:
-    """Whether this is a finite number; True and False are none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
-
-
-def _same(value: object, other: object) -> bool:
-    """Whether two plain values are equal; a tuple equals a list."""
-    if isinstance(value, list | tuple) and isinstance(other, list | tuple):
-        return len(value) == len(other) and all(map(_same, value, other))
-    return isinstance(value, bool | int | float | None) and value == other
-
-
-def _short(value: object) -> str:
-    """`value` in a few words, on one line."""
-    return " ".join(str(value)[:80].split())[:40]
+def load_scheduler(scheduler: LambdaLR, state: object, path: str | Path) -> float:
+    """Let `scheduler` go on from the step of a checkpoint's `sched`, at its own rates. Returns the
+    rate that was in use there, without warm-up. UserError where `state` does not say them."""
+    stored = check(state, SchedulerState, f"{path}: sched", REMEDY)
+    step, (base,), (factor,) = stored["last_epoch"], scheduler.base_lrs, scheduler.lr_lambdas
+    scheduler.last_epoch, scheduler._step_count = step, step + 1
+    scheduler._last_lr = [base * factor(step)]
+    scheduler.optimizer.param_groups[0]["lr"] = scheduler._last_lr[0]
+    return stored["base_lrs"][0]
 
 
 def _first_line(error: BaseException) -> str:
