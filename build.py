@@ -345,8 +345,11 @@ def _from_diffusers(config: Configuration, device: torch.device) -> Model:
         _check_told(config, folder, trained.NEEDED)
     if config.diffusion.precond != "none":
         raise UserError("--init_diffusers: such a model was trained with --precond=none")
-    net = supernet.SlimmableDiffusersUNet.from_pretrained(
-        folder, config.diffusion.T, config.network.norm_groups, config.network.num_classes
+    net = supernet.SlimmableDiffusersUNet(
+        loading.read_model(folder),
+        config.diffusion.T,
+        config.network.norm_groups,
+        config.network.num_classes,
     )
     theirs = net.settings.config
     _set_embeddings(net, config)

@@ -23,7 +23,7 @@ import dataset
 from diffusion import NoiseSchedule
 from model import checkpoint
 from model.diffusers.importance import order_by_importance
-from model.diffusers.loading import read_embeddings
+from model.diffusers.loading import read_embeddings, read_model
 from model.diffusers.supernet import SlimmableDiffusersUNet
 from runtime.errors import UserError
 from sampling.noise import SAMPLING, ImageNoise
@@ -132,7 +132,7 @@ def test_a_converted_model_makes_the_images_of_its_own_pipeline(here: Path, name
     assert flags == expected
     for flag, value in flags.items():
         assert f"--{flag}={value}" in out
-    net, ordered = trained_network("net_model"), SlimmableDiffusersUNet.from_pretrained("model")
+    net, ordered = trained_network("net_model"), SlimmableDiffusersUNet(read_model("model"))
     order_by_importance(ordered)
     torch.testing.assert_close(net.state_dict(), ordered.state_dict())
     noise_schedule = NoiseSchedule(0.001, 0.3, 20)

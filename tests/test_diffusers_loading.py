@@ -81,19 +81,15 @@ def test_the_scheduler_is_found_where_people_put_it(
     prepare(tmp_path / "pipeline")
     monkeypatch.chdir(tmp_path / "pipeline" / folder)
     assert trained_diffusion(name).flags["T"] == 50
-    net = SlimmableDiffusersUNet.from_pretrained(name)
-    assert net.settings.T == 50
+    net = SlimmableDiffusersUNet(read_model(name))
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 40])
     torch.testing.assert_close(net(x, t), make()(x, t).sample, atol=1e-5, rtol=0)
 
 
-def test_without_a_scheduler_T_must_be_given(tmp_path: Path) -> None:
+def test_a_model_without_a_scheduler(tmp_path: Path) -> None:
     make().save_pretrained(tmp_path / "model")
     assert trained_diffusion(tmp_path / "model") is None
-    with pytest.raises(UserError, match=r"scheduler_config\.json: give T"):
-        SlimmableDiffusersUNet.from_pretrained(tmp_path / "model")
-    net = SlimmableDiffusersUNet.from_pretrained(tmp_path / "model", T=7)
-    assert net.settings.T == 7
+    net = SlimmableDiffusersUNet(read_model(tmp_path / "model"))
     net.settings.check_image_size(8)
     with pytest.raises(UserError, match="img_size=7"):
         net.settings.check_image_size(7)

@@ -11,16 +11,14 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from model.diffusers.loading import build, check_class, read_model
+from model.diffusers.loading import build, check_class
 from model.diffusers.plan import RESNETS, Planner, narrow
-from model.diffusers.trained import trained_diffusion
 from runtime.errors import UserError
 
 CHANGE = "change --candidate_width or --min_width"
@@ -299,27 +297,6 @@ class SlimmableDiffusersUNet(nn.Module):
             raise
         except Exception as error:  # diffusers raises many kinds for values that it does not know
             raise UserError(f"not the settings of a diffusers network: {error!r}") from error
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        directory: str | Path,
-        T: int | None = None,
-        norm_groups: str = "fixed",
-        num_classes: int = 0,
-    ) -> SlimmableDiffusersUNet:
-        """Read a model's folder, a pipeline's with unet/ in it, or a file of weights.
-
-        T: trained timesteps; None takes those of the model's scheduler. Raises UserError where
-        there is no such model, or no scheduler that says T. Nothing is downloaded. num_classes: see
-        the class.
-        """
-        if T is None:
-            trained = trained_diffusion(directory)
-            if trained is None:
-                raise UserError(f"{directory} has no scheduler_config.json: give T, its timesteps")
-            T = trained.flags["T"]
-        return cls(read_model(directory), int(T), norm_groups, num_classes)
 
     def conditioning(self) -> list[str]:
         """Names of the inputs that the model needs beside x and t."""
