@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from model.diffusers.loading import build, check_class
 from model.diffusers.plan import RESNETS, Planner, narrow
+from model.unet import check_image_size
 from runtime.errors import UserError
 
 CHANGE = "change --candidate_width or --min_width"
@@ -27,7 +28,7 @@ TOKENS = 77  # of a text prompt, for counting FLOPs where none is given
 
 @dataclass(frozen=True)
 class DiffusersSettings:
-    """What defines a network. T: trained timesteps. in_ch: image channels. levels: resolutions.
+    """What defines a network. T: trained timesteps.
 
     config: the model's as diffusers stores it. norm_groups: see UNetSettings. num_classes: 0 where
     there are none. null_class: whether the model that it was made from had one. embeddings: the
@@ -35,8 +36,6 @@ class DiffusersSettings:
     """
 
     T: int
-    in_ch: int
-    levels: int
     class_name: str
     config: dict = field(hash=False)
     norm_groups: str = "fixed"
@@ -44,13 +43,14 @@ class DiffusersSettings:
     null_class: bool = True
     embeddings: tuple[int, ...] = ()
 
+    @property
+    def in_ch(self) -> int:
+        """Image channels."""
+        return self.config["in_channels"]
+
     def check_image_size(self, size: int) -> None:
         """Raise UserError where the levels cannot halve an image of `size` pixels a side."""
-        if size < 1 or size % 2 ** (self.levels - 1):
-            raise UserError(
-                f"--img_size={size}: {self.levels} levels halve the image {self.levels - 1} times; "
-                f"use a multiple of {2 ** (self.levels - 1)}"
-            )
+        check_image_size(size, len(self.config["block_out_channels"]))
 
 
 class DenseDiffusersUNet(nn.Module):
@@ -70,24 +70,23 @@ class DenseDiffusersUNet(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, labels: Tensor | None = None, **conditioning: object
     ) -> Tensor:
-        conditioning = _labelled(self, x, labels, conditioning)
-        return self.model(x, t, return_dict=False, **conditioning)[0]
+        told = _told(x, labels, self.num_classes, self.embeddings) | conditioning
+        return self.model(x, t, return_dict=False, **told)[0]
 
 
-def _labelled(
-    net: nn.Module, x: Tensor, labels: Tensor | None, conditioning: dict[str, object]
+def _told(
+    x: Tensor, labels: Tensor | None, num_classes: int, embeddings: Tensor | None
 ) -> dict[str, object]:
-    """`conditioning` and what labels (B,) stand for: rows of the net's embeddings, None being the
-    first, or classes, None being the null class."""
-    if net.embeddings is not None and "encoder_hidden_states" not in conditioning:
-        rows = net.embeddings
-        rows = rows[:1].expand(len(x), -1, -1) if labels is None else rows[labels]
-        return {**conditioning, "encoder_hidden_states": rows}
-    if not net.num_classes or "class_labels" in conditioning:
-        return conditioning
+    """What labels (B,) stand for: rows of the embeddings, None being the first, or classes, None
+    being the null class; nothing where there are neither."""
+    if embeddings is not None:
+        rows = embeddings[:1].expand(len(x), -1, -1) if labels is None else embeddings[labels]
+        return {"encoder_hidden_states": rows}
+    if not num_classes:
+        return {}
     if labels is None:
-        labels = torch.full((len(x),), net.num_classes, device=x.device)
-    return {**conditioning, "class_labels": labels}
+        labels = torch.full((len(x),), num_classes, device=x.device)
+    return {"class_labels": labels}
 
 
 class _Frequencies(nn.Module):
@@ -138,14 +137,12 @@ class SlimmableDiffusersUNet(nn.Module):
     ) -> None:
         super().__init__()
         check_class(type(model).__name__, "a supernet")
-        self.model, self.num_classes = model, num_classes
+        self.model = model
         null_class = _set_null_class(model, num_classes) if num_classes else True
         self.plan = Planner(model, norm_groups == "proportional")()
         config = json.loads(model.to_json_string())
         self.settings = DiffusersSettings(
             T=T,
-            in_ch=config["in_channels"],
-            levels=len(config["block_out_channels"]),
             class_name=type(model).__name__,
             config={k: v for k, v in config.items() if not k.startswith("_")},
             norm_groups=norm_groups,
@@ -175,14 +172,14 @@ class SlimmableDiffusersUNet(nn.Module):
 
         On the meta device, where FLOPs are counted, placeholders stand for what is missing.
         """
-        conditioning = _labelled(self, x, labels, conditioning)
+        told = _told(x, labels, self.settings.num_classes, self.embeddings) | conditioning
         if x.is_meta:
-            conditioning = {**self._placeholders(x), **conditioning}
+            told = self._placeholders(x) | told
         for name in self.conditioning():
-            if conditioning.get(name) is None:
+            if told.get(name) is None:
                 raise UserError(f"this {self.settings.class_name} needs {name} beside x and t")
         model = self.model if width == 1 else narrow(self.model, self.plan, width, lambda w: w)
-        return model(x, t, return_dict=False, **conditioning)[0]
+        return model(x, t, return_dict=False, **told)[0]
 
     def check_width(self, width: float) -> None:
         """Raise UserError naming the first layer that `width` cannot narrow, or would break."""
