@@ -21,7 +21,6 @@ import build
 from commands.export import write
 from diffusion import NoiseSchedule, sample_ddim, sample_ddpm
 from model import SlimmableUNet, StepAwareDenoiser, WidthSchedule, sampling_networks
-from model.diffusers import step_aware_unet
 from model.diffusers.export import export_diffusers, step_aware
 from model.diffusers.pipeline import StepAwarePipeline
 from model.diffusers.step_aware_unet import StepAwareUNet
@@ -178,23 +177,6 @@ def test_a_fresh_process_gets_our_images_from_the_folder(tmp_path):
         )
         assert ours.std() > 0.01
         np.testing.assert_allclose(theirs, ours, atol=1e-3, err_msg=name)
-
-
-def test_folders_of_earlier_versions_can_be_built():
-    """They have one number of groups for all norms, or none where the config says it."""
-    for net in (own_network(), diffusers_network()):
-        unet = step_aware(subnets(net), WIDTHS, (3, SIZE, SIZE))
-        spec = dict(unet.config.networks["width_0_5"])
-        if spec["kind"] == "ddsm":
-            spec["num_groups"] = 8
-        else:
-            del spec["num_groups"]
-        network = step_aware_unet.build(spec)
-        network.load_state_dict(unet.candidates["width_0_5"].state_dict())
-        x, t = torch.randn(2, 3, SIZE, SIZE), torch.tensor([4, 4])
-        output = network(x, t)
-        output = output if torch.is_tensor(output) else output.sample
-        torch.testing.assert_close(output, net(x, t, 0.5), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["own", "diffusers"])

@@ -29,7 +29,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 Shapes = Mapping[str, Sequence[int]]
-Groups = int | Mapping[str, int]  # one number for all group norms (older folders), or by name
+Groups = Mapping[str, int]  # by the name of the group norm
 
 
 class Leading(nn.Module):
@@ -85,8 +85,7 @@ def fit_classes(model: nn.Module) -> None:
 def _rebuild(spec: Mapping) -> nn.Module:
     """A diffusers model of spec's class and config, narrowed to its shapes.
 
-    heads: attention layer -> its number of heads. num_groups: group norm -> its number of groups;
-    older folders lack it, since they have those of the config.
+    heads: attention layer -> its number of heads. num_groups: group norm -> its number of groups.
     """
     if spec["class"] not in ("UNet2DModel", "UNet2DConditionModel"):
         raise ValueError(f"unknown network class {spec['class']}")
@@ -100,7 +99,7 @@ def _rebuild(spec: Mapping) -> nn.Module:
         fit(module)
     for name, count in spec["heads"].items():
         set_heads(model.get_submodule(name), count)
-    for name, count in spec.get("num_groups", {}).items():
+    for name, count in spec["num_groups"].items():
         model.get_submodule(name).num_groups = count
     fit_classes(model)
     return model
@@ -112,8 +111,7 @@ def _conv(shapes: Shapes, name: str, stride: int = 1) -> nn.Conv2d:
 
 
 def _norm(shapes: Shapes, name: str, groups: Groups) -> nn.GroupNorm:
-    count = groups if isinstance(groups, int) else groups[name]
-    return nn.GroupNorm(count, shapes[f"{name}.weight"][0])
+    return nn.GroupNorm(groups[name], shapes[f"{name}.weight"][0])
 
 
 class _TimeTable(nn.Module):
