@@ -11,9 +11,10 @@ import contextlib
 import hashlib
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dataset.decoding import Header, read_header, reason
@@ -63,16 +64,16 @@ def survey(name: str, paths: Sequence[str]) -> Survey:
             f"{name}: cannot read {len(unusable)} of {len(paths)} images: {some}{more}: repair "
             "them or remove them from the folder"
         )
-    result = _together([part for part, _ in everyone if part])
+    result = _summary(sum((headers for headers, _ in everyone), Counter()))
     if cache:
         with contextlib.suppress(OSError, UserError):
             write_json(cache, asdict(result))
     return result
 
 
-def _look(paths: Sequence[str]) -> tuple[Survey | None, list[tuple[str, str]]]:
-    """The summary for these files (None without any), and (path, reason) of unusable ones."""
-    headers, unusable = [], []
+def _look(paths: Sequence[str]) -> tuple[Counter[Header], list[tuple[str, str]]]:
+    """How many files have which header, and (path, reason) of unusable ones."""
+    headers, unusable = Counter(), []
     pool = ThreadPoolExecutor(8)
     try:
         hidden = len(paths) < 5000 or not distributed.is_main()
@@ -80,23 +81,12 @@ def _look(paths: Sequence[str]) -> tuple[Survey | None, list[tuple[str, str]]]:
             for path, header in zip(paths, _headers(pool, paths), strict=True):
                 bar.update()
                 if isinstance(header, Header):
-                    headers.append(header)
+                    headers[header] += 1
                 else:
                     unusable.append((path, header))
     finally:
         pool.shutdown(cancel_futures=True)
-    if not headers:
-        return None, unusable
-    by_area = sorted({header[:2] for header in headers}, key=lambda size: size[0] * size[1])
-    return Survey(
-        images=len(headers),
-        colour=sum(not header.grey for header in headers),
-        alpha=sum(header.alpha for header in headers),
-        rescaled=sum(header.rescaled for header in headers),
-        first_grey=headers[0].grey,
-        smallest=by_area[0],
-        largest=by_area[-1],
-    ), unusable
+    return headers, unusable
 
 
 def _headers(pool: ThreadPoolExecutor, paths: Sequence[str]) -> Iterator[Header | str]:
@@ -114,17 +104,17 @@ def _headers(pool: ThreadPoolExecutor, paths: Sequence[str]) -> Iterator[Header 
     return itertools.chain.from_iterable(pool.map(chunk, range(0, len(paths), CHUNK)))
 
 
-def _together(parts: Sequence[Survey]) -> Survey:
-    """One summary out of those of consecutive parts of a set."""
-
-    def area(size: tuple[int, int]) -> int:
-        return size[0] * size[1]
-
-    return replace(
-        parts[0],
-        **{f: sum(getattr(p, f) for p in parts) for f in ("images", "colour", "alpha", "rescaled")},
-        smallest=min((part.smallest for part in parts), key=area),
-        largest=max((part.largest for part in parts), key=area),
+def _summary(headers: Counter[Header]) -> Survey:
+    """headers: in the order in which they were met, of the first file first."""
+    by_area = sorted({header[:2] for header in headers}, key=lambda size: size[0] * size[1])
+    return Survey(
+        images=headers.total(),
+        colour=sum(count for header, count in headers.items() if not header.grey),
+        alpha=sum(count for header, count in headers.items() if header.alpha),
+        rescaled=sum(count for header, count in headers.items() if header.rescaled),
+        first_grey=next(iter(headers)).grey,
+        smallest=by_area[0],
+        largest=by_area[-1],
     )
 
 
