@@ -149,9 +149,13 @@ class LsunImages(Dataset):
 # --- Finding image files --------------------------------------------------------------------------
 
 
-def image_folder(root: Path) -> Listing:
+def image_folder(root: Path, train: bool) -> Listing:
     """Every image below `root`. The folders of the first level are the classes, if there are at
     least two and every image is in one of them; they are numbered in natural order."""
+    if not train:
+        raise UserError(
+            "image_folder has no test split: give the folder of the test images instead"
+        )
     if not root.is_dir():
         raise UserError(f"image_folder: {root} is not a directory")
     paths, left_out = images_below(root)

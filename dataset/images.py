@@ -114,14 +114,6 @@ def _digits(root: Path, img_size: int, train: bool, options: ImageOptions) -> Im
     return Images("digits", images, options.flips(False), labels, [*"0123456789"])
 
 
-def _image_folder(root: Path, img_size: int, train: bool, options: ImageOptions) -> ImageFiles:
-    if not train:
-        raise UserError(
-            "image_folder has no test split: give the folder of the test images instead"
-        )
-    return ImageFiles("image_folder", image_folder(root), img_size, options)
-
-
 def _files(list_files: Callable[[Path, bool], Listing]) -> Callable:
     """The loader of a data set whose listing `list_files` makes."""
 
@@ -151,7 +143,7 @@ AnySet = Images | ImageFiles | LsunImages
 _LOADERS: dict[str, Callable[[Path, int, bool, ImageOptions], AnySet]] = {
     "cifar10": _cifar10,
     "fashion_mnist": _fashion_mnist,
-    "image_folder": _image_folder,
+    "image_folder": _files(image_folder),
     "digits": _digits,
     "celeba": _files(sets.celeba),
     "celeba_hq": _files(sets.celeba_hq),
