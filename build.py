@@ -569,8 +569,7 @@ def load_model_or_untrained(config: Configuration) -> Model:
         return load_model(config)
     device, config = choose_device(config.run.device), settled(config)
     vae = autoencoder_of(config, device)
-    named, options = config.data.dataset, image_options(config)
-    channels = vae.channels if vae else dataset.channels(named, options)
+    channels = vae.channels if vae else dataset.channels(config.data.dataset, config.data)
     net = own_network(config, device, channels).to(device).eval()
     about = f"there is no {path}; this is the network that the flags describe, untrained"
     return Model(net, config, device, 0, about)
@@ -579,15 +578,10 @@ def load_model_or_untrained(config: Configuration) -> Model:
 # --- data -----------------------------------------------------------------------------------------
 
 
-def image_options(config: Configuration) -> dataset.ImageOptions:
-    d = config.data
-    return dataset.ImageOptions(background=d.background, channels=d.channels, flip=d.flip)
-
-
 def load_images(config: Configuration) -> dataset.AnySet:
     """The data set, in pixels."""
     d = config.data
-    return dataset.load(d.dataset, d.data_root, d.img_size, options=image_options(config))
+    return dataset.load(d.dataset, d.data_root, d.img_size, options=d)
 
 
 def training_set(

@@ -95,9 +95,8 @@ def distances(
 def of_test_set(config: Configuration, judge: str) -> dict:
     """The distance of as many images of the test set; of all where there are fewer."""
     model, d = build.load_model_or_untrained(config), config.data
-    options = build.image_options(config)
     try:
-        images = dataset.load(d.dataset, d.data_root, d.img_size, False, options)
+        images = dataset.load(d.dataset, d.data_root, d.img_size, False, d)
     except UserError as error:
         return {"none": str(error)}
     count, size = min(len(images), config.evaluation.num_images), config.run.batch_size

@@ -20,43 +20,32 @@ from torch.utils.data import Dataset
 from dataset.decoding import ENDINGS, decode, resize_and_crop
 from dataset.survey import survey
 from runtime.errors import UserError
+from settings import DataSettings
 
 # Folders that hold no images of the set: other programs' previews, copies and deleted files.
 TRASH = ("__MACOSX", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "lost+found")
 
 
-@dataclass(frozen=True)
-class ImageOptions:
-    """How images are read. background: a colour name or #rrggbb, behind transparent pixels.
-    channels: auto (3 where any image has colour), 1 or 3. flip: whether training mirrors images:
-    auto (where the set allows it), on or off."""
+def rgb(background: str) -> tuple[int, int, int]:
+    """Red, green and blue, 0 to 255, of a colour's name or #rrggbb."""
+    from PIL import ImageColor
 
-    background: str = "white"
-    channels: str = "auto"
-    flip: str = "auto"
+    try:
+        return ImageColor.getrgb(background)[:3]
+    except ValueError as error:
+        raise UserError(
+            f"--background={background}: a colour name, such as black, or #rrggbb"
+        ) from error
 
-    def __post_init__(self) -> None:
-        for name, choices in (("channels", ("auto", "1", "3")), ("flip", ("auto", "on", "off"))):
-            if getattr(self, name) not in choices:
-                raise UserError(f"--{name}={getattr(self, name)}: one of {', '.join(choices)}")
-        self.rgb()
 
-    def rgb(self) -> tuple[int, int, int]:
-        """The background's red, green and blue, 0 to 255."""
-        from PIL import ImageColor
+def count_channels(options: DataSettings, default: int) -> int:
+    """--channels, or `default` where that is auto."""
+    return default if options.channels == "auto" else int(options.channels)
 
-        try:
-            return ImageColor.getrgb(self.background)[:3]
-        except ValueError as error:
-            raise UserError(
-                f"--background={self.background}: a colour name, such as black, or #rrggbb"
-            ) from error
 
-    def count_channels(self, default: int) -> int:
-        return default if self.channels == "auto" else int(self.channels)
-
-    def flips(self, default: bool) -> bool:
-        return default if self.flip == "auto" else self.flip == "on"
+def flips(options: DataSettings, default: bool) -> bool:
+    """--flip, or `default` where that is auto."""
+    return default if options.flip == "auto" else options.flip == "on"
 
 
 @dataclass(frozen=True)
@@ -79,12 +68,12 @@ class ImageFiles(Dataset):
 
     tensor = None
 
-    def __init__(self, name: str, files: Listing, img_size: int, options: ImageOptions):
+    def __init__(self, name: str, files: Listing, img_size: int, options: DataSettings):
         self.name, self.paths, self.img_size = name, files.paths, img_size
         self.labels, self.classes, self.left_out = files.labels, files.classes, files.left_out
-        self.survey, self.background = survey(name, files.paths), options.rgb()
-        self.channels = options.count_channels(3 if self.survey.colour else 1)
-        self.flip = options.flips(True)
+        self.survey, self.background = survey(name, files.paths), rgb(options.background)
+        self.channels = count_channels(options, 3 if self.survey.colour else 1)
+        self.flip = flips(options, True)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -103,10 +92,10 @@ class LsunImages(Dataset):
 
     tensor, labels, classes = None, None, ()
 
-    def __init__(self, name: str, folder: Path, img_size: int, options: ImageOptions):
+    def __init__(self, name: str, folder: Path, img_size: int, options: DataSettings):
         self.name, self.folder, self.img_size = name, folder, img_size
-        self.channels, self.flip = options.count_channels(3), options.flips(True)
-        self.background = options.rgb()
+        self.channels, self.flip = count_channels(options, 3), flips(options, True)
+        self.background = rgb(options.background)
         self._database = None
         try:
             with self._open().begin(buffers=False) as transaction:

@@ -20,10 +20,18 @@ import torch
 from torch.utils.data import Dataset
 
 from dataset import sets
-from dataset.folders import ImageFiles, ImageOptions, Listing, LsunImages, image_folder
+from dataset.folders import (
+    ImageFiles,
+    Listing,
+    LsunImages,
+    count_channels,
+    flips,
+    image_folder,
+)
 from runtime import memory
 from runtime.errors import UserError
 from runtime.files import alone_in, check_file
+from settings import DataSettings
 
 # --- What a data set is --------------------------------------------------------------------------
 
@@ -58,7 +66,7 @@ class Images(Dataset):
 # --- The named sets -------------------------------------------------------------------------------
 
 
-def _cifar10(root: Path, img_size: int, train: bool, options: ImageOptions) -> Images:
+def _cifar10(root: Path, img_size: int, train: bool, options: DataSettings) -> Images:
     from torchvision.datasets import CIFAR10
 
     # The files are pickles; torchvision opens them only after their MD5 sums agree.
@@ -69,11 +77,11 @@ def _cifar10(root: Path, img_size: int, train: bool, options: ImageOptions) -> I
     )
     images = _resize(torch.from_numpy(source.data).movedim(3, 1), img_size)
     return Images(
-        "cifar10", images, options.flips(True), torch.tensor(source.targets), source.classes
+        "cifar10", images, flips(options, True), torch.tensor(source.targets), source.classes
     )
 
 
-def _fashion_mnist(root: Path, img_size: int, train: bool, options: ImageOptions) -> Images:
+def _fashion_mnist(root: Path, img_size: int, train: bool, options: DataSettings) -> Images:
     from torchvision.datasets import FashionMNIST
 
     stem = f"{'train' if train else 't10k'}-images-idx3-ubyte"
@@ -97,11 +105,11 @@ def _fashion_mnist(root: Path, img_size: int, train: bool, options: ImageOptions
         images = torch.nn.functional.pad(images, (2, 2, 2, 2))
     # Not mirrored by default: every shoe of this set points to the left.
     classes = () if labels is None else FashionMNIST.classes
-    flip = options.flips(False)
+    flip = flips(options, False)
     return Images("fashion_mnist", _resize(images, img_size), flip, labels, classes)
 
 
-def _digits(root: Path, img_size: int, train: bool, options: ImageOptions) -> Images:
+def _digits(root: Path, img_size: int, train: bool, options: DataSettings) -> Images:
     from sklearn.datasets import load_digits
 
     if not train:
@@ -111,20 +119,20 @@ def _digits(root: Path, img_size: int, train: bool, options: ImageOptions) -> Im
     images = torch.from_numpy(np.round(values * 255 / 16).astype(np.uint8))[:, None]
     labels = torch.from_numpy(digits.target).long()
     images = _resize(images, img_size)
-    return Images("digits", images, options.flips(False), labels, [*"0123456789"])
+    return Images("digits", images, flips(options, False), labels, [*"0123456789"])
 
 
 def _files(list_files: Callable[[Path, bool], Listing]) -> Callable:
     """The loader of a data set whose listing `list_files` makes."""
 
-    def load_files(root: Path, img_size: int, train: bool, options: ImageOptions) -> ImageFiles:
+    def load_files(root: Path, img_size: int, train: bool, options: DataSettings) -> ImageFiles:
         return ImageFiles(list_files.__name__, list_files(root, train), img_size, options)
 
     return load_files
 
 
 def _lsun_bedroom(
-    root: Path, img_size: int, train: bool, options: ImageOptions
+    root: Path, img_size: int, train: bool, options: DataSettings
 ) -> ImageFiles | LsunImages:
     folder = sets.lsun_database(root, train)
     if folder is None:
@@ -140,7 +148,7 @@ def _lsun_bedroom(
 AnySet = Images | ImageFiles | LsunImages
 
 # To add a data set, add an entry: (root, img_size, train, options) → one of AnySet.
-_LOADERS: dict[str, Callable[[Path, int, bool, ImageOptions], AnySet]] = {
+_LOADERS: dict[str, Callable[[Path, int, bool, DataSettings], AnySet]] = {
     "cifar10": _cifar10,
     "fashion_mnist": _fashion_mnist,
     "image_folder": _files(image_folder),
@@ -154,13 +162,13 @@ _LOADERS: dict[str, Callable[[Path, int, bool, ImageOptions], AnySet]] = {
 NAMES = tuple(_LOADERS)
 
 
-DEFAULTS = ImageOptions()
+DEFAULTS = DataSettings()
 UNPACKED = 2**28  # bytes of an idx file, at most; the largest known has 47 million
 
 
-def channels(name: str, options: ImageOptions = DEFAULTS) -> int:
+def channels(name: str, options: DataSettings = DEFAULTS) -> int:
     """Image channels of a named set, without loading it; 3 where that depends on its files."""
-    return options.count_channels(1 if name in ("digits", "fashion_mnist") else 3)
+    return count_channels(options, 1 if name in ("digits", "fashion_mnist") else 3)
 
 
 def load(
@@ -168,7 +176,7 @@ def load(
     root: str | Path,
     img_size: int,
     train: bool = True,
-    options: ImageOptions = DEFAULTS,
+    options: DataSettings = DEFAULTS,
 ) -> AnySet:
     """The data set `name`, whose files are, or will be downloaded, below `root`.
 
@@ -191,7 +199,7 @@ def load(
     if img_size < 1:
         raise UserError(f"img_size is {img_size}: it must be at least 1")
     dataset = _LOADERS[name](Path(root).expanduser(), img_size, train, options)
-    if options.count_channels(dataset.channels) != dataset.channels:
+    if count_channels(options, dataset.channels) != dataset.channels:
         raise UserError(f"--channels={options.channels}: {name} has {dataset.channels}; use auto")
     return dataset
 

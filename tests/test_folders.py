@@ -20,10 +20,11 @@ from dataset import survey
 from dataset.decoding import decode, resize_and_crop
 from model import checkpoint
 from runtime.errors import UserError
+from settings import DataSettings
 
 
 def load(folder: Path, size: int = 4, **options: str) -> data.AnySet:
-    return data.load("image_folder", folder, size, options=data.ImageOptions(**options))
+    return data.load("image_folder", folder, size, options=DataSettings(**options))
 
 
 def save(path: Path, color: object = (9, 99, 199), mode: str = "RGB", **more: object) -> None:
@@ -360,18 +361,19 @@ def test_flip(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     assert [load(tmp_path, flip=flip).flip for flip in ("auto", "on", "off")] == [True, True, False]
     digits = [
-        data.load("digits", ".", 8, options=data.ImageOptions(flip=flip)).flip
+        data.load("digits", ".", 8, options=DataSettings(flip=flip)).flip
         for flip in ("auto", "on", "off")
     ]
     assert digits == [False, True, False]
 
 
 @pytest.mark.parametrize("option", ["background", "channels", "flip"])
-def test_unknown_options_are_refused(option: str) -> None:
+def test_unknown_options_are_refused(tmp_path: Path, option: str) -> None:
+    save(tmp_path / "a.png")
     with pytest.raises(UserError, match=rf"--{option}=nonsense"):
-        data.ImageOptions(**{option: "nonsense"})
+        load(tmp_path, **{option: "nonsense"})
     with pytest.raises(UserError, match="--channels=3: digits has 1"):
-        data.load("digits", ".", 8, options=data.ImageOptions(channels="3"))
+        data.load("digits", ".", 8, options=DataSettings(channels="3"))
 
 
 # --- Through the program --------------------------------------------------------------------------
