@@ -33,7 +33,7 @@ def main() -> None:
     given = parser.parse_args()
     model, measured, rows = untrained("slimmable_CIFAR10"), [], []
     shape, device = model.image_shape, model.device
-    auto = arithmetic.chosen_for_training(model.net, "auto", shape, device)
+    auto = arithmetic.chosen(model.net, [1.0], "auto", shape, device)[1.0]
     for batch in map(int, given.batches.split(",")):
         steps = {auto: our_step(auto, batch)}
         if device.type == "cuda":

@@ -151,7 +151,8 @@ def make_trainer(model: Model, images: dataset.AnySet) -> Trainer:
     identity["finetune_schedule"] = schedule and schedule.fingerprint
 
     def choose_arithmetic() -> str:
-        chosen = arithmetic.chosen_for_training(net, config.run.amp, model.image_shape, device)
+        # The one in which a forward pass at full width takes least time.
+        chosen = arithmetic.chosen(net, [1.0], config.run.amp, model.image_shape, device)[1.0]
         if config.run.amp == "auto":
             say(f"arithmetic: {chosen}")
         return chosen

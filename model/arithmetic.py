@@ -98,11 +98,3 @@ def _fastest(net: nn.Module, width: float, shape: tuple[int, int, int]) -> str:
 def describe(chosen: Mapping[object, str]) -> str:
     """One line."""
     return ", ".join(f"{key:g}: {name}" for key, name in sorted(chosen.items()))
-
-
-def chosen_for_training(
-    net: nn.Module, amp: str, shape: tuple[int, int, int], device: torch.device
-) -> str:
-    """What training steps run in, the same in every process: `auto` on a CPU is the one of
-    CPU_CHOICES in which a forward pass at full width takes least time."""
-    return chosen(net, [1.0], amp, shape, device)[1.0]

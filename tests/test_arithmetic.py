@@ -54,14 +54,12 @@ def test_only_auto_measures_and_on_a_cpu_alone(
 ) -> None:
     path = tmp_path / "arithmetic.json"
     assert arithmetic.chosen(None, [1.0], amp, SHAPE, device, path) == {1.0: name}
-    assert arithmetic.chosen_for_training(None, amp, SHAPE, device) == name
     assert not list(tmp_path.iterdir())
 
 
 def test_measuring_leaves_the_net_and_the_random_numbers_alone() -> None:
     net = tiny_network().train()
     before = torch.get_rng_state()
-    assert arithmetic.chosen_for_training(net, "auto", SHAPE, CPU) in arithmetic.CPU_CHOICES
     picked = arithmetic.chosen(net, [1.0, 0.5], "auto", SHAPE, CPU)
     assert set(picked) == {1.0, 0.5}
     assert set(picked.values()) <= set(arithmetic.CPU_CHOICES)
