@@ -70,8 +70,14 @@ class Channels:
 class Slimmable(nn.Module):
     """A layer called as `layer(x, width)`."""
 
-    def forward(self, x: Tensor, width: float) -> Tensor:
-        raise NotImplementedError
+
+class SlimmableMatrix(Slimmable):
+    """A layer whose narrow version is the leading block of its weight."""
+
+    def slice(self, width: float) -> tuple[Tensor, Tensor]:
+        """Weight (c_out, c_in, …) and bias (c_out,) at `width`."""
+        weight = self.inputs.take(self.outputs.take(self.weight, width), width, dim=1)
+        return weight, self.outputs.take(self.bias, width)
 
 
 def _filled(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
@@ -81,26 +87,15 @@ def _filled(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
     return layer
 
 
-class SlimmableConv2d(Slimmable, nn.Conv2d):
-    """A convolution whose narrow version is the leading block of its weight."""
+class SlimmableConv2d(SlimmableMatrix, nn.Conv2d):
+    """A convolution that pads its input by half of the kernel."""
 
     def __init__(
         self, inputs: Channels, outputs: Channels, kernel_size: int, stride: int = 1
     ) -> None:
-        nn.Conv2d.__init__(
-            self,
-            inputs.total,
-            outputs.total,
-            kernel_size,
-            stride=stride,
-            padding=kernel_size // 2,
-        )
+        padding = kernel_size // 2
+        nn.Conv2d.__init__(self, inputs.total, outputs.total, kernel_size, stride, padding)
         self.inputs, self.outputs = inputs, outputs
-
-    def slice(self, width: float) -> tuple[Tensor, Tensor]:
-        """Weight (c_out, c_in, k, k) and bias (c_out,) at `width`."""
-        weight = self.inputs.take(self.outputs.take(self.weight, width), width, dim=1)
-        return weight, self.outputs.take(self.bias, width)
 
     def forward(self, x: Tensor, width: float) -> Tensor:
         return self._conv_forward(x, *self.slice(width))
@@ -114,17 +109,12 @@ class SlimmableConv2d(Slimmable, nn.Conv2d):
         return _filled(layer, *self.slice(width))
 
 
-class SlimmableLinear(Slimmable, nn.Linear):
-    """A fully connected layer whose narrow version is the leading block of its weight."""
+class SlimmableLinear(SlimmableMatrix, nn.Linear):
+    """A fully connected layer."""
 
     def __init__(self, inputs: Channels, outputs: Channels) -> None:
         nn.Linear.__init__(self, inputs.total, outputs.total)
         self.inputs, self.outputs = inputs, outputs
-
-    def slice(self, width: float) -> tuple[Tensor, Tensor]:
-        """Weight (c_out, c_in) and bias (c_out,) at `width`."""
-        weight = self.inputs.take(self.outputs.take(self.weight, width), width, dim=1)
-        return weight, self.outputs.take(self.bias, width)
 
     def forward(self, x: Tensor, width: float) -> Tensor:
         return F.linear(x, *self.slice(width))
