@@ -80,11 +80,10 @@ def step_aware(
     if embeddings is not None:
         states["embeddings"] = embeddings
     channels, *sides = image_shape
-    outputs = {n: v for n, v in states.items() if n.endswith(("tail.2.weight", "conv_out.weight"))}
     unet = StepAwareUNet(
         sample_size=sides[0] if sides[0] == sides[1] else sides,
         in_channels=channels,
-        out_channels=len(next(iter(outputs.values()))),
+        out_channels=channels,
         networks=specs,
         schedule=widths,
         timesteps=None if steps == list(range(len(schedule))) else steps,
