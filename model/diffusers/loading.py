@@ -60,15 +60,21 @@ def read_model(directory: str | Path) -> ModelMixin:
     Raises UserError where there is no such model, or its config and its weights do not agree.
     """
     folder, file = find_model(directory)
-    config = _read_config(folder)
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(
+            f"{folder} is not a diffusers model: it has no config.json as save_pretrained writes "
+            f"it{_near(folder)}"
+        )
+    config = read_json(path, dict[str, object])
+    model = build(config.get("_class_name"), config, path)
     file = file or _weights_file(folder)
-    state = _read_weights(file)
-    model = build(config["_class_name"], config, folder / "config.json")
-    _fill(model, model._fix_state_dict_keys_on_load(state), file)  # old names of attention layers
+    state = model._fix_state_dict_keys_on_load(_read_weights(file))  # old names of attention layers
+    _fill(model, state, file)
     return model.eval()
 
 
-def build(name: str, config: Mapping[str, object], where: object) -> ModelMixin:
+def build(name: object, config: Mapping[str, object], where: object) -> ModelMixin:
     """A model of this class of CLASSES with fresh weights. UserError, which begins with `where`,
     where it cannot be built."""
     check_class(name, where)
@@ -124,19 +130,6 @@ class Index(TypedDict):
     """WEIGHTS.safetensors.index.json: the shard beside it that each weight is in."""
 
     weight_map: Annotated[dict[Name, File], Meta(min_length=1)]
-
-
-def _read_config(folder: Path) -> dict:
-    """config.json of a model of CLASSES."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise UserError(
-            f"{folder} is not a diffusers model: it has no config.json as save_pretrained writes "
-            f"it{_near(folder)}"
-        )
-    check(config := read_json(path), Config, path)
-    check_class(config.get("_class_name"), path)
-    return config
 
 
 def check_class(name: object, where: object) -> None:
