@@ -43,12 +43,14 @@ _THRESHOLD = ("dynamic_thresholding_ratio", "sample_max_value")  # details of th
 
 @dataclass(frozen=True)
 class Setting:
-    """An entry of the config. flags: what it sets here. decided_by: where no flag can do the same,
-    the flags of which one must be given to say what happens instead. note: for the reader."""
+    """An entry of the config. flag: what it sets here, to the value `ours`. decided_by: where no
+    flag can do the same, the flags of which one must be given to say what happens instead. note:
+    for the reader."""
 
     name: str
     value: object
-    flags: tuple[tuple[str, object], ...] = ()
+    flag: str = ""
+    ours: object = None
     decided_by: tuple[str, ...] = ()
     note: str = ""
 
@@ -90,11 +92,9 @@ class Trained:
             here += f"; as its own pipeline: {self.own}"
         rows = [("scheduler", self.scheduler, here)]
         for setting in self.settings:
-            here = [
-                f"--{flag}={values[flag]}{' (given)' if flag in given else ''}"
-                for flag, _ in setting.flags
-            ]
-            here += [f"--{flag} decides" for flag in setting.decided_by if flag in given][:1]
+            here = [f"--{flag} decides" for flag in setting.decided_by if flag in given][:1]
+            if flag := setting.flag:
+                here.append(f"--{flag}={values[flag]}{' (given)' if flag in given else ''}")
             here += [setting.note] if setting.note else []
             rows.append((setting.name, str(setting.value), "; ".join(here)))
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
@@ -117,8 +117,8 @@ def trained_diffusion(directory: str | Path) -> Trained | None:
         path,
         config.name,
         _own_sampler(config),
-        {flag: value for setting in training for flag, value in setting.flags},
-        {flag: value for setting in sampling for flag, value in setting.flags},
+        {setting.flag: setting.ours for setting in training},
+        {setting.flag: setting.ours for setting in sampling if setting.flag},
         (*training, *sampling, *_others(config, {s.name for s in training + sampling})),
     )
 
@@ -197,15 +197,13 @@ def _training(config: _Config) -> list[Setting]:
     config.one_of("rescale_betas_zero_snr", (None, False))
     schedule = config.one_of("beta_schedule", BETA_SCHEDULES)
     prediction = config.one_of("prediction_type", (*MEAN_TYPES, None))
-    steps, ends = config["num_train_timesteps"], (config["beta_start"], config["beta_end"])
+    steps, first, last = (config[n] for n in ("num_train_timesteps", "beta_start", "beta_end"))
     return [
-        Setting("num_train_timesteps", steps, (("T", steps),)),
-        Setting("beta_start", ends[0], (("beta_1", ends[0]),)),
-        Setting("beta_end", ends[1], (("beta_T", ends[1]),)),
-        Setting("beta_schedule", schedule, (("beta_schedule", schedule),)),
-        Setting(
-            "prediction_type", prediction, (("mean_type", MEAN_TYPES[prediction or "epsilon"]),)
-        ),
+        Setting("num_train_timesteps", steps, "T", steps),
+        Setting("beta_start", first, "beta_1", first),
+        Setting("beta_end", last, "beta_T", last),
+        Setting("beta_schedule", schedule, "beta_schedule", schedule),
+        Setting("prediction_type", prediction, "mean_type", MEAN_TYPES[prediction or "epsilon"]),
     ]
 
 
@@ -223,7 +221,7 @@ def _clipping(config: _Config) -> list[Setting]:
         return [Setting("clip_sample_range", bound, decided_by=_CLIPPING)]
     clip = bool(config["clip_sample"])
     note = "ddim: as with use_clipped_model_output" if clip else ""
-    return [Setting("clip_sample", clip, (("clip_denoised", clip),), note=note)]
+    return [Setting("clip_sample", clip, "clip_denoised", clip, note=note)]
 
 
 def _variance(config: _Config) -> list[Setting]:
@@ -231,7 +229,7 @@ def _variance(config: _Config) -> list[Setting]:
     if config["variance_type"] is None:  # other schedulers have none, or only a learned one
         return []
     variance = config.one_of("variance_type", tuple(VAR_TYPES))
-    return [Setting("variance_type", variance, (("var_type", VAR_TYPES[variance]),))]
+    return [Setting("variance_type", variance, "var_type", VAR_TYPES[variance])]
 
 
 def _spacing(config: _Config) -> list[Setting]:
