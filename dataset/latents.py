@@ -17,7 +17,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NotRequired, TypedDict
 
@@ -49,22 +49,53 @@ class Autoencoder:
 
     def __init__(self, folder: str | Path, device: torch.device | str, scale: float = 0.0) -> None:
         self.folder, self.device = Path(folder), torch.device(device)
-        config = _config(self.folder)
-        self.fingerprint = _fingerprint(self.folder, config)
-        if scale and scale != config.get("scaling_factor"):
+        stored = _config(self.folder)
+        self.fingerprint = _fingerprint(self.folder, stored)
+        if scale and scale != stored.get("scaling_factor"):
             self.fingerprint += f" × {scale!r}"
-        self.network = _network(self.folder, config["_class_name"]).to(device)
-        config = self.network.config
+            stored["scaling_factor"] = scale
+        self.network = _network(self.folder, stored["_class_name"]).to(device)
+        config = self.network.config  # with the defaults of its class
         self.quantised = "num_vq_embeddings" in config
         self.channels = int((self.quantised and config.vq_embed_dim) or config.latent_channels)
         self.image_channels = int(config.in_channels)
         self.factor = 2 ** (len(config.block_out_channels) - 1)
-        self.shift, self.scale = _normalisation(self.folder, self.channels, self.device, scale)
+        self.shift, self.scale = self._normalisation(stored)
         if config.out_channels != self.image_channels:
             raise UserError(
                 f"--latent_vae: {folder} turns images of {self.image_channels} channels into "
                 f"images of {config.out_channels}"
             )
+
+    def _normalisation(self, config: dict) -> tuple[float | Tensor, float | Tensor]:
+        """(shift, scale), numbers or tensors (c, 1, 1): networks see (latents − shift)·scale.
+
+        They are latents_mean or shift_factor, and scaling_factor / latents_std. scaling_factor must
+        be in the file: the default of diffusers' classes is one model's, and wrong for others.
+        """
+        where = f"--latent_vae: {self.folder / 'config.json'}"
+        if "scaling_factor" not in config:
+            raise UserError(
+                f"{where} has no scaling_factor, by which latents are multiplied; give "
+                "--latent_scale (0.18215 for the first Stable Diffusion models; 1 leaves latents "
+                "as they are)"
+            )
+        if config.get("shift_factor") and config.get("latents_mean"):
+            raise UserError(f"{where} has both shift_factor and latents_mean")
+
+        def numbers(name: str, default: float) -> float | Tensor:
+            value = config.get(name)
+            values = [default] if value is None else value if isinstance(value, list) else [value]
+            if len(values) == 1:
+                return float(values[0])
+            if len(values) != self.channels:
+                raise UserError(
+                    f"{where}: {name} has {len(values)} numbers, not 1 or {self.channels}"
+                )
+            return torch.tensor(values, dtype=torch.float32, device=self.device)[:, None, None]
+
+        shift = numbers("shift_factor", 0.0) + numbers("latents_mean", 0.0)
+        return shift, numbers("scaling_factor", 1.0) / numbers("latents_std", 1.0)
 
     def shape(self, img_size: int) -> tuple[int, int, int]:
         """(c, h, w) of the latents of images of `img_size` pixels a side."""
@@ -137,39 +168,6 @@ def _config(folder: Path) -> dict:
         kind = config["_class_name"]
         raise UserError(f"--latent_vae: {path} is for {kind}, not one of {', '.join(KINDS)}")
     return config
-
-
-def _normalisation(folder: Path, channels: int, device: torch.device, scale: float) -> tuple:
-    """(shift, scale), each a number or a tensor (c, 1, 1): networks see (latents − shift)·scale.
-
-    They are scaling_factor / latents_std, and latents_mean or shift_factor. scaling_factor must be
-    in the file: the default of diffusers' classes is that of one model, and wrong for others.
-    """
-    path = folder / "config.json"
-    config = read_json(path) | ({"scaling_factor": scale} if scale else {})
-    if "scaling_factor" not in config:
-        raise UserError(
-            f"--latent_vae: {path} has no scaling_factor, by which latents are multiplied; give "
-            "--latent_scale (0.18215 for the first Stable Diffusion models; 1 leaves latents as "
-            "they are)"
-        )
-
-    def numbers(name: str, default: float) -> float | Tensor:
-        value = config.get(name)
-        value = default if value is None else value
-        values = value if isinstance(value, list) else [value]
-        if len(values) not in (1, channels):
-            raise UserError(
-                f"--latent_vae: {path}: {name} has {len(values)} numbers, not 1 or {channels}"
-            )
-        if len(values) == 1:
-            return float(values[0])
-        return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
-
-    shift, mean = numbers("shift_factor", 0.0), numbers("latents_mean", 0.0)
-    if config.get("shift_factor") and config.get("latents_mean"):
-        raise UserError(f"--latent_vae: {path} has both shift_factor and latents_mean")
-    return shift + mean, numbers("scaling_factor", 1.0) / numbers("latents_std", 1.0)
 
 
 def _fingerprint(folder: Path, config: dict) -> str:
@@ -367,7 +365,12 @@ def _make(
             os.fsync(file.fileno())
         distributed.gather(None)  # wait until every share is complete
         if distributed.is_main():
-            _append(partial, partials[1:])
+            with open(partial, "ab") as whole:
+                for other in partials[1:]:
+                    with open(other, "rb") as file:
+                        shutil.copyfileobj(file, whole, 2**24)
+                whole.flush()
+                os.fsync(whole.fileno())
             os.replace(partial, path)
             remove_partial(path.with_suffix(""), ".partial-*.npy")
     except OSError as error:
@@ -384,18 +387,6 @@ def _header(shape: tuple[int, ...]) -> bytes:
         file, {"descr": "<f2", "fortran_order": False, "shape": shape}
     )
     return file.getvalue()
-
-
-def _append(first: Path, others: Sequence[Path]) -> None:
-    """Append the content of `others` to `first`."""
-    if not others:
-        return
-    with open(first, "ab") as whole:
-        for other in others:
-            with open(other, "rb") as file:
-                shutil.copyfileobj(file, whole, 2**24)
-        whole.flush()
-        os.fsync(whole.fileno())
 
 
 def _latents(
