@@ -75,16 +75,17 @@ class UNetSettings(NetworkSettings):
 
     def check_image_size(self, size: int) -> None:
         """Raise UserError where the levels cannot halve an image of `size` pixels a side."""
-        check_image_size(size, len(self.ch_mult))
+        check_image_size(size, len(self.ch_mult), " or fewer levels in --ch_mult")
 
 
-def check_image_size(size: int, levels: int) -> None:
-    """Raise UserError where so many levels cannot halve an image of `size` pixels a side."""
+def check_image_size(size: int, levels: int, remedy: str = "") -> None:
+    """Raise UserError where so many levels cannot halve an image of `size` pixels a side. remedy:
+    what else helps."""
     halvings = levels - 1
     if size < 1 or size % 2**halvings:
         raise UserError(
             f"--img_size={size}: {levels} levels halve the image {halvings} times; "
-            f"use a multiple of {2**halvings}, or a network of fewer levels"
+            f"use a multiple of {2**halvings}{remedy}"
         )
 
 
