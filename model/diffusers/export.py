@@ -18,6 +18,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from model.diffusers import pipeline, step_aware_unet
+from model.diffusers.loading import config_of
 from model.diffusers.step_aware_unet import StepAwareUNet, key
 from model.diffusers.supernet import DenseDiffusersUNet
 from model.schedule import WidthSchedule
@@ -42,11 +43,10 @@ def _spec(network: nn.Module) -> tuple[dict, nn.Module]:
         return {"kind": "ddsm", "shapes": _shapes(network), "num_groups": _groups(network)}, network
     if isinstance(network, DenseDiffusersUNet):
         model = network.model
-        config = json.loads(model.to_json_string())
         spec = {
             "kind": "diffusers",
-            "class": config["_class_name"],
-            "config": {k: v for k, v in config.items() if not k.startswith("_")},
+            "class": type(model).__name__,
+            "config": config_of(model),
             "shapes": _shapes(model),
             "heads": {n: m.heads for n, m in model.named_modules() if isinstance(m, Attention)},
             "num_groups": _groups(model),

@@ -6,6 +6,7 @@ and nothing is downloaded. It does not know how a model is narrowed, nor what it
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -91,6 +92,12 @@ def build(name: object, config: Mapping[str, object], where: object) -> ModelMix
         raise UserError(
             f"{where}: diffusers cannot build this model ({_one_line(error)})"
         ) from error
+
+
+def config_of(model: ModelMixin) -> dict[str, object]:
+    """What `build` makes such a model from, as plain JSON-friendly values."""
+    config = json.loads(model.to_json_string())
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def image_size(config: Mapping[str, object]) -> int | None:

@@ -7,7 +7,6 @@ so a width is never state: threads, replicas and gradient checkpointing are safe
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from diffusers import ModelMixin
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from model.diffusers.loading import build, check_class
+from model.diffusers.loading import build, check_class, config_of
 from model.diffusers.plan import RESNETS, Planner, narrow
 from model.unet import check_image_size
 from runtime.errors import UserError
@@ -140,11 +139,10 @@ class SlimmableDiffusersUNet(nn.Module):
         self.model = model
         null_class = _set_null_class(model, num_classes) if num_classes else True
         self.plan = Planner(model, norm_groups == "proportional")()
-        config = json.loads(model.to_json_string())
         self.settings = DiffusersSettings(
             T=T,
             class_name=type(model).__name__,
-            config={k: v for k, v in config.items() if not k.startswith("_")},
+            config=config_of(model),
             norm_groups=norm_groups,
             num_classes=num_classes,
             null_class=null_class,
