@@ -280,19 +280,20 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 def describe(dataset: AnySet, names: int = 20) -> str:
     """One line: images, sizes, channels, alpha, classes in order, mirroring, and what was left out
     and why. names: how many classes are named."""
-    parts = [f"{dataset.name}: {len(dataset):,} images"]
+    sizes, seen, alpha = "", "", []
     if isinstance(dataset, ImageFiles):
         survey = dataset.survey
-        grey = survey.images - survey.colour
+        sizes, grey = f" of {survey.sizes()} pixels", survey.images - survey.colour
         seen = f" ({survey.colour:,} in colour, {grey:,} grey)" if survey.colour and grey else ""
-        parts[0] += f" of {survey.sizes()} pixels"
-        parts.append(f"{dataset.channels} channel{'s' * (dataset.channels > 1)}{seen}")
-        background = "#" + "".join(f"{value:02x}" for value in dataset.background)
-        parts += [f"{survey.alpha:,} with alpha, on {background}"] if survey.alpha else []
-    else:
-        if dataset.tensor is not None:
-            parts[0] += f" of {dataset.tensor.shape[3]}×{dataset.tensor.shape[2]}"
-        parts.append(f"{dataset.channels} channel{'s' * (dataset.channels > 1)}")
+        background = "#" + bytes(dataset.background).hex()
+        alpha = [f"{survey.alpha:,} with alpha, on {background}"] if survey.alpha else []
+    elif dataset.tensor is not None:
+        sizes = f" of {dataset.tensor.shape[3]}×{dataset.tensor.shape[2]}"
+    parts = [
+        f"{dataset.name}: {len(dataset):,} images{sizes}",
+        f"{dataset.channels} channel{'s' * (dataset.channels > 1)}{seen}",
+        *alpha,
+    ]
     if dataset.labels is not None:
         shown = ", ".join(dataset.classes[:names]) + ", …" * (len(dataset.classes) > names)
         parts.append(f"{len(dataset.classes)} classes ({shown})")
