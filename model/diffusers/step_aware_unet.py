@@ -331,13 +331,10 @@ class StepAwareUNet(ModelMixin, ConfigMixin, CacheMixin):
         """
         t = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
         if width is None:
-            widths = [self.width(float(value)) for value in t[:1].tolist()]
-            if t.numel() > 1 and bool((t != t[0]).any()):
-                widths = [self.width(float(value)) for value in t.tolist()]
-            if len(set(widths)) > 1:
-                several = sorted(set(widths))
-                raise ValueError(f"one batch has timesteps of several widths: {several}")
-            width = widths[0]
+            widths = {self.width(value) for value in t.unique().tolist()}
+            if len(widths) > 1:
+                raise ValueError(f"one batch has timesteps of several widths: {sorted(widths)}")
+            (width,) = widths
         if self.embeddings is not None and "encoder_hidden_states" not in conditioning:
             rows = conditioning.pop("class_labels", None)
             rows = torch.zeros(len(sample), dtype=torch.long) if rows is None else rows
