@@ -10,8 +10,7 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -182,66 +181,42 @@ def images_in(folder: Path) -> list[str]:
 def images_below(folder: Path) -> tuple[list[str], tuple[str, ...]]:
     """The paths of the images at any depth below `folder`, also in linked folders, and what was
     left out, in words."""
-    walk = _Walk()
-    return list(walk.images(str(folder), ())), walk.left_out()
 
+    def fail(error: OSError) -> None:
+        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
-@dataclass
-class _Walk:
-    """A walk through folders that counts what it leaves out."""
-
-    folders: Counter[str] = field(default_factory=Counter)  # hidden ones and trash, by name
-    hidden: int = 0
-    others: Counter[str] = field(default_factory=Counter)  # other files, by their ending
-    loops: int = 0
-
-    def images(self, folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-        """The images in `folder` and below. above: the folders that it is in, by device and inode;
-        a link to one of them would never end."""
-        try:
-            about = os.stat(folder)
-            here = (about.st_dev, about.st_ino)
-            with os.scandir(folder) as entries:
-                entries = sorted(entries, key=lambda entry: entry.name)
-        except OSError as error:
-            raise UserError(f"cannot read the folder {folder}: {error.strerror}") from error
-        if here in above:
-            self.loops += 1
-            return
-        for entry in entries:
-            if _is_folder(entry):
-                if entry.name.startswith(".") or entry.name in TRASH:
-                    self.folders[entry.name] += 1
-                else:
-                    yield from self.images(entry.path, (*above, here))
-            elif _is_image(entry.name):
-                yield entry.path
-            elif entry.name.startswith("."):
-                self.hidden += 1
-            else:
-                self.others[Path(entry.name).suffix.lower() or "no ending"] += 1
-
-    def left_out(self) -> tuple[str, ...]:
-        """What was left out and why."""
-        endings = ", ".join(f"{count} {ending}" for ending, count in self.others.most_common(5))
-        reasons = (
-            ("hidden or trash folders", self.folders.total(), ", ".join(sorted(self.folders)[:5])),
-            ("hidden files", self.hidden, ""),
-            ("other files", self.others.total(), endings),
-            ("links back to a folder that they are in", self.loops, ""),
+    paths, hidden, loops, skipped, others = [], 0, 0, Counter(), Counter()
+    # Of each folder, those that it is in, by device and inode: a link to one would never end.
+    above: dict[str, tuple] = {str(folder): ()}
+    for top, folders, files in os.walk(str(folder), onerror=fail, followlinks=True):
+        about = os.stat(top)
+        here, around = (about.st_dev, about.st_ino), above.pop(top)
+        if here in around:
+            loops += 1
+            folders.clear()
+            continue
+        skipped.update(name for name in folders if name.startswith(".") or name in TRASH)
+        folders[:] = [name for name in folders if name not in skipped]
+        above |= {os.path.join(top, name): (*around, here) for name in folders}
+        paths += [os.path.join(top, name) for name in files if _is_image(name)]
+        rest = sorted(name for name in files if not _is_image(name))
+        hidden += sum(name.startswith(".") for name in rest)
+        others.update(
+            Path(name).suffix.lower() or "no ending" for name in rest if not name.startswith(".")
         )
-        return tuple(
-            f"{what}: {count}" + (f" ({which})" if which else "")
-            for what, count, which in reasons
-            if count
-        )
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
+    endings = ", ".join(f"{count} {ending}" for ending, count in others.most_common(5))
+    reasons = (
+        ("hidden or trash folders", skipped.total(), ", ".join(sorted(skipped)[:5])),
+        ("hidden files", hidden, ""),
+        ("other files", others.total(), endings),
+        ("links back to a folder that they are in", loops, ""),
+    )
+    left_out = [
+        f"{what}: {count}" + (f" ({which})" if which else "")
+        for what, count, which in reasons
+        if count
+    ]
+    return paths, tuple(left_out)
 
 
 def _is_image(name: str) -> bool:
