@@ -206,10 +206,12 @@ def test_proportional_groups(name):
     assert SlimmableDiffusersUNet(model).settings.norm_groups == "fixed"
 
 
-@pytest.mark.parametrize("name", ["default", "class embedding", "text to image: text_time"])
+@pytest.mark.parametrize("name", ["default", "class embedding", "text to image: default"])
 def test_flops_fall_with_width(name):
     cls, config = NETWORKS[name]
-    net = SlimmableDiffusersUNet(cls(**config))
+    net = SlimmableDiffusersUNet(cls(**config), num_classes=config.get("num_class_embeds", 0))
+    if cls is UNet2DConditionModel:
+        net.set_embeddings(torch.zeros(1, 7, net.features), null=False)
     counts = [flops(net, width, (3, SIZE, SIZE)) for width in (0.25, 0.5, 1)]
     assert counts == sorted(set(counts))
     assert counts[1] < 0.4 * counts[2]

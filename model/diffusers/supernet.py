@@ -22,7 +22,6 @@ from model.unet import check_image_size
 from runtime.errors import UserError
 
 CHANGE = "change --candidate_width or --min_width"
-TOKENS = 77  # of a text prompt, for counting FLOPs where none is given
 
 
 @dataclass(frozen=True)
@@ -166,13 +165,8 @@ class SlimmableDiffusersUNet(nn.Module):
         labels: Tensor | None = None,
         **conditioning: object,
     ) -> Tensor:
-        """conditioning: class_labels, encoder_hidden_states, … as the diffusers model takes them.
-
-        On the meta device, where FLOPs are counted, placeholders stand for what is missing.
-        """
+        """conditioning: class_labels, encoder_hidden_states, … as the model takes them."""
         told = _told(x, labels, self.settings.num_classes, self.embeddings) | conditioning
-        if x.is_meta:
-            told = self._placeholders(x) | told
         for name in self.conditioning():
             if told.get(name) is None:
                 raise UserError(f"this {self.settings.class_name} needs {name} beside x and t")
@@ -314,23 +308,3 @@ class SlimmableDiffusersUNet(nn.Module):
         config = self.settings.config
         size = config["encoder_hid_dim"] or config["cross_attention_dim"]
         return size if isinstance(size, int) else size[0]
-
-    def _placeholders(self, x: Tensor) -> dict[str, object]:
-        """Conditioning of zeros, in the usual shapes."""
-        config, inputs = self.settings.config, {}
-        projected = config.get("projection_class_embeddings_input_dim")
-        if getattr(self.model, "class_embedding", None) is not None:
-            channels = self.model.time_embedding.linear_2.out_features
-            sizes = {"identity": channels, "projection": projected, "simple_projection": projected}
-            size = sizes.get(config["class_embed_type"])
-            labels = x.new_zeros(len(x), dtype=torch.long)
-            inputs["class_labels"] = labels if size is None else x.new_zeros(len(x), size)
-        if self.settings.class_name == "UNet2DConditionModel":
-            inputs["encoder_hidden_states"] = x.new_zeros(len(x), TOKENS, self.features)
-            if config["addition_embed_type"] == "text_time":
-                pooled = projected - 6 * config["addition_time_embed_dim"]
-                inputs["added_cond_kwargs"] = {
-                    "text_embeds": x.new_zeros(len(x), pooled),
-                    "time_ids": x.new_zeros(len(x), 6),
-                }
-        return inputs
