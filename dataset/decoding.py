@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import numpy as np
 import torch
 
-from runtime.errors import UserError
+from runtime.errors import UserError, one_line
 from runtime.files import check_file
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def reason(error: Exception) -> str:
         return error.strerror
     if type(error).__name__ == "UnidentifiedImageError":
         return f"it is none of {', '.join(FORMATS)}"
-    return str(error).split("\n")[0] or type(error).__name__
+    return one_line(error)
 
 
 def _check(image: Image.Image) -> None:

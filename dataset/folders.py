@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from dataset.decoding import ENDINGS, decode, resize_and_crop
 from dataset.survey import survey
-from runtime.errors import UserError
+from runtime.errors import UserError, one_line
 from settings import DataSettings
 
 # Folders that hold no images of the set: other programs' previews, copies and deleted files.
@@ -114,8 +114,9 @@ class LsunImages(Dataset):
         return self._database
 
     def _broken(self, error: Exception) -> UserError:
-        reason = str(error).split("\n")[0] or type(error).__name__
-        return UserError(f"{self.name}: cannot read {self.folder} ({reason}): unpack it again")
+        return UserError(
+            f"{self.name}: cannot read {self.folder} ({one_line(error)}): unpack it again"
+        )
 
     def __getstate__(self) -> dict:
         # Each loading process opens the database itself.

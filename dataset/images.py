@@ -29,7 +29,7 @@ from dataset.folders import (
     image_folder,
 )
 from runtime import memory
-from runtime.errors import UserError
+from runtime.errors import UserError, one_line
 from runtime.files import alone_in, check_file
 from settings import DataSettings
 
@@ -228,8 +228,9 @@ def _download(root: Path, fetch: Callable, remedy: str):
         with alone_in(root):
             return fetch()
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise UserError(f"{remedy}; downloading or reading it failed ({reason})") from error
+        raise UserError(
+            f"{remedy}; downloading or reading it failed ({one_line(error)})"
+        ) from error
 
 
 def _read_idx_gz(archive: Path, dims: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dataset.batches import everything
 from dataset.images import AnySet, Images, fingerprint, to_network, to_uint8
 from runtime import processes as distributed
-from runtime.errors import UserError
+from runtime.errors import UserError, one_line
 from runtime.files import alone_in, check_file, read_json, remove_partial, write_json
 from runtime.progress import progress
 from runtime.schema import SHORT, Count, Few, Name, Number, Positive, Size, check
@@ -199,8 +199,7 @@ def _network(folder: Path, kind: str) -> torch.nn.Module:
             low_cpu_mem_usage=False, torch_dtype=torch.float32,
         )  # fmt: skip
     except Exception as error:  # diffusers and safetensors raise many kinds
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(f"--latent_vae: cannot load {folder} ({reason})") from error
+        raise UserError(f"--latent_vae: cannot load {folder} ({one_line(error)})") from error
     if info["missing_keys"]:
         raise UserError(f"--latent_vae: {folder} has no weights for {info['missing_keys'][0]}")
     if unused := info["unexpected_keys"]:

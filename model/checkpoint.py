@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 
-from runtime.errors import UserError
+from runtime.errors import UserError, one_line
 from runtime.files import read_tensors, replacing, write_tensors
 from runtime.schema import Amount, Count, Name, check
 
@@ -75,7 +75,7 @@ def load(path: str | Path) -> dict:
         ) from error
     except Exception as error:  # whatever torch's reader makes of damaged bytes
         raise UserError(
-            f"{path} is truncated or not a checkpoint ({_first_line(error)}); "
+            f"{path} is truncated or not a checkpoint ({one_line(error)}); "
             "take an earlier one with --ckpt_name"
         ) from error
     if not isinstance(state, dict) or not {"net_model", "ema_model"} <= state.keys():
@@ -269,7 +269,3 @@ def load_scheduler(scheduler: LambdaLR, state: object, path: str | Path) -> floa
     scheduler._last_lr = [base * factor(step)]
     scheduler.optimizer.param_groups[0]["lr"] = scheduler._last_lr[0]
     return stored["base_lrs"][0]
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__

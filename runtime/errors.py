@@ -3,3 +3,9 @@
 
 class UserError(Exception):
     """A mistake in flags or files: one line that says what is wrong and what to do about it."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of another library says, short and on one line; its kind where it says
+    nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from diffusion import Denoiser, Noise, Observer, told_the_step
-from runtime.errors import UserError
+from runtime.errors import UserError, one_line
 from runtime.files import parse_json
 from sampling.protocol import CHURN, OURS, Call, Sampler
 
@@ -227,7 +227,7 @@ class DiffusersScheduler(Sampler):
             ArithmeticError, AssertionError, AttributeError, IndexError, KeyError,
             NotImplementedError, RuntimeError, TypeError, ValueError, UnboundLocalError,
         ) as error:  # fmt: skip
-            text = " ".join(str(error).split())[:160] or type(error).__name__
+            text = one_line(error)
             options = f" and {o}" if (o := self.settings.scheduler_options) else ""
             raise UserError(
                 f"--sampler={self.settings.sampler} cannot run {self._steps} steps with these "

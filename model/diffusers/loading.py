@@ -20,7 +20,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from runtime import memory
-from runtime.errors import UserError
+from runtime.errors import UserError, one_line
 from runtime.files import check_file, read_json, read_tensors
 from runtime.schema import SHORT, TWO, Few, Name, Size, check
 
@@ -90,7 +90,7 @@ def build(name: object, config: Mapping[str, object], where: object) -> ModelMix
         raise
     except Exception as error:  # diffusers raises many kinds for values that it does not know
         raise UserError(
-            f"{where}: diffusers cannot build this model ({_one_line(error)})"
+            f"{where}: diffusers cannot build this model ({one_line(error)})"
         ) from error
 
 
@@ -198,7 +198,7 @@ def _read_file(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch and safetensors raise many kinds
         raise UserError(
             f"cannot read the weights in {file}: it is incomplete, or contains more than tensors "
-            f"({_one_line(error)})"
+            f"({one_line(error)})"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{file} does not contain tensors by name")
@@ -255,7 +255,3 @@ def _some(names: Iterable[str]) -> str:
     names = sorted(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
