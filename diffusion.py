@@ -10,7 +10,8 @@ the share of signal variance ᾱ_t, and abar(−1) = 1 is the clean image. Every
 Gaussian noise of the step that leaves t. A denoiser with a third argument is also told the timestep
 of the step that calls it, which differs from t where a step makes more calls than one. `observe(t,
 x)`, where given, is called with each step's x just before it is denoised at t. x_0 is clipped to
-[−limit, limit].
+[−limit, limit]. What an argument may be is what the option of its name may be: settings that are
+made of the arguments refuse the rest.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from runtime.errors import UserError
-from settings import BETA_SCHEDULES, MEAN_TYPES, SPACINGS, VAR_TYPES, DiffusionSettings
+from settings import MEAN_TYPES, DiffusionSettings, SamplingSettings
 
 Denoiser = Callable[[Tensor, int], Tensor] | Callable[[Tensor, int, int], Tensor]
 Noise = Callable[[int], Tensor]
@@ -51,8 +52,7 @@ class _Levels:
         sampler then visits that timestep once.
         """
         self._check_steps(steps)
-        if not rho > 0:
-            raise UserError(f"--rho={rho}: must be positive")
+        SamplingSettings(rho=rho)
         if steps == 1:
             return [self.T - 1]
         ends = self.sigmas[[0, -1]] ** (1 / rho)
@@ -83,16 +83,7 @@ class NoiseSchedule(_Levels):
     beta_schedule: str = "linear"
 
     def __post_init__(self) -> None:
-        if self.T < 1:
-            raise UserError(f"--T={self.T}: must be at least 1")
-        if not 0 < self.beta_1 <= self.beta_T < 1:
-            raise UserError(
-                f"--beta_1={self.beta_1} --beta_T={self.beta_T}: need 0 < beta_1 <= beta_T < 1"
-            )
-        if self.beta_schedule not in BETA_SCHEDULES:
-            raise UserError(
-                f"--beta_schedule={self.beta_schedule}: one of {', '.join(BETA_SCHEDULES)}"
-            )
+        DiffusionSettings(**vars(self))  # which refuses what cannot be
 
     @cached_property
     def betas(self) -> np.ndarray:
@@ -130,8 +121,7 @@ class NoiseSchedule(_Levels):
         """
         self._check_steps(steps)
         T = self.T
-        if spacing not in SPACINGS:
-            raise UserError(f"--timestep_spacing={spacing}: one of {', '.join(SPACINGS)}")
+        SamplingSettings(timestep_spacing=spacing)
         if steps == 1:
             return [T - 1]
         if spacing == "uniform":
@@ -207,14 +197,11 @@ class EDMSchedule(_Levels):
     rho: float = 7.0
 
     def __post_init__(self) -> None:
+        DiffusionSettings(
+            T=self.T, P_mean=self.P_mean, P_std=self.P_std, sigma_data=self.sigma_data
+        )
         if self.T < 2:
             raise UserError(f"--T={self.T}: --precond=edm needs at least 2 noise levels")
-        if not (0 < self.P_std < math.inf and 0 < self.sigma_data < math.inf):
-            raise UserError(
-                f"--P_std={self.P_std} --sigma_data={self.sigma_data}: must be positive"
-            )
-        if not math.isfinite(self.P_mean):
-            raise UserError(f"--P_mean={self.P_mean}: must be finite")
 
     @cached_property
     def sigmas(self) -> np.ndarray:
@@ -351,8 +338,7 @@ def sample_ddpm(
     Over a gap, the step is that of the process that visits the kept timesteps alone (Nichol and
     Dhariwal 2021). The starting x is taken to be at the largest kept timestep.
     """
-    if var_type not in VAR_TYPES:
-        raise UserError(f"--var_type={var_type}: one of {', '.join(VAR_TYPES)}")
+    SamplingSettings(var_type=var_type)
     kept = _kept(steps, spacing, schedule)
     x = x_T
     for t, s in zip(kept, [*kept[1:], -1], strict=True):
@@ -386,8 +372,7 @@ def sample_ddim(
     steps: how many timesteps to keep, or which. eta: 0 is deterministic, 1 has the ancestral
     sampler's variance; noise is needed for eta > 0 alone.
     """
-    if eta < 0:
-        raise UserError(f"--eta={eta}: must not be negative")
+    SamplingSettings(eta=eta)
     if eta > 0 and noise is None:
         raise ValueError("sample_ddim with eta > 0 needs `noise`")
     kept = _kept(steps, spacing, schedule)
@@ -464,8 +449,7 @@ def sample_edm(
     called at timesteps between the steps' own, too. heun=False leaves out the second-order
     correction (Euler). With start > 0, x_T is what `observe` got of the start-th step.
     """
-    if S_churn < 0 or S_noise < 0:
-        raise UserError(f"--S_churn={S_churn} --S_noise={S_noise}: must not be negative")
+    SamplingSettings(S_churn=S_churn, S_noise=S_noise)
     if S_churn > 0 and noise is None:
         raise ValueError("sample_edm with S_churn > 0 needs `noise`")
     if isinstance(steps, int):
