@@ -7,6 +7,7 @@ imports neither torch nor absl, so that a refused flag need not wait for them.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -354,18 +355,10 @@ def owners(groups: Mapping[str, Iterable[type[Settings]]]) -> dict[str, Option]:
 OPTIONS = owners(GROUPS)
 
 
-class _Part:
+def _part(settings: type[Settings]) -> functools.cached_property:
     """A configuration's object of one settings class, made when it is first asked for."""
-
-    def __init__(self, settings: type[Settings]) -> None:
-        self.settings = settings
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, config: Configuration | None, owner: type) -> Settings:
-        made = config.__dict__[self.name] = config.make(self.settings)
-        return made
+    names = options_of(settings)
+    return functools.cached_property(lambda c: settings(**{name: c[name] for name in names}))
 
 
 class Configuration:
@@ -399,21 +392,17 @@ class Configuration:
     def __getitem__(self, name: str) -> object:
         return self.values[name]
 
-    def make(self, settings: type[Settings], **more: object) -> Settings:
-        """An object of this class, with the values of its options and `more` beside them."""
-        return settings(**{name: self.values[name] for name in options_of(settings)}, **more)
-
     def stored(self, *kinds: str) -> dict[str, object]:
         """The options that checkpoints store, of these kinds (keys of STORED), as JSON has them."""
         return plain({n: self.values[n] for n, o in OPTIONS.items() if o.stored in kinds})
 
-    network: NetworkSettings = _Part(NetworkSettings)
-    widths: WidthSettings = _Part(WidthSettings)
-    diffusion: DiffusionSettings = _Part(DiffusionSettings)
-    sampling: SamplingSettings = _Part(SamplingSettings)
-    data: DataSettings = _Part(DataSettings)
-    training: TrainSettings = _Part(TrainSettings)
-    evaluation: EvaluationSettings = _Part(EvaluationSettings)
-    ensemble: EnsembleSettings = _Part(EnsembleSettings)
-    search: SearchSettings = _Part(SearchSettings)
-    run: RunSettings = _Part(RunSettings)
+    network: NetworkSettings = _part(NetworkSettings)
+    widths: WidthSettings = _part(WidthSettings)
+    diffusion: DiffusionSettings = _part(DiffusionSettings)
+    sampling: SamplingSettings = _part(SamplingSettings)
+    data: DataSettings = _part(DataSettings)
+    training: TrainSettings = _part(TrainSettings)
+    evaluation: EvaluationSettings = _part(EvaluationSettings)
+    ensemble: EnsembleSettings = _part(EnsembleSettings)
+    search: SearchSettings = _part(SearchSettings)
+    run: RunSettings = _part(RunSettings)

@@ -11,7 +11,7 @@ import math
 import os
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 
 from runtime.errors import UserError
 
@@ -89,7 +89,7 @@ def _is_utf8(text: str) -> bool:
 
 def option(default: object, help: str, **bounds: object) -> Field:
     """A dataclass field that is an option; `bounds` are Option's."""
-    return field(default=default, metadata={"help": help, "bounds": bounds})
+    return field(default=default, metadata={"help": help, **bounds})
 
 
 @functools.cache
@@ -103,10 +103,7 @@ def options_of(settings: type) -> dict[str, Option]:
         kind, many = types[each.name], False
         if typing.get_origin(kind) is tuple:
             kind, many = typing.get_args(kind)[0], True
-        default = None if each.default is MISSING else each.default
-        found[each.name] = Option(
-            each.name, kind, many, default, each.metadata["help"], **each.metadata["bounds"]
-        )
+        found[each.name] = Option(each.name, kind, many, each.default, **each.metadata)
     return found
 
 
