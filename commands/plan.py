@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,27 +15,9 @@ from looks import table
 from model import WidthSchedule, average, entries_for_calls, latency
 from runtime.errors import UserError
 from runtime.processes import say
-from search import Genome, search_stages
+from search import Genome, Stage, stages
 from settings import Configuration
 from train import Trainer
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """So many candidates, each scored on so many images by so many calls of the network, whose
-    widths are these in equal parts. rounds: generations that this is done in."""
-
-    name: str
-    candidates: int
-    images: int
-    calls: int
-    widths: Sequence[float]
-    rounds: int = 1
-
-    @property
-    def passes(self) -> int:
-        """One per image and call, before shared states save any."""
-        return self.candidates * self.images * self.calls
 
 
 def duration(seconds: float) -> str:
@@ -68,57 +48,42 @@ def plan_scoring(model: Model, schedule: WidthSchedule, encode: bool = True) -> 
     """Say what making, and scoring where `encode`, a schedule's images would cost."""
     calls, images = model.sampler.calls(), model.config.evaluation.num_images
     widths = [schedule[t] for t in entries_for_calls(schedule, calls)]
-    _say_costs(model, [Scoring("images", 1, images, len(calls), widths)], "no other load", encode)
+    _say_costs(model, [Stage("images", 1, images, len(calls), widths)], "no other load", encode)
 
 
 def plan_search(model: Model, genome: Genome) -> None:
     """Say what a search would cost, stage by stage, and how far --search_minutes will get."""
     settings, images = model.config.search, model.config.evaluation.num_images
-    calls, widths = len(model.sampler.calls()), model.config.widths.all
+    shared = settings.state_memory > 0 and model.sampler.resumes
+    parts = stages(settings, genome, images, shared)
     if settings.search_method == "sensitivity":
-        shared = settings.state_memory > 0 and model.sampler.resumes
-        scorings = [
-            # A narrowed chain goes on from full width's, so half of it is run.
-            Scoring(
-                s.name, s.candidates, s.images, math.ceil(calls / 2) if shared else calls, [1.0]
-            )
-            if s.narrowed
-            else Scoring(s.name, s.candidates, s.images, calls, widths, s.rounds)
-            for s in search_stages(settings, genome, images)
-        ]
         note = "at most; rounds end early where they gain nothing"
     else:
-        rounds = settings.num_generation
-        count = rounds * settings.pop_size
-        scorings = [Scoring("evolution", count, images, calls, widths, rounds)]
         note = "at the widths' mean cost, before shared states save any"
-    seconds = _say_costs(model, scorings, note)
+    seconds = _say_costs(model, parts, note)
     if settings.search_minutes:
-        reached = _reached(scorings, seconds, 60 * settings.search_minutes)
+        reached = _reached(parts, seconds, 60 * settings.search_minutes)
         say(f"--search_minutes={settings.search_minutes:g}: {reached}")
 
 
-def _reached(scorings: Sequence[Scoring], seconds: Sequence[float], left: float) -> str:
-    """How much of `scorings`, which take so many seconds each, is done in `left` seconds."""
+def _reached(parts: Sequence[Stage], seconds: Sequence[float], left: float) -> str:
+    """How much of `parts`, which take so many seconds each, is done in `left` seconds."""
     reached = []
-    for scoring, needed in zip(scorings, seconds, strict=True):
+    for stage, needed in zip(parts, seconds, strict=True):
         if needed > left:
-            rounds = scoring.rounds
-            part = (
-                f"{int(rounds * left / needed)} of {rounds} generations" if rounds > 1 else "a part"
-            )
-            reached.append(f"{part} of {scoring.name}")
+            part = "a part"
+            if stage.rounds > 1:
+                part = f"{int(stage.rounds * left / needed)} of {stage.rounds} generations"
+            reached.append(f"{part} of {stage.name}")
             return f"{', '.join(reached)}; the same command continues the search"
-        reached.append(scoring.name)
+        reached.append(stage.name)
         left -= needed
     return "enough for all"
 
 
-def _say_costs(
-    model: Model, scorings: Sequence[Scoring], note: str, encode: bool = True
-) -> list[float]:
-    """Say what each of `scorings` costs, and all; seconds of each."""
-    used, passes = sorted({w for s in scorings for w in s.widths} - {0.0}), model.passes_per_call
+def _say_costs(model: Model, parts: Sequence[Stage], note: str, encode: bool = True) -> list[float]:
+    """Say what each of `parts` costs, and all; seconds of each."""
+    used, passes = sorted({w for s in parts for w in s.widths} - {0.0}), model.passes_per_call
     flops, times = model.flops(used), {0.0: 0.0} | _seconds(model, used, 0.5)
     encoding = _encoder_seconds(model) if encode else 0.0
     if isinstance(encoding, UserError):
@@ -127,7 +92,7 @@ def _say_costs(
     if model.autoencoder:
         note += f"; without the decoder's {1000 * decoder_seconds(model):.3g} ms per image"
     total, seconds = 0.0, []
-    for s in scorings:
+    for s in parts:
         cost, calling = (
             s.passes * sum(t[w] for w in s.widths) / len(s.widths) for t in (flops, times)
         )
@@ -138,7 +103,7 @@ def _say_costs(
             f"{passes * s.passes:.3g} network passes, about {duration(seconds[-1])}"
         )
     say(
-        f"all: {passes * sum(s.passes for s in scorings):.3g} passes, {total / 1e9:.3g} GFLOPs, "
+        f"all: {passes * sum(s.passes for s in parts):.3g} passes, {total / 1e9:.3g} GFLOPs, "
         f"about {duration(sum(seconds))} ({note})"
     )
     return seconds

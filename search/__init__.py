@@ -7,10 +7,9 @@ table. It knows nothing of networks, samplers, devices or flags.
 from search.front import UNUSABLE, Candidate, hypervolume, knee, pareto_front
 from search.genome import Genome
 from search.log import warm_start
-from search.run import Search
+from search.run import Search, Stage, stages
 from search.scoring import Score
 from search.sensitivity import SEGMENTS
-from search.sensitivity import stages as search_stages
 from settings import SearchSettings
 
 __all__ = [
@@ -21,9 +20,10 @@ __all__ = [
     "Score",
     "Search",
     "SearchSettings",
+    "Stage",
     "hypervolume",
     "knee",
     "pareto_front",
-    "search_stages",
+    "stages",
     "warm_start",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,43 @@ from search.log import SearchLog
 from search.scoring import OutOfTime, Score, Scorer
 from search.sensitivity import Sensitivity
 from settings import SearchSettings
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a part of a search scores, at most: so many candidates, each on so many images by so
+    many calls of the network, whose widths are these in equal parts. rounds: generations that this
+    is done in."""
+
+    name: str
+    candidates: int
+    images: int
+    calls: int
+    widths: Sequence[float]
+    rounds: int = 1
+
+    @property
+    def passes(self) -> int:
+        """One per image and call, before shared states save any."""
+        return self.candidates * self.images * self.calls
+
+
+def stages(settings: SearchSettings, genome: Genome, images: int, shared: bool) -> list[Stage]:
+    """The parts of a search, for plans. shared: whether candidates' chains share states."""
+    calls, widths = len(genome.evaluations), [w for w in genome.widths if w > 0]
+    rounds, population = settings.num_generation, settings.pop_size
+    if settings.search_method == "evolution":
+        return [Stage("evolution", rounds * population, images, calls, widths, rounds)]
+    entries = genome.genes * (len(genome.widths) - 1)
+    # A narrowed chain goes on from full width's, so half of it is run.
+    part = math.ceil(calls / 2) if shared else calls
+    fresh = settings.confirm_images or 2 * images
+    return [
+        Stage("uniform widths", len(genome.uniform()), images, calls, widths),
+        Stage("table", entries, images, part, [1.0]),
+        Stage("proposals", (rounds - 1) * population, images, calls, widths, rounds - 1),
+        Stage("fresh noise", 5 * population // 2, fresh, calls, widths),
+    ]
 
 
 @dataclass

@@ -233,29 +233,6 @@ class Sensitivity:
             self.on_generation(number, list(self.candidates.values()))
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What a part of the search scores, at most. narrowed: full width but for one gene each."""
-
-    name: str
-    candidates: int
-    images: int
-    rounds: int = 1
-    narrowed: bool = False
-
-
-def stages(settings: SearchSettings, genome: Genome, images: int) -> list[Stage]:
-    """The parts of a search, for plans."""
-    population, rounds = settings.pop_size, settings.num_generation - 1
-    narrowed = genome.genes * (len(genome.widths) - 1)
-    return [
-        Stage("uniform widths", len(genome.uniform()), images),
-        Stage("table", narrowed, images, narrowed=True),
-        Stage("proposals", rounds * population, images, rounds),
-        Stage("fresh noise", 5 * population // 2, settings.confirm_images or 2 * images),
-    ]
-
-
 def _spread(logs: Sequence[Sequence[float]], before: float) -> tuple[float | None, float]:
     """Standard errors of the means of repeated log distances: of one, and of a difference.
 
