@@ -26,6 +26,8 @@ from model.networks import sampling_networks
 from runtime import memory, processes
 from runtime.errors import UserError
 from runtime.files import writable_folder
+from runtime.identity import agree
+from runtime.settings import plain
 from sampling import conditioning
 from sampling.conditioning import Classes
 from sampling.generate import Generator
@@ -260,20 +262,14 @@ def adopt(config: Configuration, stored: Mapping[str, object], path: str | Path)
                 values[name] = option.parse(stored[name])
             except UserError as error:
                 raise UserError(f"{path}: in its settings, {error}") from error
-    differing = [
-        f"--{name}: {_shown(value)} there, {_shown(config[name])} here"
-        for name, value in values.items()
-        if name in config.given
-        and OPTIONS[name].stored in ("network", "model")
-        and value != config[name]
-    ]
-    if differing:
-        raise UserError(f"{path} is for other settings ({'; '.join(differing)})")
+    shaping = config.stored("network", "model").items()
+    agree(
+        path,
+        {f"--{name}": value for name, value in plain(values).items()},
+        {f"--{name}": value for name, value in shaping if name in config.given},
+        "leave these flags out",
+    )
     return settled(config.changed(**{n: v for n, v in values.items() if n not in config.given}))
-
-
-def _shown(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def settled(config: Configuration) -> Configuration:

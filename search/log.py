@@ -14,6 +14,7 @@ from model import WidthSchedule
 from runtime import processes as distributed
 from runtime.errors import UserError
 from runtime.files import append_jsonl, read_jsonl, write_jsonl
+from runtime.identity import agree
 from runtime.schema import Amount, Count, Name, Widths, check
 from search.genome import Genome
 
@@ -63,7 +64,17 @@ class SearchLog:
                 write_jsonl(self.path, [{"evaluation": dict(self.identity)}])
             return
         candidates = candidates_of(lines, self.path)
-        self._check(lines[0]["evaluation"])
+        stored, late = lines[0]["evaluation"], ("weights", "statistics")
+        agree(
+            self.path,
+            stored,
+            self.identity,
+            "use the same to continue the search, or another --search_dir",
+            # Where the statistics are known, their file may have another name.
+            ignore=["fid_cache"] if "statistics" in stored else [],
+            # What logs of earlier versions lack is passed over.
+            defaults={name: None for name in self.identity if name not in late},
+        )
         if distributed.is_main():
             write_jsonl(self.path, lines)  # without the unfinished line of a killed writer
         for record in candidates:
@@ -74,23 +85,6 @@ class SearchLog:
         if distributed.is_main():
             append_jsonl(self.path, record)
         self.records[record["rung"], tuple(record["schedule"])] = record
-
-    def _check(self, stored: Mapping[str, object]) -> None:
-        # Logs of earlier versions lack the weights and the statistics; where the latter are known,
-        # their file may have another name.
-        known = {**{n: self.identity.get(n) for n in ("weights", "statistics")}, **stored}
-        moved = {"fid_cache"} if "statistics" in stored else set()
-        differing = [
-            f"{name}: {known.get(name)} there, {value} here"
-            for name, value in self.identity.items()
-            if known.get(name) != value and name not in moved
-        ]
-        if differing:
-            raise UserError(
-                f"{self.path} holds candidates that were scored otherwise "
-                f"({'; '.join(differing)}); use the same settings to continue it, or another "
-                "--search_dir"
-            )
 
 
 def candidates_of(records: Sequence[object], path: str | Path) -> list[Scored]:

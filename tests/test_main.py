@@ -363,11 +363,11 @@ def test_search_of_other_weights_or_by_other_statistics(
     assert Path("run/search/search.jsonl").read_bytes() == log
     others = dict(np.load("moved.npz"))
     np.savez("moved.npz", **{**others, "mu": others["mu"] + 0.01})
-    refused("scored otherwise .statistics: ", *search, "--fid_cache=moved.npz")
+    refused("other settings .statistics: ", *search, "--fid_cache=moved.npz")
     state = torch.load("run/ckpt.pt", weights_only=True)
     state["ema_model"]["tail.2.bias"] += 1
     torch.save(state, "run/ckpt.pt")
-    refused("scored otherwise .weights: ", *search, "--fid_cache=again.npz")
+    refused("other settings .weights: ", *search, "--fid_cache=again.npz")
 
 
 def test_plan_of_a_plain_network(here: Path) -> None:
