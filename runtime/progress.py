@@ -4,6 +4,7 @@ Where stderr is not a terminal, as in the log of a batch system, a bar is a line
 This file knows nothing of what is counted.
 """
 
+import io
 import sys
 import time
 
@@ -26,23 +27,13 @@ def progress(
     return bar(total=total, desc=desc, unit=unit, initial=initial, leave=leave, **settings)
 
 
-class _Nowhere:
-    """A file that forgets what it is given."""
-
-    def write(self, text: str) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass
-
-
 class _Lines(tqdm):
     """A bar that writes lines instead of drawing over itself."""
 
     def __init__(self, **settings: object) -> None:
         self._due, self._said = time.monotonic() + SECONDS, -1
         # With miniters=1 every update looks at the clock, however the speed changes.
-        super().__init__(file=_Nowhere(), miniters=1, **settings)
+        super().__init__(file=io.StringIO(), miniters=1, **settings)
 
     def display(self, *args: object, **kwargs: object) -> bool:
         """What tqdm calls wherever it would draw."""
