@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import diffusers
 
@@ -18,15 +18,13 @@ from sampling.protocol import Sampler
 from sampling.schedulers import PREDICTION, VARIANCE, DiffusersScheduler
 
 
-@dataclass(frozen=True)
-class DiffusersChain:
+class DiffusersChain(NamedTuple):
     """scheduler: configured. set_timesteps, step: arguments of these methods, as JSON has them,
-    beside what every pipeline gives them. timesteps: of each call, as the network is told them."""
+    beside what every pipeline gives them."""
 
     scheduler: object
     set_timesteps: dict[str, object]
     step: dict[str, object]
-    timesteps: list[int]
 
 
 def in_diffusers(sampler: Sampler, steps: Sequence[int]) -> DiffusersChain:
@@ -34,6 +32,22 @@ def in_diffusers(sampler: Sampler, steps: Sequence[int]) -> DiffusersChain:
 
     Raises UserError where diffusers has no scheduler that makes the same images.
     """
+    chain = _chain(sampler, steps)
+    chain.scheduler.set_timesteps(**chain.set_timesteps)
+    last = sampler.levels.T - 1
+    theirs = [min(max(round(float(time)), 0), last) for time in chain.scheduler.timesteps]
+    ours = [call.t for call in sampler.calls(steps)]
+    if theirs != ours:
+        raise _cannot(
+            f"--sampler={sampler.settings.sampler} visits timesteps {_some(ours)} and diffusers' "
+            f"{type(chain.scheduler).__name__} {_some(theirs)}: use another --sample_steps or "
+            "--timestep_spacing"
+        )
+    return chain
+
+
+def _chain(sampler: Sampler, steps: Sequence[int]) -> DiffusersChain:
+    """The scheduler that makes such steps, whether or not it makes them at these timesteps."""
     s, levels = sampler.settings, sampler.levels
     if isinstance(levels, EDMSchedule):
         raise _cannot(
@@ -53,12 +67,10 @@ def in_diffusers(sampler: Sampler, steps: Sequence[int]) -> DiffusersChain:
         scheduler = sampler._scheduler()
         scheduler.register_to_config(**settings)  # for readers: its trained_betas are these
         number = {"num_inference_steps": s.sample_steps or levels.T}
-        return _checked(sampler, steps, scheduler, number, sampler.step_options(scheduler))
-    settings |= {
-        "num_train_timesteps": levels.T,
-        "prediction_type": PREDICTION[sampler.mean_type],
-    }
-    kept: dict[str, object] = {"timesteps": list(steps)}
+        return DiffusersChain(scheduler, number, sampler.step_options(scheduler))
+    settings |= {"num_train_timesteps": levels.T, "prediction_type": PREDICTION[sampler.mean_type]}
+    if s.sampler == "ddim":
+        return _ddim(sampler, steps, settings)
     if s.sampler == "ddpm":
         if steps[-1] != 0:
             raise _cannot("diffusers' DDPMScheduler adds no noise at timestep 0 alone, so that "
@@ -66,70 +78,52 @@ def in_diffusers(sampler: Sampler, steps: Sequence[int]) -> DiffusersChain:
         scheduler = diffusers.DDPMScheduler(
             variance_type=VARIANCE[s.var_type], clip_sample=s.clip_denoised, **settings
         )
-        return _checked(sampler, steps, scheduler, kept, {})
-    if s.sampler == "ddim":
-        gap = levels.T // len(steps)  # DDIMScheduler's, whichever timesteps it visits
-        if all(t - following == gap for t, following in itertools.pairwise(steps)):
-            spacing = "leading" if steps[-1] == 0 else "trailing"
-            scheduler = diffusers.DDIMScheduler(
-                clip_sample=s.clip_denoised, timestep_spacing=spacing, **settings
-            )
-            options = {"eta": s.eta, "use_clipped_model_output": s.clip_denoised}
-            return _checked(sampler, steps, scheduler, {"num_inference_steps": len(steps)}, options)
-        if s.eta not in (0, 1):
-            raise _cannot(
-                f"--eta={s.eta:g}: diffusers has ddim's steps of unequal length for 0 and 1 alone; "
-                f"or use a --sample_steps that divides --T={levels.T}"
-            )
-        # DDIM is the first order of DPM-Solver++ (Lu et al. 2022, section 4).
-        scheduler = diffusers.DPMSolverMultistepScheduler(
-            solver_order=1,
-            algorithm_type="sde-dpmsolver++" if s.eta else "dpmsolver++",
-            thresholding=s.clip_denoised,  # with this largest value: clips
-            sample_max_value=1.0,
-            **settings,
-        )
-        return _checked(sampler, steps, scheduler, kept, {})
-    if s.S_churn:
+    elif s.S_churn:
         raise _cannot(
             f"--S_churn={s.S_churn:g}: diffusers' schedulers add that noise after the network has "
             "answered, not before"
         )
-    if sampler.mean_type == "xstart":
+    elif sampler.mean_type == "xstart":
         raise _cannot("diffusers' Euler and Heun schedulers have no prediction of --mean_type="
                       "xstart")  # fmt: skip
-    if s.heun:
+    elif s.heun:
         scheduler = diffusers.HeunDiscreteScheduler(clip_sample=s.clip_denoised, **settings)
     elif s.clip_denoised:
         raise _cannot("--clip_denoised: diffusers' EulerDiscreteScheduler does not clip")
     else:
         scheduler = diffusers.EulerDiscreteScheduler(**settings)
-    return _checked(sampler, steps, scheduler, kept, {})
+    return DiffusersChain(scheduler, {"timesteps": list(steps)}, {})
+
+
+def _ddim(sampler: Sampler, steps: Sequence[int], settings: dict[str, object]) -> DiffusersChain:
+    """DDIMScheduler where it can make such steps, which are all of one length."""
+    s, T = sampler.settings, sampler.levels.T
+    gap = T // len(steps)  # DDIMScheduler's, whichever timesteps it visits
+    if all(t - following == gap for t, following in itertools.pairwise(steps)):
+        spacing = "leading" if steps[-1] == 0 else "trailing"
+        scheduler = diffusers.DDIMScheduler(
+            clip_sample=s.clip_denoised, timestep_spacing=spacing, **settings
+        )
+        options = {"eta": s.eta, "use_clipped_model_output": s.clip_denoised}
+        return DiffusersChain(scheduler, {"num_inference_steps": len(steps)}, options)
+    if s.eta not in (0, 1):
+        raise _cannot(
+            f"--eta={s.eta:g}: diffusers has ddim's steps of unequal length for 0 and 1 alone; "
+            f"or use a --sample_steps that divides --T={T}"
+        )
+    # DDIM is the first order of DPM-Solver++ (Lu et al. 2022, section 4).
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        solver_order=1,
+        algorithm_type="sde-dpmsolver++" if s.eta else "dpmsolver++",
+        thresholding=s.clip_denoised,  # with this largest value: clips
+        sample_max_value=1.0,
+        **settings,
+    )
+    return DiffusersChain(scheduler, {"timesteps": list(steps)}, {})
 
 
 def _cannot(reason: str) -> UserError:
     return UserError(f"--export_diffusers: {reason}")
-
-
-def _checked(
-    sampler: Sampler,
-    steps: Sequence[int],
-    scheduler: object,
-    set_timesteps: dict[str, object],
-    step: dict[str, object],
-) -> DiffusersChain:
-    """The chain, if it calls the network where the sampler does."""
-    scheduler.set_timesteps(**set_timesteps)
-    last = sampler.levels.T - 1
-    theirs = [min(max(round(float(time)), 0), last) for time in scheduler.timesteps]
-    ours = [call.t for call in sampler.calls(steps)]
-    if theirs != ours:
-        raise _cannot(
-            f"--sampler={sampler.settings.sampler} visits timesteps {_some(ours)} and diffusers' "
-            f"{type(scheduler).__name__} {_some(theirs)}: use another --sample_steps or "
-            "--timestep_spacing"
-        )
-    return DiffusersChain(scheduler, set_timesteps, step, ours)
 
 
 def _some(numbers: Sequence[int]) -> str:
