@@ -6,7 +6,6 @@ how work is shared; how images are made is the generator's matter, and flags are
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from runtime import processes
 from runtime.clock import Clock
 from runtime.files import Unfinished
 from sampling.generate import Generator, NotFiniteError
-from sampling.prefixes import StepSchedule, by_shared_states
+from sampling.prefixes import Chain, StepSchedule, by_shared_states
 
 
 @dataclass(frozen=True)
@@ -76,28 +75,6 @@ class _Partial:
             )
         )
 
-    def check(self, shares: Sequence[tuple[int, int]], keep: int, total: int, dim: int) -> None:
-        """ValueError unless this is what the first `batches` of `shares` come to."""
-        done, moments, inception = shares[: self.batches], self.moments, self.inception
-        count = sum(stop - start for start, stop in done)
-        kept = [(start, min(stop, keep) - start) for start, stop in done if start < keep]
-        pictures = torch.cat([images for _, images in self.first]) if self.first else None
-        fits = (
-            self.batches == len(done)
-            and moments.count == count
-            and (not count or len(moments.mean) == dim)
-            and (
-                not count or bool(moments.mean.isfinite().all() & moments.scatter.isfinite().all())
-            )
-            and inception.total == total
-            and inception.count == (count if self.classified else 0)
-            and [(i, len(images)) for i, images in self.first] == kept
-            and (pictures is None or (pictures.ndim == 4 and pictures.dtype == torch.uint8))
-            and all(0 <= seconds < math.inf for seconds in self.seconds)
-        )
-        if not fits or len(self.seconds) != 2:
-            raise ValueError(f"these are not the images of {self.batches} batches")
-
     def merged(self) -> _Partial:
         """All processes' together, in the order of ranks, so that all get the same."""
         moments = {name: value.cpu() for name, value in self.moments.state().items()}
@@ -151,7 +128,7 @@ class Evaluator:
         none waits for another within a chain and no batch is cut; otherwise they share the images.
         """
         g, world = self.generator, processes.world()
-        order, branches = by_shared_states([g.chain(s) for s in schedules])
+        order, branches = by_shared_states([Chain.of(s, g.sampler) for s in schedules])
         by_schedule = not g.alone and 1 < world <= len(order)
         if g.states is not None and not g.alone:
             g.states.belong_to((by_schedule, self.num_images, g.sampler, g.seed, g.stream))
@@ -193,7 +170,7 @@ class Evaluator:
         unfinished: Unfinished | None = None,
     ) -> tuple[Scores, Tensor]:
         g = self.generator
-        chain = g.chain(schedule)
+        chain = Chain.of(schedule, g.sampler)
         plan = g.plan(chain, branches, self.num_images)
         together, failure = processes.world() > 1 and not g.alone, None
         try:
@@ -213,7 +190,7 @@ class Evaluator:
         if together:
             # One process computes it: machines may round differently, and all have to agree.
             distance = processes.gather(distance)[0]
-        passes = self.num_images * g.passes_per_call
+        passes = self.num_images * (g.classes.passes if g.classes else 1)
         scores = Scores(
             label=self.encoder.label,
             encoder=self.encoder.name,
@@ -239,12 +216,10 @@ class Evaluator:
         """This process's images, made and encoded."""
         g = self.generator
         state = unfinished.read(g.device) if unfinished else None
-        partial = _Partial(score.Moments(), score.InceptionScore(self.num_images))
-        if state:  # else, or where it does not fit together, from the beginning
-            with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError, RuntimeError):
-                stored, shares = _Partial.from_state(state), g.shares(self.num_images)
-                stored.check(shares, keep, self.num_images, self.reference.dim)
-                partial = stored
+        if state:
+            partial = _Partial.from_state(state)
+        else:
+            partial = _Partial(score.Moments(), score.InceptionScore(self.num_images))
         before, clock = partial.seconds, Clock(g.device)
 
         def seconds() -> tuple[float, float]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
+import io
 import itertools
 import json
 import math
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+_SEAL = 32  # bytes of a SHA-256
 DEEPEST = 32  # lists within lists that a JSON text may have
 
 
@@ -113,8 +116,8 @@ def check_place(path: str | Path) -> None:
         check_file(path)
 
 
-def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> object:
-    """The value in a file that torch.save wrote; nothing in it is ever executed.
+def read_tensors(path: str | Path) -> object:
+    """The value in a file that torch.save wrote, on the CPU; nothing in it is ever executed.
 
     UserError where it is not a plain file, or is an archive that unpacks to much more than its size
     (torch.save does not compress); else whatever zipfile or torch raises where it cannot read it.
@@ -132,7 +135,7 @@ def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> object
                     with archive.open(entry) as file:
                         while file.read(2**20):
                             pass
-    return torch.load(path, map_location=device, weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -260,8 +263,8 @@ def write_tensors(path: str | Path, value: object) -> None:
 class Unfinished:
     """A file with the partial results of long work, which goes on from there after a kill.
 
-    identity: what they depend on; a file with another one is ignored, as is one that cannot be
-    read. every: seconds between two writes.
+    identity: what they depend on; a file with another one is ignored, as is one that is damaged:
+    it begins with a digest of the rest. every: seconds between two writes.
     """
 
     path: Path
@@ -272,12 +275,17 @@ class Unfinished:
 
     def read(self, device: str | torch.device = "cpu") -> dict | None:
         """The state that `write` was given, its tensors on `device`; None where there is none."""
+        import torch
+
         try:
-            state = read_tensors(self.path, device)
-            fits = state["identity"] == self.identity and isinstance(state["state"], dict)
-            return state["state"] if fits else None
-        except Exception:  # missing or damaged: the work starts from the beginning
+            check_file(self.path)
+            content = self.path.read_bytes()
+        except (OSError, UserError):
             return None
+        seal, rest = content[:_SEAL], content[_SEAL:]
+        if seal != self._seal(rest):
+            return None
+        return torch.load(io.BytesIO(rest), map_location=device, weights_only=True)
 
     def due(self) -> bool:
         """Whether it is time to write."""
@@ -288,14 +296,23 @@ class Unfinished:
 
         Where that fails, as on a full disk, it is said on stderr once, and the work goes on.
         """
+        import torch
+
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
         try:
-            write_tensors(self.path, {"identity": self.identity, "state": dict(state)})
-        except (UserError, RuntimeError) as error:
+            with replacing(self.path) as temporary:
+                temporary.write_bytes(self._seal(buffer.getvalue()) + buffer.getvalue())
+        except UserError as error:
             if not self._warned:
                 text = f"warning: partial results are not kept, so a kill loses them: {error}"
                 print(text, file=sys.stderr, flush=True)
             self._warned = True
         self._written = time.monotonic()
+
+    def _seal(self, content: bytes) -> bytes:
+        """What no other content has, nor the same of another identity."""
+        return hashlib.sha256(self.identity.encode() + b"\0" + content).digest()
 
     def remove(self) -> None:
         """Remove the file: the work is done."""

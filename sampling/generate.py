@@ -25,8 +25,6 @@ from sampling.noise import SAMPLING, ImageNoise
 from sampling.prefixes import Chain, SharedStates, StepSchedule
 from sampling.protocol import Sampler
 
-Ticked = Callable[[], None]
-
 
 class NotFiniteError(UserError):
     """A chain made numbers that are none, or infinite ones."""
@@ -60,16 +58,7 @@ class Generator:
     compiled: bool = False
     progress: bool = True
     alone: bool = False
-    each_step: Ticked | None = None
-
-    def chain(self, schedule: StepSchedule) -> Chain:
-        """The steps of `schedule`'s chain."""
-        return Chain.of(schedule, self.sampler)
-
-    @property
-    def passes_per_call(self) -> int:
-        """Network passes of one call of the denoiser, for an image."""
-        return self.classes.passes if self.classes else 1
+    each_step: Callable[[], None] | None = None
 
     def shares(self, count: int) -> list[tuple[int, int]]:
         """This process's batches of `count` images, as (first, one past the last)."""
@@ -104,7 +93,7 @@ class Generator:
         Raises NotFiniteError.
         """
         clock = clock or Clock(self.device)
-        chain = self.chain(schedule)
+        chain = Chain.of(schedule, self.sampler)
         steps = len(chain.steps) - plan[0]
         bar = progress(
             (made + len(shares)) * steps, "sample", "step", initial=made * steps, leave=False,

@@ -52,19 +52,9 @@ class InceptionScore:
 
     @classmethod
     def from_state(cls, state: dict[str, object]) -> "InceptionScore":
-        """The inverse of `state`; ValueError where entries do not fit together."""
+        """The inverse of `state`."""
         score = cls(state["total"], state["splits"])
-        if state.keys() != vars(score).keys() or state["splits"] != score.splits:
-            raise ValueError("these are not the entries of an Inception Score")
         vars(score).update(state)
-        counts, negentropy, sums = score._counts, score._negentropy, score._sums
-        if sums is None:
-            fits = score.count == 0
-        else:
-            fits = counts.shape == negentropy.shape == sums.shape[:1] == (score.splits,)
-            fits = fits and float(counts.sum()) == score.count <= score.total
-        if not fits:
-            raise ValueError(f"these are not the sums of {score.count} of {score.total} images")
         return score
 
     def result(self) -> tuple[float, float]:

@@ -79,7 +79,7 @@ def load_or_compute(
         memory.require(covariances, what, "choose another --fid_encoder")
     if not processes.gather(path.exists())[0]:
         data = images()
-        _compute(path, encoder, dim, about, data, description)
+        _compute(path, encoder, about, data, description)
     mu, sigma, stored = _read(path, dim, encoder.name)
     doubt = ""
     if data is None and stored.keys() & {"content", "count"}:
@@ -100,7 +100,6 @@ def load_or_compute(
 def _compute(
     path: Path,
     encoder: Encoder,
-    dim: int,
     about: dict[str, str | int],
     images: Images,
     description: str,
@@ -121,7 +120,7 @@ def _compute(
     unfinished = files.Unfinished(
         path.with_name(f".{path.name}.unfinished-{rank}.pt"), json.dumps(identity)
     )
-    moments = _moments_of(images, share, encoder, dim, description, unfinished)
+    moments = _moments_of(images, share, encoder, description, unfinished)
     if processes.is_main():
         save_statistics(
             path, moments.mean, moments.covariance, encoder=encoder.name, count=moments.count,
@@ -137,27 +136,15 @@ def _moments_of(
     images: Images,
     share: slice,
     encoder: Encoder,
-    dim: int,
     description: str,
     unfinished: files.Unfinished,
 ) -> Moments:
-    """Of the features (dim) of all images, of which this process encodes its share."""
+    """Of the features of all images, of which this process encodes its share."""
     moments, size = Moments(), share.stop - share.start
     if state := unfinished.read(encoder.device):
-        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
-            stored = Moments.from_state(state)
-            finite = bool(stored.mean.isfinite().all() and stored.scatter.isfinite().all())
-            if 0 < stored.count <= size and len(stored.mean) == dim and finite:
-                moments = stored
-    start = share.start + moments.count
-    moments = statistics_of(
-        images.batches(start, share.stop),
-        encoder,
-        size,
-        description,
-        moments,
-        unfinished,
-    )
+        moments = Moments.from_state(state)
+    rest = images.batches(share.start + moments.count, share.stop)
+    moments = statistics_of(rest, encoder, size, description, moments, unfinished)
     everyone = processes.gather({key: value.cpu() for key, value in moments.state().items()})
     moments = Moments()
     for state in everyone:
