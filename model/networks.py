@@ -111,7 +111,7 @@ def latency(
     image_shape: tuple[int, int, int],
     batch_size: int,
     device: torch.device,
-    seconds: float = 1.0,
+    seconds: float = 0.5,
 ) -> float:
     """Seconds an image of one call network(x, t): the median of calls over about `seconds`."""
     draw = torch.Generator(device).manual_seed(0)  # the run's own random numbers are left alone
