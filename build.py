@@ -486,7 +486,8 @@ def model_to_train(
 
 
 def load_model(config: Configuration, logdir: str | None = None, ch: int | None = None) -> Model:
-    """The EMA network of LOGDIR/CKPT_NAME.pt; before training, the model of --init_diffusers.
+    """The EMA network of LOGDIR/CKPT_NAME.pt; before training, the model of --init_diffusers. Where
+    it is from is logged.
 
     logdir, ch: where they are not those of `config`, as for the small network of an ensemble.
     """
@@ -497,6 +498,7 @@ def load_model(config: Configuration, logdir: str | None = None, ch: int | None 
         model = _as_it_came(config, device)
     else:
         model = _restored(config, device, checkpoint.load(path), path, ch)
+        log.info(model.about)
     model.net.to(device).eval()
     return model
 
@@ -568,6 +570,7 @@ def load_model_or_untrained(config: Configuration) -> Model:
     channels = vae.channels if vae else dataset.channels(config.data.dataset, config.data)
     net = own_network(config, device, channels).to(device).eval()
     about = f"there is no {path}; this is the network that the flags describe, untrained"
+    log.info(about)
     return Model(net, config, device, 0, about)
 
 

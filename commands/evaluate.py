@@ -39,7 +39,7 @@ def evaluate_width(config: Configuration) -> None:
     """Score the supernet at --assigned_width, or a plain network."""
     width = config.evaluation.assigned_width
     if config.run.dry_run:
-        model = plan.planned_model(config)
+        model = build.load_model_or_untrained(config)
         plan.plan_scoring(model, WidthSchedule([width] * model.levels.T))
         return
     model = build.load_model(config)
@@ -56,15 +56,11 @@ def uniform_schedule(model: Model, width: float) -> WidthSchedule:
     return WidthSchedule([width] * model.levels.T)
 
 
-def schedule_path(config: Configuration) -> Path:
-    return Path(config.evaluation.schedule or Path(config.run.logdir) / "search.txt")
-
-
 def evaluate_schedule(config: Configuration) -> None:
     """Score the width schedule of LOGDIR/search.txt, or of --schedule."""
-    path = schedule_path(config)
+    path = searched.schedule_path(config)
     if config.run.dry_run:
-        model = searched.as_searched(plan.planned_model(config), path)
+        model = searched.as_searched(build.load_model_or_untrained(config), path)
         plan.plan_scoring(model, model.schedule(path))
         return
     model = searched.as_searched(build.load_model(config), path)

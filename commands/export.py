@@ -7,7 +7,6 @@ from pathlib import Path
 import build
 from build import Model
 from commands import searched
-from commands.evaluate import schedule_path
 from model import WidthSchedule, entries_for_calls
 from runtime.processes import say
 from sampling.prefixes import Chain
@@ -16,7 +15,7 @@ from settings import Configuration
 
 def export(config: Configuration) -> None:
     """Write the folder that --export_diffusers names."""
-    path = schedule_path(config)
+    path = searched.schedule_path(config)
     model = searched.as_searched(build.load_model(config), path)
     write(model, model.schedule(path), config.evaluation.export_diffusers)
 

@@ -29,7 +29,7 @@ SHOWN = 64  # images in the grid, at most
 def generate(config: Configuration) -> None:
     """Write --num_images images to --out; those that are there already are kept."""
     if config.run.dry_run:
-        model = settled(plan.planned_model(config))
+        model = settled(build.load_model_or_untrained(config))
         plan.plan_scoring(model, chosen_schedule(model), encode=False)
         return
     out = Path(config.evaluation.out or Path(config.run.logdir) / "generated")

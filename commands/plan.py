@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 
 import build
 import score
 from build import Model
+from commands import searched
 from looks import table
 from model import WidthSchedule, average, entries_for_calls, latency
 from runtime.errors import UserError
@@ -26,13 +26,6 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.1f} s"
-
-
-def planned_model(config: Configuration) -> Model:
-    """The network that a plan is for."""
-    model = build.load_model_or_untrained(config)
-    say(model.about)
-    return model
 
 
 def measured_batch(model: Model) -> int:
@@ -84,7 +77,7 @@ def _reached(parts: Sequence[Stage], seconds: Sequence[float], left: float) -> s
 def _say_costs(model: Model, parts: Sequence[Stage], note: str, encode: bool = True) -> list[float]:
     """Say what each of `parts` costs, and all; seconds of each."""
     used, passes = sorted({w for s in parts for w in s.widths} - {0.0}), model.passes_per_call
-    flops, times = model.flops(used), {0.0: 0.0} | _seconds(model, used, 0.5)
+    flops, times = model.flops(used), {0.0: 0.0} | _seconds(model, used)
     encoding = _encoder_seconds(model) if encode else 0.0
     if isinstance(encoding, UserError):
         note += f"; without the encoder's time: {encoding}"
@@ -109,11 +102,11 @@ def _say_costs(model: Model, parts: Sequence[Stage], note: str, encode: bool = T
     return seconds
 
 
-def _seconds(model: Model, widths: Sequence[float], spend: float = 1.0) -> dict[float, float]:
-    """Seconds per image of a call at each width, from about `spend` seconds of each."""
+def _seconds(model: Model, widths: Sequence[float]) -> dict[float, float]:
+    """Seconds per image of a call at each width."""
     batch, passes = measured_batch(model), model.passes_per_call
     return {
-        width: passes * latency(network, model.image_shape, batch, model.device, spend)
+        width: passes * latency(network, model.image_shape, batch, model.device)
         for width, network in build.candidates(model, widths).items()
     }
 
@@ -172,7 +165,7 @@ def training_plan(trainer: Trainer, model: Model) -> str:
 
 def profile(config: Configuration) -> None:
     """Print parameters, GFLOPs and measured latency of every width, and of a schedule."""
-    model = planned_model(config)
+    model = build.load_model_or_untrained(config)
     config, widths = model.config, model.config.widths.all[::-1]
     flops, times = model.flops(widths), {0.0: 0.0} | _seconds(model, widths)
     rows = [
@@ -198,7 +191,7 @@ def profile(config: Configuration) -> None:
             f"{vae.decoder_flops(config.data.img_size) / 1e9:.4f} GFLOPs, "
             f"{1000 * decoder_seconds(model):.3f} ms"
         )
-    path = Path(config.evaluation.schedule or Path(config.run.logdir) / "search.txt")
+    path = searched.schedule_path(config)
     if config.evaluation.schedule or path.exists():
         schedule = model.schedule(path)
         entries = entries_for_calls(schedule, model.sampler.calls())

@@ -42,7 +42,7 @@ def search(config: Configuration) -> None:
             "--search_objective=pareto"
         )
     if config.run.dry_run:
-        model = plan.planned_model(config)
+        model = build.load_model_or_untrained(config)
         plan.plan_search(model, search_space(model))
         return
     host = config.search.state_device == "host"

@@ -19,11 +19,16 @@ from runtime.errors import UserError
 from runtime.files import read_text, write_text
 from runtime.schema import digest
 from runtime.settings import options_of
-from settings import OPTIONS, SamplingSettings
+from settings import OPTIONS, Configuration, SamplingSettings
 
 log = logging.getLogger("ddsm")
 # What a schedule is best used with; the classes are a question of what is wanted.
 TAKEN = (options_of(SamplingSettings).keys() | {"allow_skip"}) - {"classes"}
+
+
+def schedule_path(config: Configuration) -> Path:
+    """The file of the schedule to use."""
+    return Path(config.evaluation.schedule or Path(config.run.logdir) / "search.txt")
 
 
 def write(folder: Path, model: Model, search_txt: Path) -> None:
