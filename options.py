@@ -126,7 +126,7 @@ def _by_flag(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         if not match:
             yield "", [word]
             continue
-        name, boolean = match[1], False
+        name = match[1]
         if name not in FLAGS and name.startswith("no") and name[2:] in FLAGS:
             name = name[2:]
         boolean = name in FLAGS and FLAGS[name].boolean
@@ -143,18 +143,20 @@ def _overruled(
     command: Iterable[tuple[str, list[str]]], files: Iterable[tuple[str, list[str]]]
 ) -> list[str]:
     """One line on what the command line says otherwise than the flagfiles."""
-    said: dict[str, list[str]] = {}
-    for name, words in files:
-        said.setdefault(name, []).append(_value(name, words))
-    ours: dict[str, list[str]] = {}
-    for name, words in command:
-        ours.setdefault(name, []).append(_value(name, words))
+    said, ours = _values(files), _values(command)
     changed = [
         f"--{name}={', '.join(values)} (there {', '.join(said[name])})"
         for name, values in ours.items()
         if name in OPTIONS and name in said and said[name] != values and name != "pick"
     ]
     return [f"over the flagfile: {'; '.join(changed)}"] if changed else []
+
+
+def _values(by_flag: Iterable[tuple[str, list[str]]]) -> dict[str, list[str]]:
+    values: dict[str, list[str]] = {}
+    for name, words in by_flag:
+        values.setdefault(name, []).append(_value(name, words))
+    return values
 
 
 def _retired() -> list[str]:
