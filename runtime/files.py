@@ -100,11 +100,7 @@ def check_file(path: str | Path) -> None:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot use {path}: {reason}") from error
     if not stat.S_ISREG(mode):
-        kinds = {
-            stat.S_ISDIR: "directory",
-            stat.S_ISFIFO: "FIFO",
-            stat.S_ISSOCK: "socket",
-        }
+        kinds = {stat.S_ISDIR: "directory", stat.S_ISFIFO: "FIFO", stat.S_ISSOCK: "socket"}
         kind = next((name for is_kind, name in kinds.items() if is_kind(mode)), "device")
         raise UserError(f"cannot use {path}: it is a {kind}, not a file")
 

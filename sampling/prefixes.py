@@ -57,14 +57,13 @@ class Chain:
 
     def shared(self, other: Chain) -> int:
         """The last position where both chains have the same state."""
-        position = 0
-        for here, there in zip(self.order(), other.order(), strict=False):
-            if here[0] != there[0]:
+        pairs = zip(self.order(), other.order(), strict=False)
+        for position, ((step, networks), (other_step, other_networks)) in enumerate(pairs):
+            if step != other_step:
                 return max(0, position - 1)
-            if here[1] != there[1]:
+            if networks != other_networks:
                 return position
-            position += 1
-        return max(0, position - 1)
+        return max(0, min(len(self.steps), len(other.steps)) - 1)
 
 
 @dataclass
