@@ -132,7 +132,7 @@ class SearchProgress:
     """The front after each generation, written to TensorBoard at once.
 
     The hypervolume's reference point is 1.1 times the largest distance and cost of the first
-    generation, so it is the same for a search that was killed and started again.
+    generation that has any, so it is the same for a search that was killed and started again.
     """
 
     folder: Path
@@ -141,7 +141,7 @@ class SearchProgress:
 
     def note(self, generation: int, candidates: Sequence[Candidate]) -> None:
         """Record generation number `generation`; candidates: all so far."""
-        if generation == 1:
+        if not self.generations:
             worst = (max(c.distance for c in candidates), max(c.cost for c in candidates))
             self._reference = (1.1 * worst[0], 1.1 * worst[1])
         front = pareto_front(candidates)

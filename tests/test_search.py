@@ -18,6 +18,7 @@ from pymoo.core.population import Population
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import looks
+import report
 from evaluate import Evaluator
 from model import WidthSchedule
 from runtime import files
@@ -562,6 +563,13 @@ def test_the_page_in_a_browser(tmp_path: Path, width: int) -> None:
     colours = dict((c, n) for n, c in Image.open(picture).convert("RGB").getcolors(2**24))
     assert colours[0xD9, 0x48, 0x0F] > 50  # the chosen point
     assert colours[0x16, 0x68, 0xB5] > 10000  # the images
+
+
+def test_hypervolumes_begin_with_the_first_distance(tmp_path: Path) -> None:
+    """The first generation may have none, as where every network overflows."""
+    progress = report.SearchProgress(tmp_path)
+    progress.note(2, [Candidate(WidthSchedule([1.0]), 2.0, 3.0, 2, {})])
+    assert progress.generations[0]["hypervolume"] == pytest.approx((0.1 / 1.1) ** 2)
 
 
 def test_settings_travel_with_the_schedule(run_folder: Path) -> None:
