@@ -26,8 +26,7 @@ from model.networks import sampling_networks
 from runtime import memory, processes
 from runtime.errors import UserError
 from runtime.files import writable_folder
-from runtime.identity import agree
-from runtime.settings import plain
+from runtime.identity import agree, plain
 from sampling import conditioning
 from sampling.conditioning import Classes
 from sampling.generate import Generator

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from runtime import memory
 from runtime.errors import UserError
-from runtime.settings import Option, Settings, option, options_of, plain
+from runtime.identity import plain
+from runtime.settings import Option, Settings, option, options_of
 
 MEAN_TYPES = ("epsilon", "xprev", "xstart", "v")
 VAR_TYPES = ("fixedlarge", "fixedsmall")

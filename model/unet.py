@@ -27,7 +27,7 @@ from model.slimmable import (
 )
 from runtime import memory
 from runtime.errors import UserError
-from runtime.settings import plain
+from runtime.identity import plain
 from settings import DiffusionSettings, NetworkSettings
 
 Norm = Callable[[Channels], SlimmableGroupNorm]

@@ -6,8 +6,11 @@ latency tables, generated images. This file knows neither their formats nor what
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from runtime.errors import UserError
+
+T = TypeVar("T")
 
 
 def agree(
@@ -28,15 +31,16 @@ def agree(
     differing = [
         f"{name}: {stored[name]} there, {value} here"
         for name, value in wanted.items()
-        if name in stored and name not in ignore and _plain(stored[name]) != _plain(value)
+        if name in stored and name not in ignore and plain(stored[name]) != plain(value)
     ]
     if differing:
         raise UserError(f"{path} is for other settings ({'; '.join(differing)}); {remedy}")
 
 
-def _plain(value: object) -> object:
+def plain(value: T) -> T:
+    """`value` as JSON has it: lists for tuples, text for keys."""
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     return value

@@ -10,7 +10,7 @@ import functools
 import math
 import os
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
 
 from runtime.errors import UserError
@@ -117,8 +117,3 @@ class Settings:
 
     def check(self) -> None:
         """Raise UserError where values do not fit each other."""
-
-
-def plain(values: Mapping[str, object]) -> dict[str, object]:
-    """Values as JSON has them: lists for tuples."""
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
