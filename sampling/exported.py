@@ -66,7 +66,7 @@ def _chain(sampler: Sampler, steps: Sequence[int]) -> DiffusersChain:
     if isinstance(sampler, DiffusersScheduler):
         scheduler = sampler._scheduler()
         scheduler.register_to_config(**settings)  # for readers: its trained_betas are these
-        number = {"num_inference_steps": s.sample_steps or levels.T}
+        number = {"num_inference_steps": sampler.steps}
         return DiffusersChain(scheduler, number, sampler.step_options(scheduler))
     settings |= {"num_train_timesteps": levels.T, "prediction_type": PREDICTION[sampler.mean_type]}
     if s.sampler == "ddim":

@@ -46,6 +46,11 @@ class Sampler(ABC):
         """Raise UserError where a setting is not for this sampler."""
 
     @property
+    def steps(self) -> int:
+        """How many steps were asked for."""
+        return self.settings.sample_steps or self.levels.T
+
+    @property
     def clips(self) -> bool:
         """Whether it can clip the predicted x_0 within each step."""
         return self.limit == 1

@@ -91,8 +91,7 @@ class Ancestral(_OwnLoop):
     skips = True
 
     def entries(self) -> list[int]:
-        s = self.settings
-        return self.levels.timesteps(s.sample_steps or self.levels.T, s.timestep_spacing)
+        return self.levels.timesteps(self.steps, self.settings.timestep_spacing)
 
     def calls(self, timesteps: Sequence[int] | None = None) -> list[Call]:
         return [Call(t, t) for t in self._falling(timesteps)]
@@ -126,9 +125,7 @@ class EDM(_OwnLoop):
     heeds = ("rho", "heun", *CHURN)
 
     def entries(self) -> list[int]:
-        return self.levels.edm_timesteps(
-            self.settings.sample_steps or self.levels.T, self.settings.rho
-        )
+        return self.levels.edm_timesteps(self.steps, self.settings.rho)
 
     def calls(self, timesteps: Sequence[int] | None = None) -> list[Call]:
         s, falling = self.settings, self._falling(timesteps)

@@ -168,10 +168,6 @@ class DiffusersScheduler(Sampler):
             raise ValueError(f"{self.settings.sampler} runs from its start to its end")
         return self._run(self._scheduler(), told_the_step(denoise), x, noise, observe)
 
-    @property
-    def _steps(self) -> int:
-        return self.settings.sample_steps or self.levels.T
-
     def _scheduler(self) -> object:
         """The scheduler, its timesteps set; UserError where it refuses a setting."""
         settings = {
@@ -190,30 +186,30 @@ class DiffusersScheduler(Sampler):
             usual, T = taken["original_inference_steps"].default, self.levels.T
             # Of N, multiples of ⌊T / N⌋ are taken, which may end far from T.
             settings.setdefault(
-                "original_inference_steps", usual if self._steps <= usual and T % usual == 0 else T
+                "original_inference_steps", usual if self.steps <= usual and T % usual == 0 else T
             )
-        if self._steps == self.levels.T:  # of every timestep; linspace would have one of them twice
+        if self.steps == self.levels.T:  # of every timestep; linspace would have one of them twice
             settings.setdefault("timestep_spacing", "trailing")
         settings = {key: value for key, value in settings.items() if key in taken}
-        if self._steps > self.levels.T:
-            raise UserError(f"--sample_steps={self._steps}: must be in 1 to T={self.levels.T}")
-        if self._class is diffusers.PNDMScheduler and self._steps < 4:
-            raise UserError(f"--sample_steps={self._steps}: PNDMScheduler makes at least 4 steps")
+        if self.steps > self.levels.T:
+            raise UserError(f"--sample_steps={self.steps}: must be in 1 to T={self.levels.T}")
+        if self._class is diffusers.PNDMScheduler and self.steps < 4:
+            raise UserError(f"--sample_steps={self.steps}: PNDMScheduler makes at least 4 steps")
         with self._one_line():
             scheduler = self._class(**settings)
-            scheduler.set_timesteps(self._steps)  # on the CPU: looking a step up waits for nothing
+            scheduler.set_timesteps(self.steps)  # on the CPU: looking a step up waits for nothing
         first, *others = scheduler.timesteps.tolist()
         # PNDM's first step and those of order 2 visit a timestep again by design.
         twice = scheduler.order == 1 and self._class is not diffusers.PNDMScheduler
         if not math.isfinite(math.fsum(others)) or (twice and others[:1] == [first]):
             raise UserError(
-                f"--sampler={self.settings.sampler} cannot place {self._steps} steps so at the "
+                f"--sampler={self.settings.sampler} cannot place {self.steps} steps so at the "
                 f"noise levels of the network: its first one is at timesteps {first:g} and "
                 f"{others[0]:g}; take another number of steps, or another spacing or σ"
             )
         if not all(0 <= t < self.levels.T for t in (first, *others)):
             raise UserError(
-                f"--scheduler_options={self.settings.scheduler_options}: {self._steps} steps then "
+                f"--scheduler_options={self.settings.scheduler_options}: {self.steps} steps then "
                 f"leave the timesteps 0 to {self.levels.T - 1}; see timestep_spacing, steps_offset"
             )
         return scheduler
@@ -230,7 +226,7 @@ class DiffusersScheduler(Sampler):
             text = one_line(error)
             options = f" and {o}" if (o := self.settings.scheduler_options) else ""
             raise UserError(
-                f"--sampler={self.settings.sampler} cannot run {self._steps} steps with these "
+                f"--sampler={self.settings.sampler} cannot run {self.steps} steps with these "
                 f"settings{options}: {text}"
             ) from error
 
@@ -258,7 +254,7 @@ class DiffusersScheduler(Sampler):
             deviation = float(x_0.std())
         if not deviation < 3 * DEVIATION:
             raise UserError(
-                f"--sampler={self.settings.sampler} goes astray with {self._steps} steps and these "
+                f"--sampler={self.settings.sampler} goes astray with {self.steps} steps and these "
                 f"options: of a network that is always right it makes pixels that deviate by "
                 f"{deviation:.3g} instead of {DEVIATION}; take another number of steps or sampler"
             )
