@@ -172,8 +172,20 @@ class NoiseSchedule(_Levels):
         return math.sqrt(self.abar(t))
 
     def denoised(self, output: Tensor, x: Tensor, t: int, mean_type: str, clip: bool) -> Tensor:
-        """x̂_0 from the network's output at its input x."""
-        return predict_x_0(output, x, t, self, mean_type, clip)
+        """x̂_0 from the network's output at its input x, clipped to [−1, 1] where `clip` says so."""
+        abar = self.abar(t)
+        if mean_type == "epsilon":
+            x_0 = x / math.sqrt(abar) - output * math.sqrt(1 / abar - 1)
+        elif mean_type == "xstart":
+            x_0 = output
+        elif mean_type == "xprev":
+            step = _Step(abar, self.abar(t - 1))
+            x_0 = (output - step.c_t * x) / step.c_0
+        elif mean_type == "v":
+            x_0 = math.sqrt(abar) * x - math.sqrt(1 - abar) * output
+        else:
+            raise UserError(f"--mean_type={mean_type}: one of {', '.join(MEAN_TYPES)}")
+        return x_0.clamp(-1, 1) if clip else x_0
 
 
 @dataclass(frozen=True)
@@ -284,25 +296,6 @@ class _Step:
         return self.beta * (1 - self.abar_s) / (1 - self.abar_t)
 
 
-def predict_x_0(
-    output: Tensor, x_t: Tensor, t: int, schedule: NoiseSchedule, mean_type: str, clip: bool
-) -> Tensor:
-    """x̂_0 from what the network put out at x_t, clipped to [−1, 1] where `clip` says so."""
-    abar = schedule.abar(t)
-    if mean_type == "epsilon":
-        x_0 = x_t / math.sqrt(abar) - output * math.sqrt(1 / abar - 1)
-    elif mean_type == "xstart":
-        x_0 = output
-    elif mean_type == "xprev":
-        step = _Step(abar, schedule.abar(t - 1))
-        x_0 = (output - step.c_t * x_t) / step.c_0
-    elif mean_type == "v":
-        x_0 = math.sqrt(abar) * x_t - math.sqrt(1 - abar) * output
-    else:
-        raise UserError(f"--mean_type={mean_type}: one of {', '.join(MEAN_TYPES)}")
-    return x_0.clamp(-1, 1) if clip else x_0
-
-
 def _kept(steps: int | Sequence[int] | None, spacing: str, schedule: NoiseLevels) -> list[int]:
     """The timesteps to visit, falling.
 
@@ -345,7 +338,7 @@ def sample_ddpm(
         if observe:
             observe(t, x)
         step = _Step(schedule.abar(t), schedule.abar(s))
-        x_0 = predict_x_0(denoise(x, t), x, t, schedule, mean_type, clip_denoised)
+        x_0 = schedule.denoised(denoise(x, t), x, t, mean_type, clip_denoised)
         x = step.c_0 * x_0 + step.c_t * x
         if s >= 0:
             variance = step.beta if var_type == "fixedlarge" else step.posterior
@@ -382,7 +375,7 @@ def sample_ddim(
             observe(t, x)
         step = _Step(schedule.abar(t), schedule.abar(s))
         output = denoise(x, t)
-        x_0 = predict_x_0(output, x, t, schedule, mean_type, clip_denoised)
+        x_0 = schedule.denoised(output, x, t, mean_type, clip_denoised)
         if mean_type == "epsilon" and not clip_denoised:
             epsilon = output
         else:
