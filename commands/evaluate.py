@@ -38,11 +38,7 @@ from settings import Configuration
 def evaluate_width(config: Configuration) -> None:
     """Score the supernet at --assigned_width, or a plain network."""
     width = config.evaluation.assigned_width
-    if config.run.dry_run:
-        model = build.load_model_or_untrained(config)
-        plan.plan_scoring(model, WidthSchedule([width] * model.levels.T))
-        return
-    model = build.load_model(config)
+    model = plan.load_model(config)
     schedule = uniform_schedule(model, width)
     name = "eval" if width == 1 else f"eval_width_{width:g}"
     _score(name, model, schedule, {"width": width, "step": model.step})
@@ -59,11 +55,7 @@ def uniform_schedule(model: Model, width: float) -> WidthSchedule:
 def evaluate_schedule(config: Configuration) -> None:
     """Score the width schedule of LOGDIR/search.txt, or of --schedule."""
     path = searched.schedule_path(config)
-    if config.run.dry_run:
-        model = searched.as_searched(build.load_model_or_untrained(config), path)
-        plan.plan_scoring(model, model.schedule(path))
-        return
-    model = searched.as_searched(build.load_model(config), path)
+    model = searched.as_searched(plan.load_model(config), path)
     schedule = model.schedule(path)
     about = {"step": model.step, "schedule": list(schedule.widths)}
     _score("eval_stepaware", model, schedule, about, path)
@@ -73,6 +65,9 @@ def _score(
     name: str, model: Model, schedule: WidthSchedule, about: Mapping, path: Path | None = None
 ) -> None:
     """Score a schedule of the supernet's widths. path: its file."""
+    if model.config.run.dry_run:
+        plan.plan_scoring(model, schedule)
+        return
     used = sorted(set(schedule.widths) - {0.0})
     costs = model.flops(sorted({1.0, *used}))
     networks = build.candidates(model, used, build.kept_arithmetic(model.config))
@@ -232,10 +227,13 @@ def evaluation(
 def score_identity(model: Model, evaluator: Evaluator, schedule: StepSchedule) -> str:
     """What the features of a schedule's images depend on, and how processes share them."""
     generator = evaluator.generator
-    networks = generator.networks.items()
+    networks = {
+        str(key): (network.arithmetic, checkpoint.fingerprint(network))
+        for key, network in generator.networks.items()
+    }
     about = {
         **model.config.stored("network", "model"),
-        "networks": {str(key): checkpoint.fingerprint(network) for key, network in networks},
+        "networks": networks,
         "schedule": [str(schedule[t]) for t in range(model.levels.T)],
         "entries": getattr(schedule, "timesteps", None),
         "sampler": generator.sampler.as_json(),

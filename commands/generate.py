@@ -29,29 +29,23 @@ SHOWN = 64  # images in the grid, at most
 def generate(config: Configuration) -> None:
     """Write --num_images images to --out; those that are there already are kept."""
     if config.run.dry_run:
-        model = settled(build.load_model_or_untrained(config))
-        plan.plan_scoring(model, chosen_schedule(model), encode=False)
+        plan.plan_scoring(*chosen(config), encode=False)
         return
     out = Path(config.evaluation.out or Path(config.run.logdir) / "generated")
     with alone_in(out, wait=False) if processes.is_main() else contextlib.nullcontext():
-        model = settled(build.load_model(config))
-        run(model, chosen_schedule(model), writable_folder(out))
+        run(*chosen(config), writable_folder(out))
 
 
-def settled(model: Model) -> Model:
-    """With the sampler that --schedule was searched with."""
-    path = model.config.evaluation.schedule
-    return searched.as_searched(model, Path(path)) if path else model
-
-
-def chosen_schedule(model: Model) -> WidthSchedule:
-    """That of --schedule, or --assigned_width at every step."""
-    config = model.config
-    if config.evaluation.schedule:
-        if "assigned_width" in config.given and config.evaluation.assigned_width != 1:
-            raise UserError("--schedule and --assigned_width: give one of them")
-        return model.schedule(config.evaluation.schedule)
-    return uniform_schedule(model, config.evaluation.assigned_width)
+def chosen(config: Configuration) -> tuple[Model, WidthSchedule]:
+    """The network and --schedule, with the sampler that it was searched with; or --assigned_width
+    at every step."""
+    model, e = plan.load_model(config), config.evaluation
+    if not e.schedule:
+        return model, uniform_schedule(model, e.assigned_width)
+    if "assigned_width" in config.given and e.assigned_width != 1:
+        raise UserError("--schedule and --assigned_width: give one of them")
+    model = searched.as_searched(model, Path(e.schedule))
+    return model, model.schedule(e.schedule)
 
 
 def run(model: Model, schedule: WidthSchedule, out: Path) -> None:

@@ -28,6 +28,11 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
+def load_model(config: Configuration) -> Model:
+    """The trained network; for a plan, which weights do not matter to, an untrained one will do."""
+    return (build.load_model_or_untrained if config.run.dry_run else build.load_model)(config)
+
+
 def measured_batch(model: Model) -> int:
     """Images to measure with: a large batch on a CPU takes long and tells nothing more."""
     size = model.config.run.batch_size
@@ -165,7 +170,8 @@ def training_plan(trainer: Trainer, model: Model) -> str:
 
 def profile(config: Configuration) -> None:
     """Print parameters, GFLOPs and measured latency of every width, and of a schedule."""
-    model = build.load_model_or_untrained(config)
+    path = searched.schedule_path(config)
+    model = searched.as_searched(build.load_model_or_untrained(config), path)
     config, widths = model.config, model.config.widths.all[::-1]
     flops, times = model.flops(widths), {0.0: 0.0} | _seconds(model, widths)
     rows = [
@@ -191,7 +197,6 @@ def profile(config: Configuration) -> None:
             f"{vae.decoder_flops(config.data.img_size) / 1e9:.4f} GFLOPs, "
             f"{1000 * decoder_seconds(model):.3f} ms"
         )
-    path = searched.schedule_path(config)
     if config.evaluation.schedule or path.exists():
         schedule = model.schedule(path)
         entries = entries_for_calls(schedule, model.sampler.calls())

@@ -593,6 +593,9 @@ def test_settings_travel_with_the_schedule(run_folder: Path) -> None:
     score, said = scored("--eta=0.25")
     assert (score["sampler"]["sample_steps"], score["sampler"]["eta"]) == (5, 0.25)
     assert "otherwise than run/search.txt was searched: --eta=0.25 (there 0.5)" in said
+    profile = run_main(*common, "--profile").out  # of the steps that the search had
+    assert "as run/search.txt was searched: " in profile
+    assert f"averages {score['average_gflops']:.4f} GFLOPs" in profile
     score, said = scored("--sampler=ddpm")  # for which the search's settings are not
     assert [score["sampler"][n] for n in ("sampler", "sample_steps", "eta")] == ["ddpm", 0, 0]
     assert "--sampler=ddpm (there ddim)" in said
