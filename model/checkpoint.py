@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 
-from runtime.errors import UserError, one_line
+from runtime.errors import UserError
 from runtime.files import read_tensors, replacing, write_tensors
 from runtime.schema import Amount, Count, Name, check
 
@@ -53,30 +52,12 @@ def load(path: str | Path) -> dict:
     """Read a checkpoint onto the CPU. UserError where the file does not exist or is not one."""
     path = Path(path)
     try:
-        state = read_tensors(path)
+        state = read_tensors(path, "take another checkpoint with --logdir and --ckpt_name")
     except FileNotFoundError as error:
         beside = sorted(p.stem for p in path.parent.glob("[!.]*.pt"))
         others = f"; there are {', '.join(beside)}" if beside else ""
         raise UserError(
             f"no checkpoint at {path}{others}; see --logdir and --ckpt_name, or run --train first"
-        ) from error
-    except UserError:
-        raise
-    except PermissionError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except pickle.UnpicklingError as error:
-        with path.open("rb") as file:
-            start = file.read(1)
-        if start not in (b"P", b"\x80"):  # neither a zip archive nor a pickle
-            raise UserError(f"{path} is not a checkpoint; see --logdir and --ckpt_name") from error
-        raise UserError(
-            f"{path} holds more than tensors and plain values, which could carry code, so it was "
-            "not loaded; save it again as a dict of state dicts"
-        ) from error
-    except Exception as error:  # whatever torch's reader makes of damaged bytes
-        raise UserError(
-            f"{path} is truncated or not a checkpoint ({one_line(error)}); "
-            "take an earlier one with --ckpt_name"
         ) from error
     if not isinstance(state, dict) or not {"net_model", "ema_model"} <= state.keys():
         names = ", ".join(map(str, list(state)[:5])) if isinstance(state, dict) else type(state)

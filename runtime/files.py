@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import stat
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from runtime import memory
-from runtime.errors import UserError
+from runtime.errors import UserError, one_line
 from runtime.schema import check
 
 if TYPE_CHECKING:
@@ -112,26 +113,46 @@ def check_place(path: str | Path) -> None:
         check_file(path)
 
 
-def read_tensors(path: str | Path) -> object:
+def read_tensors(path: str | Path, remedy: str = "take another file") -> object:
     """The value in a file that torch.save wrote, on the CPU; nothing in it is ever executed.
 
-    UserError where it is not a plain file, or is an archive that unpacks to much more than its size
-    (torch.save does not compress); else whatever zipfile or torch raises where it cannot read it.
+    FileNotFoundError where there is nothing. UserError, with a remedy, where it cannot be read, or
+    is an archive that unpacks to much more than its size (torch.save does not compress).
     """
     import torch
 
     check_file(path)
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            unpacked, size = sum(x.file_size for x in archive.infolist()), os.path.getsize(path)
-            if unpacked > 8 * size + 2**20:
-                raise UserError(f"{path} has {size:,} bytes, but unpacks to {unpacked:,} bytes")
-            for entry in archive.infolist():  # torch checks no checksum, and loads wrong numbers
-                if entry.CRC:  # 0: torch was told to leave it out
-                    with archive.open(entry) as file:
-                        while file.read(2**20):
-                            pass
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if zipfile.is_zipfile(path):
+            _check_archive(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # whatever torch's reader makes of foreign or damaged bytes
+        with open(path, "rb") as file:
+            is_ours = file.read(1) in (b"P", b"\x80")  # a zip archive or a pickle
+        if is_ours and isinstance(error, pickle.UnpicklingError):
+            raise UserError(
+                f"{path} holds more than tensors and plain values, which could carry code, so it "
+                f"was not loaded; save it again as a dict of state dicts, or {remedy}"
+            ) from error
+        raise UserError(
+            f"{path} is damaged or of another format ({one_line(error)}); {remedy}"
+        ) from error
+
+
+def _check_archive(path: str | Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        unpacked, size = sum(x.file_size for x in archive.infolist()), os.path.getsize(path)
+        if unpacked > 8 * size + 2**20:
+            raise UserError(f"{path} has {size:,} bytes, but unpacks to {unpacked:,} bytes")
+        for entry in archive.infolist():  # torch checks no checksum, and loads wrong numbers
+            if entry.CRC:  # 0: torch was told to leave it out
+                with archive.open(entry) as file:
+                    while file.read(2**20):
+                        pass
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -190,15 +190,9 @@ def _frozen(network: nn.Module, path: str | Path, device: str | torch.device) ->
     UserError names the first entry of the file that doesn't fit the network.
     """
     try:
-        state = read_tensors(path)
+        state = read_tensors(path, "see --fid_weights")
     except FileNotFoundError as error:
         raise UserError(f"the weights file {path} does not exist; see --fid_weights") from error
-    except PermissionError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UserError:
-        raise
-    except Exception as error:  # the unpickler trips over foreign bytes in many ways
-        raise UserError(f"{path} is not a readable file of network weights") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__} instead of network weights")
     expected = network.state_dict()
