@@ -64,8 +64,8 @@ class Evolution:
     genome: Genome
     scorer: Scorer
     objective: Callable[[float, float], float]
-    start: Sequence[WidthSchedule] = ()
-    on_generation: Callable[[int, Sequence[Candidate]], None] | None = None
+    start: Sequence[WidthSchedule]
+    on_generation: Callable[[int, Sequence[Candidate]], None]
 
     def run(self) -> list[Candidate]:
         """Every candidate, in the order of their making."""
@@ -100,8 +100,7 @@ class Evolution:
                 seen.setdefault(candidate.schedule.widths, candidate)
             population.set("F", np.array([self._values(seen[c.widths]) for c in schedules]))
             algorithm.tell(infills=population)
-            if self.on_generation:
-                self.on_generation(generation, list(seen.values()))
+            self.on_generation(generation, list(seen.values()))
         return list(seen.values())
 
     def _values(self, candidate: Candidate) -> list[float]:

@@ -76,7 +76,7 @@ class Search:
     identity: Mapping[str, object]
     start: Sequence[WidthSchedule] = ()
     seed: int = 0
-    on_generation: Callable[[int, Sequence[Candidate]], None] | None = None
+    on_generation: Callable[[int, Sequence[Candidate]], None] = lambda generation, candidates: None
     images: int = 0
     say: Callable[[str], None] = print
     records: dict[tuple, dict] = field(default_factory=dict, init=False)  # the log's
@@ -106,7 +106,7 @@ class Search:
         return usable(candidates)
 
     def _note(self, generation: int, candidates: Sequence[Candidate]) -> None:
-        if self.on_generation and usable(candidates):
+        if usable(candidates):
             self.on_generation(generation, usable(candidates))
 
     def _method(self, scorer: Scorer) -> Evolution | Sensitivity:

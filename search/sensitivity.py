@@ -53,9 +53,9 @@ class Sensitivity:
     genome: Genome
     scorer: Scorer
     images: int
-    start: Sequence[WidthSchedule] = ()
-    on_generation: Callable[[int, Sequence[Candidate]], None] | None = None
-    say: Callable[[str], None] = lambda text: None
+    start: Sequence[WidthSchedule]
+    on_generation: Callable[[int, Sequence[Candidate]], None]
+    say: Callable[[str], None]
     candidates: dict[WidthSchedule, Candidate] = field(default_factory=dict, init=False)
     changes: np.ndarray = field(init=False)  # (widths,) of log distance, of uniform widths
     reference: tuple[float, float] = field(init=False)  # of hypervolumes
@@ -71,14 +71,14 @@ class Sensitivity:
             return [*self.candidates.values()]  # nothing to choose from
         self._add([self.genome.decode(self.genome.encode(s)) for s in self.start], 1)
         self._table()
-        self._generation(1)
+        self.on_generation(1, [*self.candidates.values()])
         volumes = [hypervolume([*self.candidates.values()], self.reference)]
         for generation in rounds:
             new = self._proposed(generation)
             if not new:
                 break
             self._add(new, generation)
-            self._generation(generation)
+            self.on_generation(generation, [*self.candidates.values()])
             volumes.append(hypervolume([*self.candidates.values()], self.reference))
             if len(volumes) > PATIENCE and volumes[-1] < (1 + GROWTH) * volumes[-1 - PATIENCE]:
                 break
@@ -227,10 +227,6 @@ class Sensitivity:
         """Score schedules on the search's own noise."""
         for c in self.scorer.candidates(dict.fromkeys(schedules, generation)):
             self.candidates.setdefault(c.schedule, c)
-
-    def _generation(self, number: int) -> None:
-        if self.on_generation:
-            self.on_generation(number, list(self.candidates.values()))
 
 
 def _spread(logs: Sequence[Sequence[float]], before: float) -> tuple[float | None, float]:
