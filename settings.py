@@ -44,15 +44,7 @@ DEFAULT_LOGDIR = "./logs/DDPM_CIFAR10_EPS"
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSettings(Settings):
-    """What shapes a network of this project, but for its timesteps and image channels.
-
-    ch: channels of the first level. ch_mult: channels of each level over ch. attn: levels with
-    attention. num_res_blocks: blocks per level. num_groups: of every group norm. skip_slicing:
-    which columns serve the skip of [h, skip] at a narrow width, "leading" (published: the leading
-    ones of the whole) or "segments" (the leading ones of the skip's own segment). norm_groups: what
-    a group norm keeps at a narrow width, its number of groups ("fixed", published) or the channels
-    of each ("proportional"). num_classes: of a class-conditional network; 0 for one without.
-    """
+    """What shapes a network of this project, but for its timesteps and image channels."""
 
     ch: int = option(128, "channels of the first level", least=1, stored="network")
     ch_mult: tuple[int, ...] = option((1, 2, 2, 2), "channels of each level over --ch", least=1,
