@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -83,10 +83,11 @@ def _say_costs(model: Model, parts: Sequence[Stage], note: str, encode: bool = T
     """Say what each of `parts` costs, and all; seconds of each."""
     used, passes = sorted({w for s in parts for w in s.widths} - {0.0}), model.passes_per_call
     flops, times = model.flops(used), {0.0: 0.0} | _seconds(model, used)
-    encoding = _encoder_seconds(model) if encode else 0.0
-    if isinstance(encoding, UserError):
-        note += f"; without the encoder's time: {encoding}"
-        encoding = 0.0
+    encoding = 0.0
+    try:
+        encoding = _encoder_seconds(model) if encode else 0.0
+    except UserError as error:
+        note += f"; without the encoder's time: {error}"
     if model.autoencoder:
         note += f"; without the decoder's {1000 * decoder_seconds(model):.3g} ms per image"
     total, seconds = 0.0, []
@@ -116,13 +117,9 @@ def _seconds(model: Model, widths: Sequence[float]) -> dict[float, float]:
     }
 
 
-def _encoder_seconds(model: Model) -> float | UserError:
-    """Seconds per image that the encoder takes; the error where it cannot be built."""
-    try:
-        encoder: Callable = build.encoder(model.config, model.device)
-    except UserError as error:
-        return error
-    batch = measured_batch(model)
+def _encoder_seconds(model: Model) -> float:
+    """Seconds per image that the encoder takes."""
+    encoder, batch = build.encoder(model.config, model.device), measured_batch(model)
     images = torch.randint(0, 256, (batch, *model.picture_shape), dtype=torch.uint8)
     encoder(images)
     start = time.perf_counter()

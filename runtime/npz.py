@@ -49,10 +49,8 @@ def read_arrays(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict
                 raise UserError(f"{path}: {name} has shape {stored}, not {shape}")
             if dtype.kind not in "fiu":
                 raise UserError(f"{path}: {name} holds {dtype}, not numbers")
-            size, unpacked = (
-                math.prod(shape) * dtype.itemsize,
-                archive.getinfo(f"{name}.npy").file_size,
-            )
+            size = math.prod(shape) * dtype.itemsize
+            unpacked = archive.getinfo(f"{name}.npy").file_size
             if unpacked > size + HEADER + 12:
                 raise UserError(f"{path}: {name} unpacks to {unpacked:,} bytes instead of {size:,}")
             arrays[name] = _array(archive, name).astype(np.float64)
