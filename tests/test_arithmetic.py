@@ -1,6 +1,5 @@
 """Fast arithmetic: the same numbers to rounding, chosen by measurement, and the choice kept."""
 
-import functools
 import json
 import shutil
 import subprocess
@@ -208,12 +207,12 @@ def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         check_compiler(CPU)
 
 
-def test_compiled_networks_agree_and_fill_up_the_last_batch(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """One graph serves all batches. Its code is torch's own here: to make another takes long."""
-    eager = functools.partial(torch.compile, backend="eager")
-    monkeypatch.setattr(torch, "compile", eager)
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_networks_agree_and_fill_up_the_last_batch() -> None:
+    try:
+        check_compiler(CPU)
+    except UserError:
+        pytest.skip("no C++ compiler")
     from torch._dynamo.utils import counters
 
     net = tiny_network(ch=8, ch_mult=(1,), attn=())
