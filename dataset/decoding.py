@@ -136,7 +136,7 @@ def reason(error: Exception) -> str:
         return error.strerror
     if type(error).__name__ == "UnidentifiedImageError":
         return f"it is none of {', '.join(FORMATS)}"
-    return one_line(error)
+    return str(error) if isinstance(error, UserError) else one_line(error)
 
 
 def _check(image: Image.Image) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from runtime import memory
-from runtime.errors import UserError, one_line
+from runtime.errors import UserError
 from runtime.schema import check
 
 if TYPE_CHECKING:
@@ -138,9 +138,8 @@ def read_tensors(path: str | Path, remedy: str = "take another file") -> object:
                 f"{path} holds more than tensors and plain values, which could carry code, so it "
                 f"was not loaded; save it again as a dict of state dicts, or {remedy}"
             ) from error
-        raise UserError(
-            f"{path} is damaged or of another format ({one_line(error)}); {remedy}"
-        ) from error
+        # Torch's own text is long, and advises to let files execute.
+        raise UserError(f"{path} is damaged, or is no file of torch.save; {remedy}") from error
 
 
 def _check_archive(path: str | Path) -> None:
