@@ -3,6 +3,7 @@ with `schemas` the schemas of docs/files.md."""
 
 import inspect
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -124,6 +125,25 @@ def test_the_table_of_widths_is_that_of_the_recorded_runs(name: str) -> None:
                     distances = ", ".join(f"{value:.2f}" for value in values)
                     shown = f"{distances} ({', '.join(f'{1000 * value:.1f}' for value in judged)})"
                 assert f"| {shown} |" in row
+
+
+@pytest.mark.parametrize(("name", "digits"), [("search", 3), ("search_fashion_mnist", 2)])
+def test_the_tables_of_searches_are_those_of_the_recorded_runs(name: str, digits: int) -> None:
+    path = ROOT / "results" / "benchmark" / f"{name}.json"
+    text = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    for method in runs[0]:
+        cells = []
+        for budget in ("0.5", "0.3", "0.2"):
+            fresh = [run[method]["fresh"].get(budget) for run in runs]
+            if None in fresh:
+                cells.append("–")
+                continue
+            error = math.sqrt(fmean(each["error"] ** 2 for each in fresh) / len(fresh))
+            mean = fmean(each["distance"] for each in fresh)
+            cells.append(f"{mean:.{digits}f} ± {error:.{digits}f}")
+        if method != "full width":
+            assert f"| {' | '.join(cells)} |" in text, method
 
 
 if __name__ == "__main__":
