@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import hashlib
-import io
 import itertools
 import json
 import math
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-_SEAL = 32  # bytes of a SHA-256
 DEEPEST = 32  # lists within lists that a JSON text may have
 
 
@@ -113,8 +110,10 @@ def check_place(path: str | Path) -> None:
         check_file(path)
 
 
-def read_tensors(path: str | Path, remedy: str = "take another file") -> object:
-    """The value in a file that torch.save wrote, on the CPU; nothing in it is ever executed.
+def read_tensors(
+    path: str | Path, remedy: str = "take another file", device: str | torch.device = "cpu"
+) -> object:
+    """The value in a file that torch.save wrote; nothing in it is ever executed.
 
     FileNotFoundError where there is nothing. UserError, with a remedy, where it cannot be read, or
     is an archive that unpacks to much more than its size (torch.save does not compress).
@@ -125,7 +124,7 @@ def read_tensors(path: str | Path, remedy: str = "take another file") -> object:
     try:
         if zipfile.is_zipfile(path):
             _check_archive(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location=device, weights_only=True)
     except UserError:
         raise
     except OSError as error:
@@ -279,8 +278,8 @@ def write_tensors(path: str | Path, value: object) -> None:
 class Unfinished:
     """A file with the partial results of long work, which goes on from there after a kill.
 
-    identity: what they depend on; a file with another one is ignored, as is one that is damaged:
-    it begins with a digest of the rest. every: seconds between two writes.
+    identity: what they depend on; a file with another one is ignored, as is one that is damaged.
+    every: seconds between two writes.
     """
 
     path: Path
@@ -291,17 +290,13 @@ class Unfinished:
 
     def read(self, device: str | torch.device = "cpu") -> dict | None:
         """The state that `write` was given, its tensors on `device`; None where there is none."""
-        import torch
-
         try:
-            check_file(self.path)
-            content = self.path.read_bytes()
-        except (OSError, UserError):
+            content = read_tensors(self.path, device=device)
+        except (FileNotFoundError, UserError):
             return None
-        seal, rest = content[:_SEAL], content[_SEAL:]
-        if seal != self._seal(rest):
+        if not isinstance(content, dict) or content.get("identity") != self.identity:
             return None
-        return torch.load(io.BytesIO(rest), map_location=device, weights_only=True)
+        return content["state"]
 
     def due(self) -> bool:
         """Whether it is time to write."""
@@ -312,23 +307,14 @@ class Unfinished:
 
         Where that fails, as on a full disk, it is said on stderr once, and the work goes on.
         """
-        import torch
-
-        buffer = io.BytesIO()
-        torch.save(dict(state), buffer)
         try:
-            with replacing(self.path) as temporary:
-                temporary.write_bytes(self._seal(buffer.getvalue()) + buffer.getvalue())
+            write_tensors(self.path, {"identity": self.identity, "state": dict(state)})
         except UserError as error:
             if not self._warned:
                 text = f"warning: partial results are not kept, so a kill loses them: {error}"
                 print(text, file=sys.stderr, flush=True)
             self._warned = True
         self._written = time.monotonic()
-
-    def _seal(self, content: bytes) -> bytes:
-        """What no other content has, nor the same of another identity."""
-        return hashlib.sha256(self.identity.encode() + b"\0" + content).digest()
 
     def remove(self) -> None:
         """Remove the file: the work is done."""
