@@ -88,7 +88,7 @@ DEFAULTS = {
 QUICK = {
     "flagfile": ROOT / "config" / "digits.txt", "images": 10, "search_images": 20,
     "judge": "pixels", "train_seeds": 1, "search_seeds": 1, "sampler": "ddpm-5", "shares": (0.5,),
-    "others": (), "samplers": ("edm-3",),
+    "others": (), "samplers": ("edm-3", "ddim-4"),
     "training": ("--total_steps=12", "--save_step=6", "--sample_step=0", "--batch_size=8"),
     "searching": ("--num_generation=2", "--pop_size=4", "--num_segments=3"),
 }  # fmt: skip
@@ -123,8 +123,10 @@ class Experiment:
             yield from (f"score/{o.sampler}/{m}/{share:g}/{t}-{s}" for m, share in rows)
             if t == s == 0:
                 rows = [("width", 1.0), *(("sensitivity", share) for share in o.shares[:2])]
-                for sampler in o.samplers:
-                    yield from (f"score/{sampler}/{m}/{share:g}/0-0" for m, share in rows)
+                after = [(m, o.shares[min(1, len(o.shares) - 1)]) for m in ("finetuned", "control")]
+                for sampler in o.samplers:  # of DDIM the paper says that it loses nothing at half
+                    more = after if sampler.startswith("ddim") else []
+                    yield from (f"score/{sampler}/{m}/{share:g}/0-0" for m, share in rows + more)
                 yield from o.others
 
     def tasks(self) -> list[str]:
@@ -149,17 +151,20 @@ class Experiment:
         if kind in ("search", "switches"):
             return [net, "test_set"]
         if kind == "train":
-            return [net, search] if rest[0] in ("finetuned", "control") else []
+            after = {"control": [net], "finetuned": [net, f"search/{rest[1]}/sensitivity/{t}-0"]}
+            return after.get(rest[0], [])
         if kind != "score":
             return []
-        sampler, method, _, seeds = rest
+        sampler, method, share, seeds = rest
         own = {
             "turns": [f"train/plain/{t}", f"train/small/{t}"], "switch": [f"switches/{t}"],
-            "time": [search],
+            "time": [search], "control": [f"search/{sampler}/sensitivity/{t}-0"],
             **{each: [f"search/{sampler}/{each}/{seeds}"] for each in SEARCHES},
         }.get(method, [])  # fmt: skip
-        if method in ("plain", "small", "finetuned", "control"):
+        if method in ("plain", "small", "control"):
             net = f"train/{method}/{t}"
+        if method == "finetuned":
+            net = f"train/{method}/{sampler}/{share}/{t}"
         return [net, "test_set", *own]
 
     def command(self, name: str) -> list[str] | None:
@@ -168,38 +173,41 @@ class Experiment:
         o, where = self.options, self.folder / name
         own = (self.data, *speed())
         match name.split("/"):
-            case ["train", net, t]:
-                more = self.training(net, t)
+            case ["train", net, *schedule, t]:
+                more = self.training(net, t, *schedule)
                 flags = (f"--logdir={where}", f"--seed={t}", *o.training)
                 every = ["main.py", "--train", self.flagfile, *own, *flags]
                 return None if more is None else [*every, *more]
             case ["test_set"]:
                 return [*self.scores(name), "--test", self.flagfile, *own]
             case ["search", sampler, method, seeds]:
-                t, s = seeds.split("-")
+                s, net = seeds.split("-")[1], self.folder / self.needs(name)[0]
                 images = o.search_images if sampler == o.sampler else -(-o.search_images // 2)
                 return ["main.py", "--search", self.flagfile, *own, *SEARCHES[method],
-                        *self.using(t, sampler), f"--search_dir={where}", f"--seed={s}",
+                        *self.using(net, sampler), f"--search_dir={where}", f"--seed={s}",
                         f"--num_images={images}", f"--batch_size={min(200, images)}",
                         *o.searching]  # fmt: skip
             case ["switches", t]:
                 shares = ",".join(map(str, o.shares))
                 return [*HERE, "--switches", str(self.result(name)), shares, *own,
-                        *self.using(t, o.sampler), f"--num_images={o.search_images}",
+                        *self.using(self.folder / self.needs(name)[0], o.sampler),
+                        f"--num_images={o.search_images}",
                         f"--batch_size={min(200, o.search_images)}"]  # fmt: skip
             case ["score", sampler, method, share, seeds]:
-                t, net = seeds.split("-")[0], self.needs(name)[0].split("/")[1]
                 more = self.row(method, float(share), sampler, seeds)
-                every = [*self.scores(name), *own, *self.using(t, sampler, net)]
+                net = self.folder / self.needs(name)[0]
+                every = [*self.scores(name), *own, *self.using(net, sampler)]
                 return None if more is None else [*every, *more]
         return [*HERE, "--call", f"benchmark.{name}", str(where)]
 
-    def using(self, t: str, sampler: str, net: str = "supernet") -> list[str]:
+    def using(self, net: Path, sampler: str) -> list[str]:
         """What scores and searches have in common; a checkpoint says the rest."""
-        kind, steps = sampler.split("-")
         recipe = (f"--{n}={self.recipe[n]}" for n in ("dataset", "fid_encoder", "var_type"))
-        return [f"--logdir={self.folder / 'train' / net / t}", *recipe, f"--sampler={kind}",
-                f"--sample_steps={steps}"]  # fmt: skip
+        return [f"--logdir={net}", *recipe, *self.sampling(sampler)]
+
+    def sampling(self, sampler: str) -> list[str]:
+        kind, steps = sampler.split("-")
+        return [f"--sampler={kind}", f"--sample_steps={steps}"]
 
     def scores(self, name: str) -> list[str]:
         count = SETS * self.options.images
@@ -211,8 +219,9 @@ class Experiment:
         """FLOPs of an image's pass at each width."""
         return build.load_model_or_untrained(configuration(self.flagfile, self.data)).flops(WIDTHS)
 
-    def training(self, net: str, t: str) -> list[str] | None:
-        """Flags of a training; all but those that start from it cost what the supernet costs."""
+    def training(self, net: str, t: str, sampler: str = "", share: str = "") -> list[str] | None:
+        """Flags of a training. All but those that start from the supernet cost what it costs; one
+        for a schedule names the search's sampler, and its share of full width's FLOPs."""
         steps, every = self.recipe["total_steps"], sum(self.flops[w] for w in WIDTHS)
         alone = ["--slimmable_unet=false", "--sandwich=false"]
         half = [f"--{name}={self.recipe[name] // 2}" for name in ("ch", "num_groups")]
@@ -222,19 +231,20 @@ class Experiment:
             return [*alone, *half, f"--total_steps={round(steps * every / self.flops[0.5])}"]
         if net == "supernet":
             return []
-        schedule = self.picked(f"search/{self.options.sampler}/sensitivity/{t}-0",
-                               self.options.shares[0])  # fmt: skip
         start = f"--init_checkpoint={self.folder / 'train' / 'supernet' / t / 'ckpt.pt'}"
-        if schedule is None or net == "control":
-            return schedule and [start, f"--total_steps={steps // 3}"]
+        if net == "control":
+            return [start, f"--total_steps={steps // 3}"]
+        schedule = self.picked(f"search/{sampler}/sensitivity/{t}-0", float(share))
+        if schedule is None:
+            return None
         cost = fmean(self.flops[width] for width in read_json(schedule))
         return [start, f"--total_steps={round(steps // 3 * every / cost)}",
-                f"--finetune_schedule={schedule}"]  # fmt: skip
+                f"--finetune_schedule={schedule}", *self.sampling(sampler)]  # fmt: skip
 
     def row(self, method: str, share: float, sampler: str, seeds: str) -> list[str] | None:
         """main.py's flags for a row of the tables; None where there is no such row."""
         t, search = seeds.split("-")[0], f"search/{sampler}/{method}/{seeds}"
-        known = f"search/{self.options.sampler}/sensitivity/{t}-0"
+        known = f"search/{sampler}/sensitivity/{t}-0"
         if method in ("width", "plain", "small"):
             return ["--eval", f"--assigned_width={share:g}"]
         if method == "turns":
