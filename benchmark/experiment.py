@@ -574,10 +574,10 @@ def pictures(path: Path, rows: Sequence[tuple[Mapping, Path]]) -> None:
     images, labels = [], []
     for row, file in rows:
         made = read_tensors(file)
-        images += [torch.full_like(made[:1], 255), made]
-        labels += [textwrap.fill(label(row), 12), *[""] * len(made)]
+        images += [torch.full_like(made[:2], 255), made]  # the label has the room of two images
+        labels += [textwrap.fill(label(row), 18), *[""] * (1 + len(made))]
     if rows:
-        labelled_grid(path, torch.cat(images), labels, "the same noise", 1 + len(made))
+        labelled_grid(path, torch.cat(images), labels, "the same noise", 2 + len(made))
 
 
 # --- tasks that are no command of main.py ---

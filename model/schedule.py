@@ -87,8 +87,16 @@ class WidthSchedule:
                 )
         if len(widths) == T:
             return cls(widths)
-        keys = timesteps if len(widths) == len(timesteps) else set(timesteps)
-        return cls(widths, keys)
+        if len(widths) != len(timesteps):
+            return cls(widths, set(timesteps))
+        schedule = cls(widths, timesteps)
+        for t, width in zip(schedule.timesteps, widths, strict=True):
+            if width != schedule[t]:
+                raise UserError(
+                    f"{path} has widths {width:g} and {schedule[t]:g} for timestep {t}, where steps "
+                    "of the sampler meet; give both the same width, or each timestep one entry"
+                )
+        return schedule
 
     def save(self, path: str | Path) -> None:
         """Write the schedule as one JSON line, whole or not at all."""

@@ -48,6 +48,18 @@ def test_one_entry_per_sampler_step(path: Path) -> None:
     path.write_text("[1, 0.5]")
     with pytest.raises(UserError, match=r"2 entries; expected 100 .* or 3 "):
         WidthSchedule.load(path, 100, WIDTHS, timesteps)
+
+
+def test_steps_that_meet_have_one_width(tmp_path: Path) -> None:
+    """Where two steps of a sampler round to one timestep, no entry is passed over in silence."""
+    path, timesteps = tmp_path / "s.txt", [0, 1, 1, 4]
+    for text in ("[0.5, 0.75, 0.75, 1]", "[0.5, 0.75, 1]"):
+        path.write_text(text)
+        schedule = WidthSchedule.load(path, 5, WIDTHS, timesteps)
+        assert [schedule[t] for t in (0, 1, 4)] == [0.5, 0.75, 1]
+    path.write_text("[0.5, 0.25, 0.75, 1]")
+    with pytest.raises(UserError, match=r"0\.25 and 0\.75 for timestep 1"):
+        WidthSchedule.load(path, 5, WIDTHS, timesteps)
     with pytest.raises(ValueError, match="zip"):
         WidthSchedule([1, 0.5], [0, 1, 2])
 
