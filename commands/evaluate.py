@@ -16,7 +16,7 @@ import build
 from build import Model
 from commands import plan, searched
 from evaluate import Evaluator, Scores
-from model import WidthSchedule, average, checkpoint, entries_for_calls
+from model import WidthSchedule, average, entries_for_calls
 from runtime import processes
 from runtime.errors import UserError
 from runtime.files import (
@@ -28,6 +28,7 @@ from runtime.files import (
     writable_folder,
     write_json,
 )
+from runtime.identity import fingerprint
 from runtime.processes import say
 from runtime.schema import TWO, Amount, Count, Name, Number, Width, Widths, digest, widths_line
 from sampling.prefixes import StepSchedule
@@ -213,7 +214,7 @@ def evaluation(
     if path:  # which may have another schedule by now
         record |= {"schedule": str(path), "schedule_digest": digest(widths_line(widths))}
     return record | {
-        "weights": checkpoint.fingerprint(model.net),
+        "weights": fingerprint(model.net),
         "dataset": config.data.dataset,
         "img_size": config.data.img_size,
         "statistics": evaluator.reference.source,
@@ -228,7 +229,7 @@ def score_identity(model: Model, evaluator: Evaluator, schedule: StepSchedule) -
     """What the features of a schedule's images depend on, and how processes share them."""
     generator = evaluator.generator
     networks = {
-        str(key): (network.arithmetic, checkpoint.fingerprint(network))
+        str(key): (network.arithmetic, fingerprint(network))
         for key, network in generator.networks.items()
     }
     about = {

@@ -13,12 +13,12 @@ import build
 from build import Model
 from commands import plan, searched
 from commands.evaluate import conditions, uniform_schedule
-from model import WidthSchedule, average, checkpoint, entries_for_calls
+from model import WidthSchedule, average, entries_for_calls
 from report import labelled_grid
 from runtime import processes
 from runtime.errors import UserError
 from runtime.files import alone_in, read_image, read_json, save_image, writable_folder, write_json
-from runtime.identity import agree
+from runtime.identity import agree, fingerprint
 from runtime.processes import say
 from runtime.schema import Amount, Count, Name, Widths, check
 from settings import Configuration
@@ -55,7 +55,7 @@ def run(model: Model, schedule: WidthSchedule, out: Path) -> None:
     networks = build.candidates(model, used, build.kept_arithmetic(config))
     identity = {
         **config.stored("model"),
-        "weights": checkpoint.fingerprint(model.net),
+        "weights": fingerprint(model.net),
         "schedule": list(schedule.widths),
         "timesteps": schedule.timesteps,
         "sampler": model.sampler.as_json(),

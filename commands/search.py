@@ -15,12 +15,12 @@ from commands import pick, plan, searched
 from commands.evaluate import conditions
 from evaluate import Evaluator
 from looks import write_page
-from model import WidthSchedule, checkpoint, latency
+from model import WidthSchedule, latency
 from report import SearchProgress, SearchResult
 from runtime import memory, processes
 from runtime.errors import UserError
 from runtime.files import alone_in, check_place, read_json, save_grid, writable_folder, write_json
-from runtime.identity import agree
+from runtime.identity import agree, fingerprint
 from runtime.processes import say
 from runtime.schema import Count, Name, Positive, Width
 from sampling.generate import NotFiniteError
@@ -141,7 +141,7 @@ def search_identity(model: Model) -> dict[str, object]:
     return {
         "checkpoint": config.run.ckpt_name,
         "step": model.step,
-        "weights": checkpoint.fingerprint(model.net),
+        "weights": fingerprint(model.net),
         "num_images": config.evaluation.num_images,
         "seed": config.run.seed,
         "amp": config.run.amp,

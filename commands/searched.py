@@ -14,9 +14,9 @@ from pathlib import Path
 import options
 from build import Model
 from commands.pick import NAME
-from model import checkpoint
 from runtime.errors import UserError
 from runtime.files import read_text, write_text
+from runtime.identity import fingerprint
 from runtime.schema import digest
 from runtime.settings import options_of
 from settings import OPTIONS, Configuration, SamplingSettings
@@ -33,7 +33,7 @@ def schedule_path(config: Configuration) -> Path:
 
 def write(folder: Path, model: Model, search_txt: Path) -> None:
     """Say in a search's folder what the schedule in search_txt was searched with."""
-    schedule, weights = digest(read_text(search_txt)), checkpoint.fingerprint(model.net)
+    schedule, weights = digest(read_text(search_txt)), fingerprint(model.net)
     text = options.flagfile_text(model.config)
     write_text(folder / NAME, f"# schedule: {schedule}\n# weights: {weights}\n{text}")
 
@@ -69,7 +69,7 @@ def as_searched(model: Model, path: Path) -> Model:
     if kept:
         log.info(f"otherwise than {path} was searched: {', '.join(kept)}")
     weights = re.search(r"^# weights: (\w+)", text, re.MULTILINE)
-    if weights and weights[1] != checkpoint.fingerprint(model.net):
+    if weights and weights[1] != fingerprint(model.net):
         log.info(f"warning: {path} was searched for other weights than those of {model.source}")
     return replace(model, config=config.changed(**taken))
 

@@ -4,7 +4,6 @@ where this project wrote it, settings. Files are data: nothing in them is ever e
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -111,15 +110,6 @@ def keep_foreign(path: Path, state: Mapping[str, object]) -> None:
 def settings(state: Mapping[str, object]) -> dict[str, object]:
     """The settings of a checkpoint's network and training."""
     return {**DEFAULTS, **state.get("settings", {})}
-
-
-def fingerprint(net: nn.Module) -> str:
-    """16 hexadecimal digits that other weights would change."""
-    digest = hashlib.sha256()
-    for name, value in net.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def entries(state: object, path: str | Path) -> dict[str, Tensor]:

@@ -4,11 +4,17 @@ For every file that work continues or uses again: checkpoints, search logs, late
 latency tables, generated images. This file knows neither their formats nor what the names mean.
 """
 
+from __future__ import annotations
+
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 T = TypeVar("T")
 
@@ -44,3 +50,14 @@ def plain(value: T) -> T:
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     return value
+
+
+def fingerprint(net: nn.Module) -> str:
+    """16 hexadecimal digits that other weights would change."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, value in net.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
