@@ -215,6 +215,7 @@ def evaluation(
         record |= {"schedule": str(path), "schedule_digest": digest(widths_line(widths))}
     return record | {
         "weights": fingerprint(model.net),
+        **evaluator.encoder.identity,
         "dataset": config.data.dataset,
         "img_size": config.data.img_size,
         "statistics": evaluator.reference.source,
@@ -238,7 +239,7 @@ def score_identity(model: Model, evaluator: Evaluator, schedule: StepSchedule) -
         "schedule": [str(schedule[t]) for t in range(model.levels.T)],
         "entries": getattr(schedule, "timesteps", None),
         "sampler": generator.sampler.as_json(),
-        "encoder": evaluator.encoder.name,
+        **evaluator.encoder.identity,
         "images": (evaluator.num_images, generator.batch_size, generator.seed, generator.stream),
         "processes": processes.world(),
         **conditions(model),

@@ -113,7 +113,7 @@ def make_search(model: Model, evaluator: Evaluator, folder: Path) -> Search:
             settings.fid_weight * distance + settings.macs_weight * cost / 2e6
         ),
         folder=folder,
-        identity=search_identity(model) | {"statistics": evaluator.reference.summary},
+        identity=search_identity(model, evaluator),
         start=start,
         images=evaluator.num_images,
         say=say,
@@ -135,7 +135,7 @@ def search_space(model: Model) -> Genome:
     )
 
 
-def search_identity(model: Model) -> dict[str, object]:
+def search_identity(model: Model, evaluator: Evaluator) -> dict[str, object]:
     """What a searched distance depends on."""
     config = model.config
     return {
@@ -145,12 +145,13 @@ def search_identity(model: Model) -> dict[str, object]:
         "num_images": config.evaluation.num_images,
         "seed": config.run.seed,
         "amp": config.run.amp,
-        "encoder": config.evaluation.fid_encoder,
+        **evaluator.encoder.identity,
         "dataset": config.data.dataset,
         "fid_cache": config.evaluation.fid_cache,
         "sampler": model.sampler.as_json(),
         "widths": config.widths.all,
         **conditions(model),
+        "statistics": evaluator.reference.summary,
     }
 
 

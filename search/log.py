@@ -64,7 +64,7 @@ class SearchLog:
                 write_jsonl(self.path, [{"evaluation": dict(self.identity)}])
             return
         candidates = candidates_of(lines, self.path)
-        stored, late = lines[0]["evaluation"], ("weights", "statistics")
+        stored, late = lines[0]["evaluation"], ("weights", "encoder_weights", "statistics")
         agree(
             self.path,
             stored,

@@ -259,6 +259,21 @@ def test_statistics_of_other_images_are_refused(tmp_path):
         use(lambda: images_of(tensor))
 
 
+def test_statistics_of_other_encoder_weights_are_refused(tmp_path):
+    path, tensor = tmp_path / "stats.npz", torch.randint(0, 256, (20, 1, 2, 2), dtype=torch.uint8)
+
+    def use(weights):
+        toy = score.Encoder("toy", "cpu", 4, lambda x: x.flatten(1), weights=weights)
+        return score.load_or_compute(path, toy, 4, {}, lambda: images_of(tensor), "digits")
+
+    reference = use("one")
+    assert torch.equal(use("one").mu, reference.mu)
+    with pytest.raises(UserError, match="encoder_weights: one there, two here"):
+        use("two")
+    score.save_statistics(path, np.zeros(4), np.eye(4), encoder="toy", content="one")  # older ones
+    assert not use("two").mu.any()
+
+
 def test_partial_statistics_are_gone_on_from(tmp_path, monkeypatch):
     path, pixels = tmp_path / "stats.npz", score.encoder("pixels", "cpu")
     tensor = torch.randint(0, 256, (20, 1, 2, 2), dtype=torch.uint8)
@@ -318,7 +333,9 @@ def test_distances_are_named_by_their_encoder(lite):
     assert (pixels.label, pixels.key) == ("Fréchet distance (pixels)", "fd_pixels")
     assert lite.label == "Fréchet distance (efficientnet_lite0)"
     assert lite.key == "fd_efficientnet_lite0"
-    assert score.encoder("efficientnet_lite2", "cpu").key == "fd_efficientnet_lite2"
+    larger = score.encoder("efficientnet_lite2", "cpu")
+    assert larger.key == "fd_efficientnet_lite2"
+    assert larger.identity["encoder_weights"] != lite.identity["encoder_weights"]
     with pytest.raises(UserError, match=r"vgg.*inception, efficientnet_lite0, .*pixels"):
         score.encoder("vgg", "cpu")
 
@@ -328,6 +345,7 @@ def test_pixels(digits):
     features = pixels(digits[:5])
     assert torch.equal(features, digits[:5].flatten(1) / 255)
     assert pixels.class_probabilities(features) is None
+    assert pixels.identity == {"encoder": "pixels"}
     with pytest.raises(ValueError, match="expected uint8"):
         pixels(digits[:5].float())
 
@@ -370,6 +388,16 @@ def test_efficientnet_tells_digits_from_noise(lite, digits):
     (mu, sigma), *others = [(x.mean(0), torch.cov(x.T)) for x in sets]
     alike, unlike = (score.frechet_distance(mu, sigma, *other) for other in others)
     assert unlike > 5 * alike
+
+
+def test_the_weights_of_an_encoder_are_known_by_their_numbers(tmp_path):
+    network, digests = nn.BatchNorm2d(4), []
+    good = network.state_dict()
+    for changes in ({}, {"num_batches_tracked": torch.tensor(9)}, {"bias": torch.ones(4)}):
+        torch.save(good | changes, tmp_path / "weights.pth")
+        network = nn.BatchNorm2d(4)
+        digests.append(score_features._frozen(network, tmp_path / "weights.pth", "cpu")[1])
+    assert digests[0] == digests[1] != digests[2]
 
 
 # --- Inception, against pytorch-fid ---------------------------------------------------------------

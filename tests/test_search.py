@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import contents, run_main
+from conftest import Result, contents, run_main
 from PIL import Image
 from pymoo.core.population import Population
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -24,6 +24,7 @@ from model import WidthSchedule
 from runtime import files
 from runtime.errors import UserError
 from runtime.files import read_jsonl
+from score import ENCODERS, Encoder
 from search import (
     UNUSABLE,
     Candidate,
@@ -420,6 +421,36 @@ def test_search_through_the_program(run_folder: Path) -> None:
     assert "num_images: 8 there, 9 here" in refused.error
     assert lines(run_folder / "search") == before
     assert json.loads((run_folder / "search.txt").read_text()) == chosen
+
+
+def test_scores_of_other_encoder_weights_are_not_mixed(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identities = []
+
+    def run(weights: str, *arguments: str) -> Result:
+        def toy(device: torch.device, _: None) -> Encoder:
+            return Encoder("pixels", device, 64, lambda x: x.flatten(1), weights=weights)
+
+        monkeypatch.setitem(ENCODERS, "pixels", toy)
+        return run_main(
+            *arguments, "--logdir=run", "--device=cpu", "--num_images=8", "--fid_encoder=pixels",
+            "--fid_cache=stats.npz", "--num_generation=1", "--pop_size=2",
+        )  # fmt: skip
+
+    def unfinished(path: Path, identity: str) -> files.Unfinished:
+        identities.append(identity)
+        return files.Unfinished(path, identity)
+
+    monkeypatch.setattr("commands.evaluate.Unfinished", unfinished)
+    assert run("", "--search").status == 0  # as earlier versions, which did not say the weights
+    assert run("one", "--search").status == 0
+    assert run("one", "--search", "--search_dir=other").status == 0
+    refused = run("two", "--search", "--search_dir=other")
+    assert "encoder_weights: one there, two here" in refused.error
+    for weights in ("one", "two", "one"):
+        assert run(weights, "--eval").status == 0
+    assert identities[0] == identities[2] != identities[1]
 
 
 def test_shared_states_are_of_one_noise(run_folder: Path) -> None:
