@@ -95,44 +95,47 @@ class LsunImages(Dataset):
         self.name, self.folder, self.img_size = name, folder, img_size
         self.channels, self.flip = count_channels(options, 3), flips(options, True)
         self.background = rgb(options.background)
-        self._database = None
         try:
-            with self._open().begin(buffers=False) as transaction:
+            with _database(self.folder).begin(buffers=False) as transaction:
                 self.keys = list(transaction.cursor().iternext(values=False))
         except Exception as error:  # lmdb's errors have no base class outside the package
             raise self._broken(error) from error
         if not self.keys:
             raise UserError(f"{name}: {folder} contains no image: unpack it again")
 
-    def _open(self):
-        import lmdb
-
-        if self._database is None:
-            self._database = lmdb.open(
-                str(self.folder), readonly=True, lock=False, readahead=False, meminit=False
-            )
-        return self._database
-
     def _broken(self, error: Exception) -> UserError:
         return UserError(
             f"{self.name}: cannot read {self.folder} ({one_line(error)}): unpack it again"
         )
-
-    def __getstate__(self) -> dict:
-        # Each loading process opens the database itself.
-        return {**self.__dict__, "_database": None}
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         try:
-            with self._open().begin() as transaction:
+            with _database(self.folder).begin() as transaction:
                 content = transaction.get(self.keys[index])
         except Exception as error:
             raise self._broken(error) from error
         image = decode(io.BytesIO(content))
         return resize_and_crop(image, self.channels, self.img_size, self.background)
+
+
+_databases: dict[str, tuple[int, object]] = {}  # by real path: a process, and what it has open
+
+
+def _database(folder: Path):
+    """The database in `folder`, which lmdb lets a process open once, and not use after a fork."""
+    import lmdb
+
+    path = os.path.realpath(folder)
+    process, database = _databases.get(path, (None, None))
+    if process != os.getpid():
+        if database is not None:
+            database.close()  # this process's copy of its parent's
+        database = lmdb.open(path, readonly=True, lock=False, readahead=False, meminit=False)
+        _databases[path] = os.getpid(), database
+    return database
 
 
 # --- Finding image files --------------------------------------------------------------------------
