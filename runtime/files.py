@@ -405,8 +405,8 @@ def _remove_empty(folders: Iterable[Path]) -> None:
             folder.rmdir()
 
 
-def writable_folder(path: str | Path) -> Path:
-    """`path` as a folder that exists and can be written to, or UserError."""
+def writable_folder(path: str | Path, flag: str = "--logdir") -> Path:
+    """`path` as a folder that exists and can be written to, or UserError, which names `flag`."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -416,7 +416,7 @@ def writable_folder(path: str | Path) -> Path:
     except OSError as error:
         exists = isinstance(error, FileExistsError)
         why = "it is not a directory" if exists else error.strerror or error
-        raise UserError(f"cannot write in {path}: {why}; see --logdir") from error
+        raise UserError(f"cannot write in {path}: {why}; see {flag}") from error
     return path
 
 

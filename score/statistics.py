@@ -111,6 +111,8 @@ def _compute(
             f"{description}: a covariance needs at least 2 images, and the data set has "
             f"{images.count}; see --dataset and --data_root"
         )
+    if processes.is_main():
+        files.writable_folder(path.parent, "--fid_cache")  # not after hours
     share, rank = processes.share(images.count), processes.rank()
     identity = {
         **about,

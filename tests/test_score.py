@@ -223,6 +223,19 @@ def test_statistics_of_one_image_are_refused(tmp_path, count):
     assert not list(tmp_path.iterdir())
 
 
+def test_statistics_that_cannot_be_saved_are_not_computed(tmp_path):
+    def batches(start, stop):
+        raise AssertionError("an image was read")
+
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "stats.npz", "/proc/stats.npz"):
+        with pytest.raises(UserError, match=r"(file|/proc): .*--fid_cache"):
+            score.load_or_compute(
+                path, score.encoder("pixels", "cpu"), 3, {},
+                lambda: score.Images(2, "", batches), "digits",
+            )  # fmt: skip
+
+
 def images_of(tensor, content="one"):
     return score.Images(len(tensor), content, lambda start, stop: tensor[start:stop].split(7))
 
