@@ -77,12 +77,12 @@ class _Partial:
 
     def merged(self) -> _Partial:
         """All processes' together, in the order of ranks, so that all get the same."""
-        moments = {name: value.cpu() for name, value in self.moments.state().items()}
-        everyone = processes.gather((moments, self.inception, self.first, self.seconds))
+        sums = [processes.on_cpu(part.state()) for part in (self.moments, self.inception)]
+        everyone = processes.gather((*sums, self.first, self.seconds))
         whole = _Partial(score.Moments(), score.InceptionScore(self.inception.total))
-        for state, inception, first, _ in everyone:
-            whole.moments.merge(score.Moments.from_state(state))
-            whole.inception.merge(inception)
+        for moments, inception, first, _ in everyone:
+            whole.moments.merge(score.Moments.from_state(moments))
+            whole.inception.merge(score.InceptionScore.from_state(inception))
             whole.first += first
         whole.classified = whole.inception.count > 0
         whole.seconds = tuple(map(sum, zip(*(part[3] for part in everyone), strict=True)))

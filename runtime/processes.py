@@ -10,7 +10,7 @@ import datetime
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -118,6 +118,11 @@ def gather(value: object) -> list[object]:
     values: list[object] = [None] * world()
     dist.all_gather_object(values, value)
     return values
+
+
+def on_cpu(state: Mapping[str, object]) -> dict[str, object]:
+    """`state` with its tensors on the CPU; to `gather` GPUs' would have every process open all."""
+    return {key: x.cpu() if isinstance(x, torch.Tensor) else x for key, x in state.items()}
 
 
 def share(count: int) -> slice:

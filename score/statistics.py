@@ -148,7 +148,7 @@ def _moments_of(
         moments = Moments.from_state(state)
     rest = images.batches(share.start + moments.count, share.stop)
     moments = statistics_of(rest, encoder, size, description, moments, unfinished)
-    everyone = processes.gather({key: value.cpu() for key, value in moments.state().items()})
+    everyone = processes.gather(processes.on_cpu(moments.state()))
     moments = Moments()
     for state in everyone:
         moments.merge(Moments.from_state(state))

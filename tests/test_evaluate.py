@@ -12,6 +12,7 @@ from torch import Tensor
 
 import score
 from diffusion import sample_ddpm
+from evaluate import _Partial
 from model import latency, sampling_networks
 from runtime.files import Unfinished
 from sampling.noise import SAMPLING, ImageNoise
@@ -74,6 +75,16 @@ def test_inception_scores_go_on() -> None:
     half = score.InceptionScore.from_state(half.state())
     half.update(probabilities[3:])
     assert half.result() == pytest.approx(whole.result(), rel=1e-12)
+
+
+def test_processes_exchange_sums_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    partial = _Partial(score.Moments(), score.InceptionScore(4))
+    partial.moments.update(torch.rand(4, 2, device="meta"))
+    partial.inception.update(torch.rand(4, 3, device="meta"))
+    monkeypatch.setattr(Tensor, "cpu", lambda x: torch.zeros(x.shape) if x.is_meta else x)
+    whole = partial.merged()
+    devices = {x.device.type for x in (whole.moments.mean, whole.inception._sums)}
+    assert devices == {"cpu"}
 
 
 @pytest.mark.parametrize("damage", [None, "identity", "file", "bit"])
