@@ -355,6 +355,7 @@ def _make(
             done = min(written, share.stop - share.start)
             file.truncate(len(header) + done * image_bytes)
             file.seek(0, os.SEEK_END)
+            distributed.gather(None)  # wait until no share holds what is of another identity
             if distributed.is_main():
                 write_json(stored, wanted)
             rest = slice(share.start + done, share.stop)

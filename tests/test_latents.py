@@ -279,6 +279,26 @@ def test_a_stopped_encoding_goes_on(vae: Path, here: Path, monkeypatch: pytest.M
     assert sum(calls[5:]) == 30
 
 
+def test_an_identity_is_written_after_all_stale_shares_are_gone(
+    vae: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial, write_json, events = here / ".a.partial.npy", latents.write_json, []
+    partial.write_bytes(bytes(10_000))  # of another VAE
+
+    def gather(value: object) -> list[object]:
+        events.append(partial.exists() and partial.stat().st_size)
+        return [value]
+
+    def write(*arguments: object) -> None:
+        events.append("identity")
+        write_json(*arguments)
+
+    monkeypatch.setattr(latents.distributed, "gather", gather)
+    monkeypatch.setattr(latents, "write_json", write)
+    encode(digits(), vae, here / "a.npy")
+    assert events[events.index("identity") - 1] < 10_000  # where all processes waited
+
+
 def test_two_makers_wait_for_each_other(
     vae: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
