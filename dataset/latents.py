@@ -116,12 +116,19 @@ class Autoencoder:
 
     @torch.inference_mode()
     def to_images(self, latents: Tensor) -> Tensor:
-        """Latents (B, c, h, w) → uint8 (B, C, H, W), PIXELS_AT_ONCE at a time."""
+        """Latents (B, c, h, w) → uint8 (B, C, H, W), PIXELS_AT_ONCE at a time. UserError where the
+        decoder makes numbers that are not finite: they would be black."""
         at_once = max(1, PIXELS_AT_ONCE // (latents[0, 0].numel() * self.factor**2))
         return torch.cat([to_uint8(self._decode(part)) for part in latents.split(at_once)])
 
     def _decode(self, latents: Tensor) -> Tensor:
-        return self.network.decode(latents.float() / self.scale + self.shift).sample
+        images = self.network.decode(latents.float() / self.scale + self.shift).sample
+        if not bool(images.isfinite().all()):
+            raise UserError(
+                f"--latent_vae: {self.folder} makes images that are not finite: it is damaged, or "
+                "its scaling_factor is wrong"
+            )
+        return images
 
     def decoder_flops(self, img_size: int) -> int:
         """FLOPs (2 × multiply-adds) of decoding one image, counted on the meta device."""
@@ -205,6 +212,9 @@ def _network(folder: Path, kind: str) -> torch.nn.Module:
     if unused := info["unexpected_keys"]:
         names = ", ".join(sorted(unused)[:3])
         raise UserError(f"--latent_vae: {folder} has unused weights: {names}")
+    for name, value in network.state_dict().items():
+        if not bool(value.isfinite().all()):
+            raise UserError(f"--latent_vae: {folder}: {name} holds values that are not finite")
     return network.eval().requires_grad_(False)
 
 

@@ -171,6 +171,17 @@ def test_images_are_decoded_some_at_a_time(vae: Path, monkeypatch: pytest.Monkey
     assert whole.shape == (5, 1, 16, 16)
 
 
+def test_a_decoder_whose_numbers_are_not_finite_is_refused(vae: Path) -> None:
+    """Its images would be black, and scored."""
+    whole = Autoencoder(vae, "cpu")
+    whole.network.decoder.conv_out.bias.fill_(torch.inf)
+    with pytest.raises(UserError, match=r"--latent_vae: .*vae "):
+        whole.to_images(torch.zeros(1, 4, 8, 8))
+    whole.network.save_pretrained(vae)
+    with pytest.raises(UserError, match=r"--latent_vae: .*vae: decoder\.conv_out\.bias "):
+        Autoencoder(vae, "cpu")
+
+
 def test_decoder_flops_are_those_of_its_layers(autoencoders: Path) -> None:
     """2 × multiply-adds of every convolution and matrix product of AutoencoderKL's decoder."""
 
