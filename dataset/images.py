@@ -315,9 +315,11 @@ def fingerprint(dataset: AnySet) -> str:
             digest.update(key)
         digest.update(b"grey" if dataset.channels == 1 else b"")
     elif isinstance(dataset, ImageFiles):
-        top = os.path.commonpath([*map(os.path.dirname, dataset.paths)])
-        for path in dataset.paths:
-            digest.update(os.fsencode(path[len(top) :]) + b" %d\n" % os.stat(path).st_size)
+        # Absolute, because commonpath leaves out the "." of ./NAME.
+        names = [os.path.abspath(path) for path in dataset.paths]
+        top = os.path.commonpath([*map(os.path.dirname, names)])
+        for name, path in zip(names, dataset.paths, strict=True):
+            digest.update(os.fsencode(name[len(top) :]) + b" %d\n" % os.stat(path).st_size)
         for path in dataset.paths[:: max(1, len(dataset) // 64)]:
             digest.update(Path(path).read_bytes())
         digest.update(_how_read(dataset).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import threading
@@ -364,6 +365,19 @@ def test_image_files_that_changed(here: Path) -> None:
     assert data.fingerprint(data.load("image_folder", here.parent / "moved", 16)) == before
     Image.new("L", (16, 16), 61).save(here / "1.png")
     assert data.fingerprint(data.load("image_folder", here, 16)) != before
+
+
+@pytest.mark.parametrize("folders", [["."], ["one"], ["one", "two"]])
+def test_images_are_the_same_however_their_folder_is_named(here: Path, folders: list[str]) -> None:
+    for folder in folders:
+        (here / "photos" / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(2):
+            Image.new("L", (16, 16), 60 * i).save(here / "photos" / folder / f"{i}.png")
+    named = {data.fingerprint(data.load("image_folder", "photos", 16))}
+    named.add(data.fingerprint(data.load("image_folder", here / "photos", 16)))
+    os.chdir("photos")
+    named.add(data.fingerprint(data.load("image_folder", ".", 16)))
+    assert len(named) == 1
 
 
 # --- A whole run ----------------------------------------------------------------------------------
