@@ -17,6 +17,7 @@ import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
@@ -56,7 +57,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-_HOST = re.sub(r"[^A-Za-z0-9_]", "_", platform.node())[:40] or "here"
+def _shortened(name: str) -> str:
+    """`name`, or the start and a digest of a long one: names of pods differ at their end."""
+    return name if len(name) <= 40 else f"{name[:31]}_{sha256(name.encode()).hexdigest()[:8]}"
+
+
+_NODE = re.sub(r"[^A-Za-z0-9_]", "_", platform.node()) or "here"
+_HOST = _shortened(_NODE)
 _PARTIAL = re.compile(r"\.(?:.+\.)?(?:(\w+)-)?(\d+)\.tmp(?:\.\w+)?")
 _cleared: set[Path] = set()  # folders that this process has cleared
 
@@ -65,20 +72,21 @@ def _clear(folder: Path) -> None:
     """Remove what writers that were killed on this machine left in `folder`.
 
     Once for each folder, as large ones take long to list. On a disk that machines share, the
-    writers of another one may be alive; names that don't say a machine are of earlier versions.
+    writers of another one may be alive; names that don't say a machine, or only the start of a long
+    one, are of earlier versions.
     """
-    folder = folder.resolve()
+    folder, hosts = folder.resolve(), (_HOST, _NODE[:40], None)
     if folder in _cleared:
         return
     _cleared.add(folder)
     for entry in list(os.scandir(folder)):
         match = _PARTIAL.fullmatch(entry.name)
-        if not match or match[1] not in (_HOST, None) or not entry.is_file(follow_symlinks=False):
+        if not match or match[1] not in hosts or not entry.is_file(follow_symlinks=False):
             continue
         try:
             os.kill(int(match[2]), 0)  # sends nothing
         except ProcessLookupError:
-            if match[1] or time.time() - entry.stat().st_mtime > 86400:
+            if match[1] == _HOST or time.time() - entry.stat().st_mtime > 86400:
                 Path(entry).unlink(missing_ok=True)
         except (OSError, OverflowError):
             continue  # alive, or no number of a process
@@ -410,9 +418,9 @@ def writable_folder(path: str | Path, flag: str = "--logdir") -> Path:
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".{os.getpid()}.tmp"
+        probe = path / f".{_HOST}-{os.getpid()}.tmp"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # that of another machine may have the same name
     except OSError as error:
         exists = isinstance(error, FileExistsError)
         why = "it is not a directory" if exists else error.strerror or error

@@ -132,6 +132,40 @@ def test_special_files_are_refused_at_once(
         read(path)
 
 
+def test_long_names_of_machines_stay_apart() -> None:
+    pods = {files._shortened("trainer_" * 6 + end) for end in ("worker_0", "worker_1")}
+    assert len(pods) == 2
+    assert all(re.fullmatch(r"\w{40}", name) for name in pods)
+    assert files._shortened("node_7") == "node_7"
+
+
+def test_temporary_files_of_long_names(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of an earlier version may be that of a living writer on a machine named alike."""
+    node = "a" * 60
+    monkeypatch.setattr(files, "_NODE", node)
+    monkeypatch.setattr(files, "_HOST", files._shortened(node))
+    names = [f".x.{files._HOST}-99999999.tmp", f".old.{node[:40]}-99999999.tmp",
+             f".new.{node[:40]}-99999999.tmp"]  # fmt: skip
+    for name in names:
+        Path(name).touch()
+    os.utime(names[1], (0, 0))
+    files.write_text("file", "")
+    assert sorted(os.listdir()) == [names[2], "file"]
+
+
+def test_two_machines_may_try_a_folder_at_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch, names = Path.touch, []
+
+    def touch_and_lose(path: Path) -> None:
+        touch(path)
+        path.unlink()  # as another machine with the same name and process number does
+        names.append(path.name)
+
+    monkeypatch.setattr(Path, "touch", touch_and_lose)
+    assert files.writable_folder(here) == here
+    assert files._HOST in names[0]
+
+
 def test_a_device_is_not_replaced_by_a_file(here: Path) -> None:
     Path("link").symlink_to("/dev/null")
     with pytest.raises(UserError, match="device"):
