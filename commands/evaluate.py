@@ -199,6 +199,7 @@ def report_scores(
         say("the decoder, once per image and apart from all that: {gflops:.4g} GFLOPs, "
             "{ms_per_image:.4g} ms".format(**result["decoder"]))  # fmt: skip
     say(f"saved {logdir / name}.json and {name}.png")
+    processes.gather(None)  # the others keep their shares until the score is saved
     unfinished.remove()
     if processes.is_main():
         remove_partial(logdir / name, ".unfinished-*.pt")

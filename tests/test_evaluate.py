@@ -1,11 +1,12 @@
 """Scores: the distance against one computed here, and work that goes on after a stop."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_network
+from conftest import run_main, tiny_network
 from scipy.linalg import sqrtm
 from test_generate import LEVELS, SHAPE, T, evaluator
 from torch import Tensor
@@ -14,7 +15,8 @@ import score
 from diffusion import sample_ddpm
 from evaluate import _Partial
 from model import latency, sampling_networks
-from runtime.files import Unfinished
+from runtime import processes
+from runtime.files import Unfinished, write_json
 from sampling.noise import SAMPLING, ImageNoise
 
 
@@ -85,6 +87,29 @@ def test_processes_exchange_sums_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> 
     whole = partial.merged()
     devices = {x.device.type for x in (whole.moments.mean, whole.inception._sums)}
     assert devices == {"cpu"}
+
+
+def test_shares_are_kept_until_the_score_is_saved(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the others' are made again where the first process is killed before that."""
+    events = []
+
+    def noting(name: str, function: Callable) -> Callable:
+        def call(*arguments: object) -> object:
+            events.append(name)
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr("commands.evaluate.write_json", noting("write", write_json))
+    monkeypatch.setattr(processes, "gather", noting("gather", processes.gather))
+    monkeypatch.setattr(Unfinished, "remove", noting("remove", Unfinished.remove))
+    arguments = ["--logdir=run", "--device=cpu", "--num_images=8", "--fid_encoder=pixels"]
+    result = run_main("--eval", *arguments)
+    assert result.status == 0, result.err
+    saved = events[events.index("write") :]
+    assert "gather" in saved[: saved.index("remove")]
 
 
 @pytest.mark.parametrize("damage", [None, "identity", "file", "bit"])
