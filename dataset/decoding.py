@@ -173,11 +173,13 @@ def _value_range(image: Image.Image) -> tuple[float, float] | None:
 
 
 def _scale_transparent_value(image: Image.Image) -> None:
-    """Of grey PNGs of 2 and 4 bits: Pillow scales their pixels to 0…255, but not this value."""
+    """Of PNGs of 2, 4 and 16 bits: Pillow makes their pixels 8 bits, but not this value."""
     if image.format == "PNG" and "transparency" in image.info:
         raw_mode = image.tile[0][3]
         if raw_mode in ("L;2", "L;4"):
             image.info["transparency"] *= 85 if raw_mode == "L;2" else 17
+        elif raw_mode == "RGB;16B":  # the upper half, as Pillow takes of the pixels
+            image.info["transparency"] = tuple(x >> 8 for x in image.info["transparency"])
 
 
 def _first(value: object) -> object:

@@ -109,12 +109,23 @@ def chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + check
 
 
-def test_grey_of_few_bits_with_a_transparent_value(tmp_path: Path) -> None:
-    """Pixels 0, 5, 10, 15 of four bits, of which 5 is transparent; Pillow cannot write these."""
+@pytest.mark.parametrize(
+    ("bits", "colour", "value", "row"),
+    [
+        (4, 0, struct.pack(">H", 5), b"\x05\xaf"),
+        (16, 2, b"\x55\0" * 3, b"".join(bytes([x, 0]) * 3 for x in (0, 85, 170, 255))),
+    ],
+    ids=["4 bits grey", "16 bits colour"],
+)
+def test_a_transparent_value_of_other_bits_than_8(
+    tmp_path: Path, bits: int, colour: int, value: bytes, row: bytes
+) -> None:
+    """Pixels that are thirds of white, of which the second is transparent; Pillow cannot write
+    these."""
     chunks = [
-        chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 4, 0, 0, 0, 0)),
-        chunk(b"tRNS", struct.pack(">H", 5)),
-        chunk(b"IDAT", zlib.compress(b"\0\x05\xaf" * 4)),
+        chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, bits, colour, 0, 0, 0)),
+        chunk(b"tRNS", value),
+        chunk(b"IDAT", zlib.compress((b"\0" + row) * 4)),
         chunk(b"IEND", b""),
     ]
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
