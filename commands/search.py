@@ -84,6 +84,7 @@ def run(model: Model, folder: Path, search_txt: Path) -> None:
     # All processes draw their share: full width and points of the front on the same noise.
     full = WidthSchedule([1.0] * model.levels.T)
     shown = [full, *(result.front[index].schedule for index in result.sampled)]
+    shown = processes.gather(shown)[0]
     rows = [evaluator.generator.images(schedule, SHOWN) for schedule in shown]
     if processes.is_main():
         save_grid(folder / "samples.png", torch.cat(rows), columns=SHOWN)

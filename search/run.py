@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from model import WidthSchedule
+from runtime import processes as distributed
 from runtime.errors import UserError
 from runtime.progress import progress
 from search.evolution import Evolution
@@ -90,10 +91,7 @@ class Search:
         end = time.monotonic() + 60 * minutes if minutes else None
         with progress(0, "search", "cand") as bar:
             scorer = Scorer(self.genome, self.score, self.costs, log, bar, end)
-            try:
-                candidates, stopped = self._method(scorer).run(), False
-            except OutOfTime:
-                candidates, stopped = scorer.known(), True
+            candidates, stopped = self._candidates(scorer)
         if stopped and not candidates:
             raise UserError(
                 f"--search_minutes={minutes:g} was too short to score a candidate; the same "
@@ -104,6 +102,19 @@ class Search:
         if not usable(candidates):
             raise UserError(f"no candidate has a distance: {candidates[0].record['unusable']}")
         return usable(candidates)
+
+    def _candidates(self, scorer: Scorer) -> tuple[list[Candidate], bool]:
+        """The method's, and whether there was too little time for it; the same in all processes."""
+        result = None
+        if distributed.is_main():
+            try:
+                result = self._method(scorer).run(), False
+            except OutOfTime:
+                result = scorer.known(), True
+            distributed.gather(None)
+        else:
+            scorer.serve()
+        return distributed.gather(result)[0]
 
     def _note(self, generation: int, candidates: Sequence[Candidate]) -> None:
         if usable(candidates):
