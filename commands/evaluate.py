@@ -213,9 +213,9 @@ def evaluation(
     if path:  # which may have another schedule by now
         record |= {"schedule": str(path), "schedule_digest": digest(widths_line(widths))}
     return record | {
+        **config.stored("network", "model"),
         "weights": checkpoint.fingerprint(model.net),
         "dataset": config.data.dataset,
-        "img_size": config.data.img_size,
         "statistics": evaluator.reference.source,
         "statistics_digest": evaluator.reference.digest,
         "batch_size": config.run.batch_size,

@@ -114,7 +114,7 @@ def make_search(model: Model, evaluator: Evaluator, folder: Path) -> Search:
             settings.fid_weight * distance + settings.macs_weight * cost / 2e6
         ),
         folder=folder,
-        identity=search_identity(model) | {"statistics": evaluator.reference.summary},
+        identity=search_identity(model, evaluator),
         start=start,
         images=evaluator.num_images,
         say=say,
@@ -136,22 +136,25 @@ def search_space(model: Model) -> Genome:
     )
 
 
-def search_identity(model: Model) -> dict[str, object]:
+def search_identity(model: Model, evaluator: Evaluator) -> dict[str, object]:
     """What a searched distance depends on."""
-    config = model.config
+    config, networks = model.config, evaluator.generator.networks
     return {
+        **config.stored("network", "model"),
         "checkpoint": config.run.ckpt_name,
         "step": model.step,
         "weights": checkpoint.fingerprint(model.net),
         "num_images": config.evaluation.num_images,
         "seed": config.run.seed,
         "amp": config.run.amp,
+        "arithmetic": {str(width): network.arithmetic for width, network in networks.items()},
         "encoder": config.evaluation.fid_encoder,
         "dataset": config.data.dataset,
         "fid_cache": config.evaluation.fid_cache,
         "sampler": model.sampler.as_json(),
         "widths": config.widths.all,
         **conditions(model),
+        "statistics": evaluator.reference.summary,
     }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import contents, run_main
+from conftest import TINY, contents, run_main
 from PIL import Image
 from pymoo.core.population import Population
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -422,6 +422,35 @@ def test_search_through_the_program(run_folder: Path) -> None:
     assert json.loads((run_folder / "search.txt").read_text()) == chosen
 
 
+def test_a_log_is_of_one_network(run_folder: Path) -> None:
+    """Also where the checkpoint does not say what it was trained for, as a released one."""
+    state = torch.load(run_folder / "ckpt.pt", weights_only=True)
+    del state["settings"]
+    torch.save(state, run_folder / "ckpt.pt")
+    kept = run_folder / "search" / "arithmetic.json"
+    files.write_json(kept, {str(width): "float32" for width in WIDTHS})
+    search = [*TINY, "--search", "--logdir=run", "--num_images=8", "--fid_cache=stats.npz",
+              "--num_generation=1", "--pop_size=4", "--num_segments=2", "--amp=auto"]  # fmt: skip
+    assert run_main(*search).status == 0
+    log = lines(run_folder / "search")
+    for change in ("beta_T=0.05", "num_groups=2", "img_size=16"):
+        name, value = change.split("=")
+        error = run_main(*search, f"--{change}", f"--fid_cache={value}.npz").error
+        assert re.search(rf"search\.jsonl.*{name}: .* there, {value} here", error), error
+    files.write_json(kept, {str(width): "bfloat16" for width in WIDTHS})
+    assert re.search(r"search\.jsonl.*arithmetic: .*float32", run_main(*search).error)
+    assert lines(run_folder / "search") == log
+    # A log of earlier versions, which did not say so.
+    files.write_json(kept, {str(width): "float32" for width in WIDTHS})
+    header = json.loads(log[0])["evaluation"]
+    for name in ("arithmetic", "T", "beta_T", "ch", "num_groups", "img_size"):
+        del header[name]
+    log[0] = json.dumps({"evaluation": header}) + "\n"
+    (run_folder / "search" / "search.jsonl").write_text("".join(log))
+    assert run_main(*search).status == 0
+    assert lines(run_folder / "search") == log
+
+
 def test_shared_states_are_of_one_noise(run_folder: Path) -> None:
     """A sensitivity search scores on several noises: each has the distances that it has alone."""
     search = [
@@ -623,6 +652,7 @@ def test_settings_travel_with_the_schedule(run_folder: Path) -> None:
     assert kept[3]["weights"] != kept[5]["weights"]
     assert len({k["statistics_digest"] for k in kept}) == 1
     assert all(k["images"] == 8 and k["dataset"] == "digits" for k in kept)
+    assert all((k["beta_T"], k["ch"], k["img_size"]) == (0.3, 16, 8) for k in kept)
 
 
 def test_a_score_is_of_the_schedule_that_was_read(
