@@ -201,6 +201,7 @@ def latency_table(folder: Path, model: Model, evaluator: Evaluator) -> dict[floa
     path, config, generator = folder / "latency.json", model.config, evaluator.generator
     batch = config.run.batch_size
     about = {"device": str(model.device), "batch_size": batch, "amp": config.run.amp}
+    about = processes.gather(about)[0]  # the main process measures, on its own GPU
     if processes.is_main() and not path.exists():
         say("measuring the candidates' latency")
         seconds = {

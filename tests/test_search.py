@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import looks
 import report
+from commands.search import latency_table
 from evaluate import Evaluator
 from model import WidthSchedule
-from runtime import files
+from runtime import files, processes
 from runtime.errors import UserError
 from runtime.files import read_jsonl
 from search import (
@@ -36,6 +38,7 @@ from search import (
     pareto_front,
     warm_start,
 )
+from settings import Configuration
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 UNIFORM = [(w,) * 8 for w in WIDTHS[::-1]]
@@ -449,6 +452,20 @@ def test_a_log_is_of_one_network(run_folder: Path) -> None:
     (run_folder / "search" / "search.jsonl").write_text("".join(log))
     assert run_main(*search).status == 0
     assert lines(run_folder / "search") == log
+
+
+def test_latency_is_of_the_main_process(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its GPU's, which other processes have another number of."""
+    ours = {"device": "cuda:0", "batch_size": 128, "amp": "none"}
+    files.write_json("latency.json", ours | {"seconds_per_image": {"1.0": 0.001}})
+    model = SimpleNamespace(config=Configuration.of(cost="latency"), device=torch.device("cuda:1"))
+    evaluator = SimpleNamespace(generator=SimpleNamespace(networks={1.0: None}))
+    monkeypatch.setattr(processes, "rank", lambda: 1)
+    monkeypatch.setattr(processes, "gather", lambda value: [value and ours, value])
+    assert latency_table(here, model, evaluator) == {0.0: 0.0, 1.0: 0.001}
+    ours["batch_size"] = 64
+    with pytest.raises(UserError, match=r"latency\.json.*batch_size: 128 there, 64 here"):
+        latency_table(here, model, evaluator)
 
 
 def test_shared_states_are_of_one_noise(run_folder: Path) -> None:
