@@ -84,6 +84,7 @@ def evaluate_ensemble(config: Configuration) -> None:
     differing = [f"{n}: {theirs[n]} small, {ours[n]} large" for n in ours if theirs[n] != ours[n]]
     if differing:
         raise UserError(f"the two networks cannot take turns ({'; '.join(differing)})")
+    small.check_guidance()
     # Two networks are candidates like any others; the keys are but names.
     models = {"large": large, "small": small}
     paths = {name: build.kept_arithmetic(config, f"arithmetic_{name}") for name in models}
