@@ -17,7 +17,7 @@ from search.front import Candidate, knee, pareto_front, usable
 from search.genome import Genome
 from search.log import SearchLog
 from search.scoring import OutOfTime, Score, Scorer
-from search.sensitivity import Sensitivity
+from search.sensitivity import HOPELESS, Sensitivity
 from settings import SearchSettings
 
 
@@ -139,4 +139,6 @@ class Search:
         if s.flops_budget:
             limit = s.flops_budget * self.costs[max(self.costs)] * (1 + 1e-9)
             return min(front, key=lambda c: (max(0.0, c.cost - limit), c.distance))
-        return knee(front)
+        # A hopeless point would stretch the scale until any other one looks good.
+        least = min(c.distance for c in front)
+        return knee([c for c in front if c.distance <= HOPELESS * least])

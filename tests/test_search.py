@@ -331,6 +331,11 @@ def test_the_best(tmp_path: Path, changes: dict, expected: tuple) -> None:
     assert places(make(tmp_path, **changes).best(POINTS)) == [expected]
 
 
+def test_a_hopeless_end_leaves_the_knee(tmp_path: Path) -> None:
+    job = make(tmp_path, **PARETO)
+    assert places(job.best([*POINTS, at(50, 0.5)])) == places(job.best(POINTS)) == [(2, 4)]
+
+
 class Overflowing(Score):
     """Schedules with the narrowest width have no distance."""
 
