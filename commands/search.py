@@ -85,9 +85,14 @@ def run(model: Model, folder: Path, search_txt: Path) -> None:
     full = WidthSchedule([1.0] * model.levels.T)
     shown = [full, *(result.front[index].schedule for index in result.sampled)]
     shown = processes.gather(shown)[0]
-    rows = [evaluator.generator.images(schedule, SHOWN) for schedule in shown]
+    try:
+        rows = [evaluator.generator.images(schedule, SHOWN) for schedule in shown]
+    except NotFiniteError as error:  # of full width, which need not be usable
+        say(f"no images are shown: {error}")
+        rows = []
     if processes.is_main():
-        save_grid(folder / "samples.png", torch.cat(rows), columns=SHOWN)
+        if rows:
+            save_grid(folder / "samples.png", torch.cat(rows), columns=SHOWN)
         progress.pictures()
         write_page(folder, front, pick.command(model.config))
     say(f"saved {search_txt}; look at {folder / 'report.html'} to choose another point")

@@ -473,6 +473,23 @@ def test_latency_is_of_the_main_process(here: Path, monkeypatch: pytest.MonkeyPa
         latency_table(here, model, evaluator)
 
 
+def test_full_width_need_not_be_usable(run_folder: Path) -> None:
+    """The search ends with its page, which then shows no images."""
+    state = torch.load(run_folder / "ckpt.pt", weights_only=True)
+    state["ema_model"]["head.weight"][-1] = 3e38  # a channel that full width alone has
+    torch.save(state, run_folder / "ckpt.pt")
+    result = run_main(
+        *TINY, "--search", "--search_method=sensitivity", "--search_objective=pareto",
+        "--logdir=run", "--num_images=8", "--batch_size=8", "--fid_cache=stats.npz",
+        "--num_generation=1", "--pop_size=2", "--num_segments=2",
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    page = page_data(run_folder / "search")
+    assert page["points"]
+    assert page["samples"] is None
+    assert all(max(point["widths"]) < 1 for point in page["points"])
+
+
 def test_shared_states_are_of_one_noise(run_folder: Path) -> None:
     """A sensitivity search scores on several noises: each has the distances that it has alone."""
     search = [
