@@ -100,13 +100,13 @@ class Scorer:
                 raise OutOfTime
 
     def known(self) -> list[Candidate]:
-        """All candidates that the log has of the search's own noise."""
+        """All candidates of this search space that the log has of the search's own noise."""
         steps = self.genome.timesteps
         keys = None if len(steps) == self.genome.T else steps
         return [
             self._candidate("", WidthSchedule(widths, keys), record.get("generation", 1))
             for (name, widths), record in self.log.records.items()
-            if not name and len(widths) == len(steps) and self.costs.keys() >= set(widths)
+            if not name and len(widths) == len(steps) and set(self.genome.widths) >= set(widths)
         ]
 
     def _candidate(self, name: str, schedule: WidthSchedule, generation: int) -> Candidate:

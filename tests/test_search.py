@@ -265,6 +265,14 @@ def test_a_longer_search_uses_the_log(tmp_path: Path) -> None:
     assert len(make(tmp_path, score, num_generation=6).run()) == before + len(score.scored)
 
 
+def test_a_stopped_search_chooses_from_its_own_widths(tmp_path: Path) -> None:
+    """The log may have candidates of a search with --allow_skip."""
+    make(tmp_path, genome=Genome((0.0, *WIDTHS), tuple(range(8)), 8), random_init=True).run()
+    candidates = make(tmp_path, search_minutes=1e-6, seed=1).run()
+    assert candidates
+    assert not any(0.0 in c.schedule.widths for c in candidates)
+
+
 def test_another_evaluation_is_refused(tmp_path: Path) -> None:
     make(tmp_path).run()
     before, job = lines(tmp_path), make(tmp_path)
