@@ -69,7 +69,8 @@ class Sensitivity:
         self._uniform()
         if np.isfinite(self.changes).sum() < 2:
             return [*self.candidates.values()]  # nothing to choose from
-        self._add([self.genome.decode(self.genome.encode(s)) for s in self.start], 1)
+        rows = [self.genome.keep_one_step(self.genome.encode(s)) for s in self.start]
+        self._add([self.genome.decode(row) for row in rows], 1)
         if usable([self.candidates[self._narrowed(0, -1)]]):
             self._table()  # its entries are of full width but for one gene
         self.on_generation(1, [*self.candidates.values()])

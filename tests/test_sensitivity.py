@@ -287,6 +287,16 @@ def test_given_starts_are_scored(tmp_path: Path) -> None:
     assert ("", start.widths) in job.records
 
 
+@pytest.mark.parametrize("method", ["evolution", "sensitivity"])
+def test_a_start_keeps_one_step(tmp_path: Path, method: str) -> None:
+    """A gene takes its first entry, and here these are the skipped steps."""
+    start, genome = WidthSchedule([0.0, 1.0] * 6), Genome((0.0, 0.5, 1.0), tuple(range(12)), 12, 6)
+    job = make(tmp_path, start=[start], genome=genome, num_generation=1, search_method=method)
+    job.run()
+    assert ("", (1.0, 1.0) + (0.0,) * 10) in job.records
+    assert all(any(widths) for _, widths in job.records)
+
+
 # --- runs -----------------------------------------------------------------------------------------
 
 
