@@ -17,7 +17,7 @@ from search.front import Candidate, knee, pareto_front, usable
 from search.genome import Genome
 from search.log import SearchLog
 from search.scoring import OutOfTime, Score, Scorer
-from search.sensitivity import HOPELESS, Sensitivity
+from search.sensitivity import HOPELESS, Sensitivity, fresh_noises
 from settings import SearchSettings
 
 
@@ -49,7 +49,7 @@ def stages(settings: SearchSettings, genome: Genome, images: int, shared: bool) 
     entries = genome.genes * (len(genome.widths) - 1)
     # A narrowed chain goes on from full width's, so half of it is run.
     part = math.ceil(calls / 2) if shared else calls
-    fresh = settings.confirm_images or 2 * images
+    fresh = fresh_noises(settings, images) * images
     return [
         Stage("uniform widths", len(genome.uniform()), images, calls, widths),
         Stage("table", entries, images, part, [1.0]),

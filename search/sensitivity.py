@@ -191,11 +191,10 @@ class Sensitivity:
 
     def _confirmed(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The candidates that could be on the front, and the uniform ones, on fresh noise."""
-        images = self.settings.confirm_images or 2 * self.images
         logs: dict[WidthSchedule, list[float]] = {}
         noise_error = self._belief().noise
         left = self._contenders(candidates, noise_error)
-        noises = max(1, round(images / self.images))
+        noises = fresh_noises(self.settings, self.images)
         self.scorer.bar.total = self.scorer.bar.n + noises * len(left)
         for noise in range(noises):
             generations = {c.schedule: c.generation for c in left}
@@ -246,6 +245,11 @@ class Sensitivity:
         """Score schedules on the search's own noise."""
         for c in self.scorer.candidates(dict.fromkeys(schedules, generation)):
             self.candidates.setdefault(c.schedule, c)
+
+
+def fresh_noises(settings: SearchSettings, images: int) -> int:
+    """How many fresh noises --confirm_images allows, and at least one. images: of a score."""
+    return max(1, (settings.confirm_images or 2 * images) // images)
 
 
 def _spread(logs: Sequence[Sequence[float]], before: float) -> tuple[float | None, float]:

@@ -22,6 +22,7 @@ from search import (
     SearchSettings,
     hypervolume,
     pareto_front,
+    stages,
 )
 from search.additive import Belief, exact_front, settled, stakes
 
@@ -202,6 +203,16 @@ def test_errors_are_those_of_fresh_noise(tmp_path: Path) -> None:
     )
     fresh = {widths for noise, widths in score.scored if noise}
     assert {c.schedule.widths for c in candidates} <= fresh
+
+
+@pytest.mark.parametrize(("images", "noises"), [(0, 2), (50, 1), (199, 1), (200, 2), (299, 2)])
+def test_confirm_images_is_the_most(tmp_path: Path, images: int, noises: int) -> None:
+    """A score has 100 images, and every schedule of the result has one."""
+    job = make(tmp_path, confirm_images=images, num_generation=1)
+    job.run()
+    assert len({rung for rung, _ in job.records if rung}) == noises
+    plan = stages(job.settings, job.genome, 100, True)[-1]
+    assert (plan.name, plan.images) == ("fresh noise", 100 * noises)
 
 
 def test_a_hopeless_width_is_left_out_and_said(tmp_path: Path) -> None:
