@@ -82,6 +82,8 @@ def evaluate_ensemble(config: Configuration) -> None:
     large = build.load_model(config, e.large_logdir)
     theirs, ours = (_shared_settings(model) for model in (small, large))
     differing = [f"{n}: {theirs[n]} small, {ours[n]} large" for n in ours if theirs[n] != ours[n]]
+    if small.class_names and large.class_names and small.class_names != large.class_names:
+        differing.append("the names of their classes, or the order")
     if differing:
         raise UserError(f"the two networks cannot take turns ({'; '.join(differing)})")
     small.check_guidance()

@@ -279,6 +279,17 @@ def test_guidance_needs_a_null_class(refused: Refused, run_conditional: Path, he
         assert result.status == 0, result.err
 
 
+def test_an_ensemble_has_the_same_classes(
+    refused: Refused, run_conditional: Path, here: Path
+) -> None:
+    state = checkpoint.load(run_conditional / "ckpt.pt")
+    for folder, names in (("run", "abcdefghij"), ("other", "jihgfedcba")):
+        state["settings"]["class_names"] = [*names]
+        checkpoint.save(here / folder / "ckpt.pt", state)
+    both = [*EVAL, "--eval_ensemble", "--large_logdir=run", "--small_ch=16"]
+    refused("cannot take turns.*classes", *both, "--small_logdir=other")
+
+
 def test_mistakes_in_training(refused: Refused, here: Path) -> None:
     for arguments, match in (
         (["--num_classes=3"], "--num_classes=3: --dataset=digits has 10 classes"),
