@@ -107,7 +107,8 @@ class Model:
     """A network, and the configuration as its checkpoint settles it.
 
     step: the training step that its weights are of. source: the file or folder they come from.
-    class_names: in the order of the classes' numbers, where they are known.
+    class_names: in the order of the classes' numbers, where they are known. label_dropout: of the
+    training that the weights come from, where the checkpoint says it.
     """
 
     net: nn.Module
@@ -116,6 +117,7 @@ class Model:
     step: int = 0
     source: str = ""
     class_names: tuple[str, ...] = ()
+    label_dropout: float | None = None
 
     @property
     def about(self) -> str:
@@ -195,12 +197,7 @@ class Model:
                         "with --num_classes"
                     )
             return None
-        trained_without = getattr(settings, "null_class", True)
-        if s.guidance_scale != 1 and not (trained_without or self.config.training.label_dropout):
-            raise UserError(
-                f"--guidance_scale={s.guidance_scale}: guidance needs a network that was also "
-                "trained without classes; train it with --label_dropout"
-            )
+        self.check_guidance()
         shares = self.net.class_embedding.frequencies.tolist()
         fixed = conditioning.parse(s.classes, self.class_names)
         classes = Classes(tuple(shares), s.guidance_scale, fixed, self.config.run.seed)
@@ -208,6 +205,18 @@ class Model:
             named = ", ".join(f"{self.class_names[n]} ({n})" for n in fixed)
             log_once(f"--classes: {named}")
         return classes
+
+    def check_guidance(self) -> None:
+        """Raise UserError where --guidance_scale needs a null class that was never trained."""
+        scale, dropout = self.config.sampling.guidance_scale, self.label_dropout
+        # Of diffusers the model may have come with one; our own learn it by dropout alone.
+        trained = getattr(self.net.settings, "null_class", dropout is None)
+        dropout = self.config.training.label_dropout if dropout is None else dropout
+        if scale != 1 and not (trained or dropout):
+            raise UserError(
+                f"--guidance_scale={scale}: guidance needs a network that was also trained without "
+                f"classes, which {self.source or 'this one'} was not; train it with --label_dropout"
+            )
 
     def _rows(self) -> Classes | None:
         """Which row of the embeddings each image is shown, as Classes say it; None where all are
@@ -454,6 +463,7 @@ def model_to_train(
         source = Path(config.training.init_checkpoint)
         state = checkpoint.load(source)
         model = _restored(config, device, state, source, free=FREE_AT_START)
+        model = replace(model, label_dropout=None)  # this training may have another one
         stored = checkpoint.settings(state)
         log.info(f"starts from {model.about}")
     elif config.training.init_diffusers:
@@ -537,7 +547,7 @@ def _restored(
     checkpoint.fill(net, state["ema_model"], path)
     _set_embeddings(net, config)
     step, names = int(state.get("step", 0)), _class_names(stored)
-    return Model(net, config, device, step, str(path), names)
+    return Model(net, config, device, step, str(path), names, stored.get("label_dropout"))
 
 
 def _class_names(stored: Mapping[str, object]) -> tuple[str, ...]:

@@ -160,10 +160,11 @@ class SearchProgress:
             self._writer.flush()
 
     def pictures(self) -> None:
-        """Show TensorBoard the result's pictures."""
+        """Show TensorBoard the result's pictures, of which samples may be missing."""
         for name in ("front", "schedule", "samples"):
-            picture = read_image(self.folder / f"{name}.png")[:3]
-            self._writer.add_image(name, picture, len(self.generations))
+            path = self.folder / f"{name}.png"
+            if path.exists():
+                self._writer.add_image(name, read_image(path)[:3], len(self.generations))
         self._writer.flush()
 
     @functools.cached_property

@@ -83,8 +83,11 @@ def evaluate_ensemble(config: Configuration) -> None:
     large = build.load_model(config, e.large_logdir)
     theirs, ours = (_shared_settings(model) for model in (small, large))
     differing = [f"{n}: {theirs[n]} small, {ours[n]} large" for n in ours if theirs[n] != ours[n]]
+    if small.class_names and large.class_names and small.class_names != large.class_names:
+        differing.append("the names of their classes, or the order")
     if differing:
         raise UserError(f"the two networks cannot take turns ({'; '.join(differing)})")
+    small.check_guidance()
     # Two networks are candidates like any others; the keys are but names.
     models = {"large": large, "small": small}
     paths = {name: build.kept_arithmetic(config, f"arithmetic_{name}") for name in models}
@@ -215,10 +218,10 @@ def evaluation(
     if path:  # which may have another schedule by now
         record |= {"schedule": str(path), "schedule_digest": digest(widths_line(widths))}
     return record | {
+        **config.stored("network", "model"),
         "weights": fingerprint(model.net),
         **evaluator.encoder.identity,
         "dataset": config.data.dataset,
-        "img_size": config.data.img_size,
         "statistics": evaluator.reference.source,
         "statistics_digest": evaluator.reference.digest,
         "batch_size": config.run.batch_size,

@@ -84,9 +84,15 @@ def run(model: Model, folder: Path, search_txt: Path) -> None:
     # All processes draw their share: full width and points of the front on the same noise.
     full = WidthSchedule([1.0] * model.levels.T)
     shown = [full, *(result.front[index].schedule for index in result.sampled)]
-    rows = [evaluator.generator.images(schedule, SHOWN) for schedule in shown]
+    shown = processes.gather(shown)[0]
+    try:
+        rows = [evaluator.generator.images(schedule, SHOWN) for schedule in shown]
+    except NotFiniteError as error:  # of full width, which need not be usable
+        say(f"no images are shown: {error}")
+        rows = []
     if processes.is_main():
-        save_grid(folder / "samples.png", torch.cat(rows), columns=SHOWN)
+        if rows:
+            save_grid(folder / "samples.png", torch.cat(rows), columns=SHOWN)
         progress.pictures()
         write_page(folder, front, pick.command(model.config))
     say(f"saved {search_txt}; look at {folder / 'report.html'} to choose another point")
@@ -137,14 +143,16 @@ def search_space(model: Model) -> Genome:
 
 def search_identity(model: Model, evaluator: Evaluator) -> dict[str, object]:
     """What a searched distance depends on."""
-    config = model.config
+    config, networks = model.config, evaluator.generator.networks
     return {
+        **config.stored("network", "model"),
         "checkpoint": config.run.ckpt_name,
         "step": model.step,
         "weights": fingerprint(model.net),
         "num_images": config.evaluation.num_images,
         "seed": config.run.seed,
         "amp": config.run.amp,
+        "arithmetic": {str(width): network.arithmetic for width, network in networks.items()},
         **evaluator.encoder.identity,
         "dataset": config.data.dataset,
         "fid_cache": config.evaluation.fid_cache,
@@ -198,6 +206,7 @@ def latency_table(folder: Path, model: Model, evaluator: Evaluator) -> dict[floa
     path, config, generator = folder / "latency.json", model.config, evaluator.generator
     batch = config.run.batch_size
     about = {"device": str(model.device), "batch_size": batch, "amp": config.run.amp}
+    about = processes.gather(about)[0]  # the main process measures, on its own GPU
     if processes.is_main() and not path.exists():
         say("measuring the candidates' latency")
         seconds = {

@@ -115,10 +115,18 @@ class Generator:
                 yield indices.cpu(), images
 
     def images(self, schedule: StepSchedule, count: int) -> Tensor:
-        """The first `count` images, uint8 (count, C, H, W) on the CPU, in every process."""
-        alone = replace(self, states=None)
-        made = alone.batches(schedule, alone.shares(count))
-        own = [(int(indices[0]), images.cpu()) for indices, images in made]
+        """The first `count` images, uint8 (count, C, H, W) on the CPU, in every process.
+
+        Raises NotFiniteError, in every process, too.
+        """
+        alone, own, failure = replace(self, states=None), [], None
+        try:
+            for indices, images in alone.batches(schedule, alone.shares(count)):
+                own.append((int(indices[0]), images.cpu()))
+        except NotFiniteError as error:
+            failure = error
+        if failure := next(filter(None, processes.gather(failure)), None):
+            raise failure
         parts = [part for parts in processes.gather(own) for part in parts]
         return torch.cat([images for _, images in sorted(parts, key=lambda part: part[0])])
 

@@ -39,16 +39,14 @@ class ResetMutation(Mutation):
 
 
 class KeepOneStep(Repair):
-    """A schedule that leaves out every step gets its last step back, at full width."""
+    """See Genome.keep_one_step."""
 
     def __init__(self, genome: Genome) -> None:
         super().__init__()
-        self.widths = np.array(genome.widths)
+        self.genome = genome
 
     def _do(self, problem: Problem, X: np.ndarray, **kwargs: object) -> np.ndarray:
-        X = X.copy()
-        X[(self.widths[X] == 0).all(1), 0] = len(self.widths) - 1
-        return X
+        return self.genome.keep_one_step(X)
 
 
 @dataclass
@@ -116,4 +114,4 @@ class Evolution:
         unique = list({tuple(genes): genes for genes in rows}.values())[: s.pop_size]
         random = np.random.default_rng([self.seed, 1])
         drawn = random.integers(0, len(genome.widths), (s.pop_size - len(unique), genome.genes))
-        return KeepOneStep(genome)._do(None, np.array([*unique, *drawn]))
+        return genome.keep_one_step(np.array([*unique, *drawn]))

@@ -63,6 +63,14 @@ class Genome:
         distance = np.abs(np.array(widths)[:, None] - np.array(self.widths)[None])
         return distance.argmin(1)
 
+    def keep_one_step(self, rows: np.ndarray) -> np.ndarray:
+        """Rows (…, genes) of which one that skips every step gets its last step back, at full
+        width."""
+        rows = rows.copy()
+        skipped = (np.array(self.widths)[rows] == 0).all(-1)
+        rows[..., 0] = np.where(skipped, len(self.widths) - 1, rows[..., 0])
+        return rows
+
     def uniform(self) -> list[np.ndarray]:
         """Each width at every step, the largest first; skipping every step is not one of them."""
         return [

@@ -17,6 +17,7 @@ from runtime.files import append_jsonl, read_jsonl, write_jsonl
 from runtime.identity import agree
 from runtime.schema import Amount, Count, Name, Widths, check
 from search.genome import Genome
+from settings import OPTIONS
 
 
 class Header(TypedDict):
@@ -64,7 +65,9 @@ class SearchLog:
                 write_jsonl(self.path, [{"evaluation": dict(self.identity)}])
             return
         candidates = candidates_of(lines, self.path)
-        stored, late = lines[0]["evaluation"], ("weights", "encoder_weights", "statistics")
+        stored = lines[0]["evaluation"]
+        late = {"weights", "encoder_weights", "arithmetic", "statistics"}
+        late |= {name for name, option in OPTIONS.items() if option.stored in ("network", "model")}
         agree(
             self.path,
             stored,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from model import WidthSchedule
+from runtime import processes as distributed
 from runtime.errors import UserError
 from runtime.progress import progress
 from search.evolution import Evolution
@@ -16,7 +17,7 @@ from search.front import Candidate, knee, pareto_front, usable
 from search.genome import Genome
 from search.log import SearchLog
 from search.scoring import OutOfTime, Score, Scorer
-from search.sensitivity import Sensitivity
+from search.sensitivity import HOPELESS, Sensitivity, fresh_noises
 from settings import SearchSettings
 
 
@@ -48,7 +49,7 @@ def stages(settings: SearchSettings, genome: Genome, images: int, shared: bool) 
     entries = genome.genes * (len(genome.widths) - 1)
     # A narrowed chain goes on from full width's, so half of it is run.
     part = math.ceil(calls / 2) if shared else calls
-    fresh = settings.confirm_images or 2 * images
+    fresh = fresh_noises(settings, images) * images
     return [
         Stage("uniform widths", len(genome.uniform()), images, calls, widths),
         Stage("table", entries, images, part, [1.0]),
@@ -90,10 +91,7 @@ class Search:
         end = time.monotonic() + 60 * minutes if minutes else None
         with progress(0, "search", "cand") as bar:
             scorer = Scorer(self.genome, self.score, self.costs, log, bar, end)
-            try:
-                candidates, stopped = self._method(scorer).run(), False
-            except OutOfTime:
-                candidates, stopped = scorer.known(), True
+            candidates, stopped = self._candidates(scorer)
         if stopped and not candidates:
             raise UserError(
                 f"--search_minutes={minutes:g} was too short to score a candidate; the same "
@@ -104,6 +102,19 @@ class Search:
         if not usable(candidates):
             raise UserError(f"no candidate has a distance: {candidates[0].record['unusable']}")
         return usable(candidates)
+
+    def _candidates(self, scorer: Scorer) -> tuple[list[Candidate], bool]:
+        """The method's, and whether there was too little time for it; the same in all processes."""
+        result = None
+        if distributed.is_main():
+            try:
+                result = self._method(scorer).run(), False
+            except OutOfTime:
+                result = scorer.known(), True
+            distributed.gather(None)
+        else:
+            scorer.serve()
+        return distributed.gather(result)[0]
 
     def _note(self, generation: int, candidates: Sequence[Candidate]) -> None:
         if usable(candidates):
@@ -128,4 +139,6 @@ class Search:
         if s.flops_budget:
             limit = s.flops_budget * self.costs[max(self.costs)] * (1 + 1e-9)
             return min(front, key=lambda c: (max(0.0, c.cost - limit), c.distance))
-        return knee(front)
+        # A hopeless point would stretch the scale until any other one looks good.
+        least = min(c.distance for c in front)
+        return knee([c for c in front if c.distance <= HOPELESS * least])

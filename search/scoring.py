@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class OutOfTime(Exception):  # noqa: N818 - it is an end, not an error
 class Scorer:
     """Scores candidates, each at most once per log and noise.
 
+    Of several processes the main one decides what is scored: machines may round and sort otherwise.
     costs: the cost per step of each width (0 for width 0). end: the time on the monotonic clock
     after which OutOfTime ends the scoring, where there is one.
     """
@@ -62,7 +64,9 @@ class Scorer:
         records, name = self.log.records, f"noise {noise}" if noise else ""
         new = [s for s in generations if (name, s.widths) not in records]
         self.bar.update(len(generations) - len(new))
-        for index, scores in self.score(new, noise) if new else ():
+        if new:
+            distributed.gather((new, noise))  # see `serve`
+        for index, scores in self._scores(new, noise) if new else ():
             schedule = new[index]
             record = {
                 "generation": generations[schedule],
@@ -76,19 +80,33 @@ class Scorer:
             self.bar.set_postfix(
                 generation=record["generation"], distance=f"{record['distance']:.4g}"
             )
+        return [self._candidate(name, s, g) for s, g in generations.items()]
+
+    def serve(self) -> None:
+        """Take part in what the main process scores, until it tells that it is done."""
+        while asked := distributed.gather(None)[0]:
+            with contextlib.suppress(OutOfTime):
+                for _ in self._scores(*asked):
+                    pass
+
+    def _scores(
+        self, schedules: Sequence[WidthSchedule], noise: int
+    ) -> Iterator[tuple[int, Mapping[str, object]]]:
+        """What `score` says, until the time is over, in all processes."""
+        for scores in self.score(schedules, noise):
+            yield scores
             # One process decides, so that all stop after the same candidate.
             if self.end and distributed.gather(time.monotonic() > self.end)[0]:
                 raise OutOfTime
-        return [self._candidate(name, s, g) for s, g in generations.items()]
 
     def known(self) -> list[Candidate]:
-        """All candidates that the log has of the search's own noise."""
+        """All candidates of this search space that the log has of the search's own noise."""
         steps = self.genome.timesteps
         keys = None if len(steps) == self.genome.T else steps
         return [
             self._candidate("", WidthSchedule(widths, keys), record.get("generation", 1))
             for (name, widths), record in self.log.records.items()
-            if not name and len(widths) == len(steps) and self.costs.keys() >= set(widths)
+            if not name and len(widths) == len(steps) and set(self.genome.widths) >= set(widths)
         ]
 
     def _candidate(self, name: str, schedule: WidthSchedule, generation: int) -> Candidate:

@@ -28,7 +28,7 @@ import numpy as np
 
 from model import WidthSchedule
 from search.additive import Belief, exact_front, settled, stakes
-from search.front import Candidate, hypervolume, pareto_front
+from search.front import Candidate, hypervolume, pareto_front, usable
 from search.genome import Genome
 from search.scoring import Scorer
 from settings import SearchSettings
@@ -67,10 +67,12 @@ class Sensitivity:
         rounds = range(2, settings.num_generation + 1)
         bar.total = uniform + self.genome.genes + len(rounds) * settings.pop_size
         self._uniform()
-        if np.isfinite(self.changes).sum() == 1:
+        if np.isfinite(self.changes).sum() < 2:
             return [*self.candidates.values()]  # nothing to choose from
-        self._add([self.genome.decode(self.genome.encode(s)) for s in self.start], 1)
-        self._table()
+        rows = [self.genome.keep_one_step(self.genome.encode(s)) for s in self.start]
+        self._add([self.genome.decode(row) for row in rows], 1)
+        if usable([self.candidates[self._narrowed(0, -1)]]):
+            self._table()  # its entries are of full width but for one gene
         self.on_generation(1, [*self.candidates.values()])
         volumes = [hypervolume([*self.candidates.values()], self.reference)]
         for generation in rounds:
@@ -90,27 +92,34 @@ class Sensitivity:
         """Score the uniform widths and choose the usable ones."""
         rows = self.genome.uniform()
         self._add([self.genome.decode(row) for row in rows], 1)
-        distances = [c.distance for c in self.candidates.values()]
-        least = min(distances)
+        scored = usable(self.candidates.values())
         self.changes = np.full(len(self.genome.widths), np.inf)
-        for (column, *_), distance in zip(rows, distances, strict=True):
-            width = self.genome.widths[column]
-            if column == len(self.changes) - 1 or distance <= HOPELESS * least:
-                self.changes[column] = math.log(distance / distances[0])
-            else:
+        if not scored:
+            return
+        # Where full width has no distance, the widest that has one stands for it.
+        level, least = scored[0].distance, min(c.distance for c in scored)
+        self.changes[-1] = 0
+        others = [*self.candidates.values()][1:]
+        for (column, *_), candidate in zip(rows[1:], others, strict=True):
+            width, distance = self.genome.widths[column], candidate.distance
+            if distance <= HOPELESS * least:
+                self.changes[column] = math.log(distance / level)
+            elif candidate in scored:
                 self.say(
                     f"width {width:g} is left out: at every step its distance is {distance:.4g}, "
                     f"{distance / least:.0f} times the best uniform width's"
                 )
+            else:
+                self.say(f"width {width:g} is left out: at every step it has no distance")
         if self.genome.widths[0] == 0:  # has no uniform score
             self.changes[0] = 2 * self.changes[np.isfinite(self.changes)].max()
-        usable = [c for c in self.candidates.values() if c.distance <= HOPELESS * least]
-        self.reference = 1.1 * max(c.distance for c in usable), 1.1 * max(c.cost for c in usable)
+        good = [c for c in scored if c.distance <= HOPELESS * least]
+        self.reference = 1.1 * max(c.distance for c in good), 1.1 * max(c.cost for c in good)
 
     def _table(self) -> None:
         """Score entries: the narrowest width of every gene, then others that decide."""
-        usable = np.flatnonzero(np.isfinite(self.changes))
-        columns = [c for c in usable if self.genome.widths[c] > 0][:1]
+        used = np.flatnonzero(np.isfinite(self.changes))
+        columns = [c for c in used if self.genome.widths[c] > 0][:1]
         if self.genome.widths[0] == 0:
             columns.append(0)
         entries = [(gene, column) for gene in range(self.genome.genes) for column in columns]
@@ -164,27 +173,35 @@ class Sensitivity:
         return new
 
     def _belief(self) -> Belief:
-        usable = {w for w, c in zip(self.genome.widths, self.changes, strict=True) if c < np.inf}
-        scored = [c for c in self.candidates.values() if set(c.schedule.widths) <= usable]
+        used = {w for w, c in zip(self.genome.widths, self.changes, strict=True) if c < np.inf}
+        scored = [c for c in usable(self.candidates.values()) if set(c.schedule.widths) <= used]
         rows = np.array([self.genome.encode(c.schedule) for c in scored])
         logs = np.array([math.log(c.distance) for c in scored])
         count = len(self.genome.timesteps)
         shares = np.bincount(np.arange(count) * self.genome.genes // count) / count
-        return Belief.of(self.changes, shares, rows, logs)
+        belief = Belief.of(self.changes, shares, rows, logs)
+        # An entry without a distance is not to be used.
+        for entry in np.ndindex(belief.mean[:, :-1].shape):
+            candidate = self.candidates.get(self._narrowed(*entry))
+            if candidate and not usable([candidate]):
+                belief.mean[entry] = np.inf
+        return belief
 
     # --- the end ---
 
     def _confirmed(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The candidates that could be on the front, and the uniform ones, on fresh noise."""
-        images = self.settings.confirm_images or 2 * self.images
         logs: dict[WidthSchedule, list[float]] = {}
         noise_error = self._belief().noise
         left = self._contenders(candidates, noise_error)
-        noises = max(1, round(images / self.images))
+        noises = fresh_noises(self.settings, self.images)
         self.scorer.bar.total = self.scorer.bar.n + noises * len(left)
         for noise in range(noises):
             generations = {c.schedule: c.generation for c in left}
-            scored = self.scorer.candidates(generations, FRESH + noise)
+            fresh = self.scorer.candidates(generations, FRESH + noise)
+            scored = usable(fresh)
+            if not scored:
+                return fresh
             for c in scored:
                 logs.setdefault(c.schedule, []).append(math.log(c.distance))
             own, paired = _spread([logs[c.schedule] for c in scored], noise_error)
@@ -202,6 +219,7 @@ class Sensitivity:
         Of the front the 2·pop_size points without which it would lose most; of the candidates that
         the front beats by no more than one standard error, the pop_size / 2 nearest to it.
         """
+        candidates = usable(candidates)
         front = pareto_front(candidates)
         while len(front) > max(2, 2 * self.settings.pop_size):
             areas = [
@@ -227,6 +245,11 @@ class Sensitivity:
         """Score schedules on the search's own noise."""
         for c in self.scorer.candidates(dict.fromkeys(schedules, generation)):
             self.candidates.setdefault(c.schedule, c)
+
+
+def fresh_noises(settings: SearchSettings, images: int) -> int:
+    """How many fresh noises --confirm_images allows, and at least one. images: of a score."""
+    return max(1, (settings.confirm_images or 2 * images) // images)
 
 
 def _spread(logs: Sequence[Sequence[float]], before: float) -> tuple[float | None, float]:

@@ -263,6 +263,33 @@ def test_network_with_classes(refused: Refused, run_conditional: Path) -> None:
         refused(match, *EVAL, "--eval", argument)
 
 
+def test_guidance_needs_a_null_class(refused: Refused, run_conditional: Path, here: Path) -> None:
+    """The checkpoint says whether its network ever saw images without a class."""
+    state = checkpoint.load(run_conditional / "ckpt.pt")
+    state["settings"]["label_dropout"] = 0.0
+    checkpoint.save(here / "never" / "ckpt.pt", state)
+    del state["settings"]["label_dropout"]
+    checkpoint.save(here / "unknown" / "ckpt.pt", state)
+    guided = ["--guidance_scale=2", "--label_dropout=0.1"]
+    refused("--guidance_scale=2.0.*never/ckpt.pt", *EVAL, "--eval", *guided, "--logdir=never")
+    both = [*EVAL, "--eval_ensemble", "--large_logdir=run", "--small_ch=16", "--start=7"]
+    refused("--guidance_scale=2.0.*never/ckpt.pt", *both, *guided, "--small_logdir=never")
+    for source in ("run", "unknown"):  # --dry_run asks for the classes, too
+        result = run_main(*EVAL, "--eval", *guided, f"--logdir={source}", "--dry_run")
+        assert result.status == 0, result.err
+
+
+def test_an_ensemble_has_the_same_classes(
+    refused: Refused, run_conditional: Path, here: Path
+) -> None:
+    state = checkpoint.load(run_conditional / "ckpt.pt")
+    for folder, names in (("run", "abcdefghij"), ("other", "jihgfedcba")):
+        state["settings"]["class_names"] = [*names]
+        checkpoint.save(here / folder / "ckpt.pt", state)
+    both = [*EVAL, "--eval_ensemble", "--large_logdir=run", "--small_ch=16"]
+    refused("cannot take turns.*classes", *both, "--small_logdir=other")
+
+
 def test_mistakes_in_training(refused: Refused, here: Path) -> None:
     for arguments, match in (
         (["--num_classes=3"], "--num_classes=3: --dataset=digits has 10 classes"),

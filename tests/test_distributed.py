@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -19,12 +19,15 @@ import torch
 from conftest import FORKS, KERNELS, ROOT, TINY, TRAIN, Result, Started, alive, run_main
 from PIL import Image
 from test_latents import write_autoencoder
+from test_search import summary
+from test_sensitivity import Landscape, make, true_distance
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import main
-from model import checkpoint
+from model import WidthSchedule, checkpoint
 from runtime import files
 from runtime import processes as distributed
+from runtime.errors import UserError
 
 KEPT = 0.3 if KERNELS else 0  # torch's own dropout drops other channels in each process
 LEARN = [*TRAIN, f"--dropout={KEPT}", "--sample_size=5", "--logdir=new"]
@@ -174,6 +177,63 @@ def test_two_processes_do_what_one_does(here: Path, trained: Path, forks: None) 
             assert two[key]["distance"] == pytest.approx(record["distance"], rel=1e-7)
         one, two = pair(f"{name}/search.txt", Path.read_text)
         assert one == two
+
+
+class Shared(Landscape):
+    """Each process scores every second schedule and tells the others, as in a search."""
+
+    def __call__(
+        self, schedules: Sequence[WidthSchedule], noise: int = 0
+    ) -> Iterator[tuple[int, dict]]:
+        for first in range(0, len(schedules), 2):
+            own = first + distributed.rank()
+            scores = [
+                (own, {"distance": true_distance(s.widths)}) for s in schedules[own : own + 1]
+            ]
+            for each in distributed.gather(scores):
+                yield from each
+
+
+def search_together(folder: Path, rank: int, ports: list[int]) -> list[object]:
+    """Searches in which the processes would score different candidates, and what they end with."""
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2"}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    jobs = {
+        "evolution": dict(search_method="evolution", mutation_prob=0.1),
+        "sensitivity": {},
+        "short": dict(search_minutes=1e-6),
+        "failing": {},
+    }
+    ended = []
+    for port, (name, changes) in zip(ports, jobs.items(), strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        job = make(folder / name, Shared(), num_generation=4, seed=rank, **changes)
+        if name == "failing":  # in the main process, which says it
+            job.on_generation = lambda number, candidates: 1 // 0
+        try:
+            with distributed.group(torch.device("cpu")):
+                ended.append(summary(job.run()))
+        except (ArithmeticError, UserError) as error:
+            ended.append(type(error))
+            torch.distributed.destroy_process_group()  # as the end of the process does
+    return ended
+
+
+def test_one_process_decides_what_is_scored(here: Path, forks: None) -> None:
+    """Processes whose numbers differ, here their seeds, once mixed up whose score a score was."""
+    ports = [free_port() for _ in range(4)]
+    with ProcessPoolExecutor(2, FORKS) as pool:
+        running = [pool.submit(search_together, here, rank, ports) for rank in (0, 1)]
+        first, second = [process.result(timeout=100) for process in running]
+    assert first[:3] == second[:3]
+    assert first[3:] == [ZeroDivisionError]
+    assert second[3:] == [UserError]  # and does not wait for ever
+    assert len(first[2]) == 1
+    for name in ("evolution", "sensitivity"):
+        scored = records(here / name / "search.jsonl")[1:]
+        assert len(scored) > 20
+        for record in scored:
+            assert record["distance"] == true_distance(record["schedule"])
 
 
 def test_an_error_of_one_process_ends_both_and_is_said_once(run_folder: Path) -> None:

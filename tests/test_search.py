@@ -8,20 +8,22 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import Result, contents, run_main
+from conftest import TINY, Result, contents, run_main
 from PIL import Image
 from pymoo.core.population import Population
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import looks
 import report
+from commands.search import latency_table
 from evaluate import Evaluator
 from model import WidthSchedule
-from runtime import files
+from runtime import files, processes
 from runtime.errors import UserError
 from runtime.files import read_jsonl
 from score import ENCODERS, Encoder
@@ -37,6 +39,7 @@ from search import (
     pareto_front,
     warm_start,
 )
+from settings import Configuration
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 UNIFORM = [(w,) * 8 for w in WIDTHS[::-1]]
@@ -263,6 +266,14 @@ def test_a_longer_search_uses_the_log(tmp_path: Path) -> None:
     assert len(make(tmp_path, score, num_generation=6).run()) == before + len(score.scored)
 
 
+def test_a_stopped_search_chooses_from_its_own_widths(tmp_path: Path) -> None:
+    """The log may have candidates of a search with --allow_skip."""
+    make(tmp_path, genome=Genome((0.0, *WIDTHS), tuple(range(8)), 8), random_init=True).run()
+    candidates = make(tmp_path, search_minutes=1e-6, seed=1).run()
+    assert candidates
+    assert not any(0.0 in c.schedule.widths for c in candidates)
+
+
 def test_another_evaluation_is_refused(tmp_path: Path) -> None:
     make(tmp_path).run()
     before, job = lines(tmp_path), make(tmp_path)
@@ -327,6 +338,11 @@ def test_hypervolume_by_hand() -> None:
 )
 def test_the_best(tmp_path: Path, changes: dict, expected: tuple) -> None:
     assert places(make(tmp_path, **changes).best(POINTS)) == [expected]
+
+
+def test_a_hopeless_end_leaves_the_knee(tmp_path: Path) -> None:
+    job = make(tmp_path, **PARETO)
+    assert places(job.best([*POINTS, at(50, 0.5)])) == places(job.best(POINTS)) == [(2, 4)]
 
 
 class Overflowing(Score):
@@ -451,6 +467,66 @@ def test_scores_of_other_encoder_weights_are_not_mixed(
     for weights in ("one", "two", "one"):
         assert run(weights, "--eval").status == 0
     assert identities[0] == identities[2] != identities[1]
+
+
+def test_a_log_is_of_one_network(run_folder: Path) -> None:
+    """Also where the checkpoint does not say what it was trained for, as a released one."""
+    state = torch.load(run_folder / "ckpt.pt", weights_only=True)
+    del state["settings"]
+    torch.save(state, run_folder / "ckpt.pt")
+    kept = run_folder / "search" / "arithmetic.json"
+    files.write_json(kept, {str(width): "float32" for width in WIDTHS})
+    search = [*TINY, "--search", "--logdir=run", "--num_images=8", "--fid_cache=stats.npz",
+              "--num_generation=1", "--pop_size=4", "--num_segments=2", "--amp=auto"]  # fmt: skip
+    assert run_main(*search).status == 0
+    log = lines(run_folder / "search")
+    for change in ("beta_T=0.05", "num_groups=2", "img_size=16"):
+        name, value = change.split("=")
+        error = run_main(*search, f"--{change}", f"--fid_cache={value}.npz").error
+        assert re.search(rf"search\.jsonl.*{name}: .* there, {value} here", error), error
+    files.write_json(kept, {str(width): "bfloat16" for width in WIDTHS})
+    assert re.search(r"search\.jsonl.*arithmetic: .*float32", run_main(*search).error)
+    assert lines(run_folder / "search") == log
+    # A log of earlier versions, which did not say so.
+    files.write_json(kept, {str(width): "float32" for width in WIDTHS})
+    header = json.loads(log[0])["evaluation"]
+    for name in ("arithmetic", "T", "beta_T", "ch", "num_groups", "img_size"):
+        del header[name]
+    log[0] = json.dumps({"evaluation": header}) + "\n"
+    (run_folder / "search" / "search.jsonl").write_text("".join(log))
+    assert run_main(*search).status == 0
+    assert lines(run_folder / "search") == log
+
+
+def test_latency_is_of_the_main_process(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its GPU's, which other processes have another number of."""
+    ours = {"device": "cuda:0", "batch_size": 128, "amp": "none"}
+    files.write_json("latency.json", ours | {"seconds_per_image": {"1.0": 0.001}})
+    model = SimpleNamespace(config=Configuration.of(cost="latency"), device=torch.device("cuda:1"))
+    evaluator = SimpleNamespace(generator=SimpleNamespace(networks={1.0: None}))
+    monkeypatch.setattr(processes, "rank", lambda: 1)
+    monkeypatch.setattr(processes, "gather", lambda value: [value and ours, value])
+    assert latency_table(here, model, evaluator) == {0.0: 0.0, 1.0: 0.001}
+    ours["batch_size"] = 64
+    with pytest.raises(UserError, match=r"latency\.json.*batch_size: 128 there, 64 here"):
+        latency_table(here, model, evaluator)
+
+
+def test_full_width_need_not_be_usable(run_folder: Path) -> None:
+    """The search ends with its page, which then shows no images."""
+    state = torch.load(run_folder / "ckpt.pt", weights_only=True)
+    state["ema_model"]["head.weight"][-1] = 3e38  # a channel that full width alone has
+    torch.save(state, run_folder / "ckpt.pt")
+    result = run_main(
+        *TINY, "--search", "--search_method=sensitivity", "--search_objective=pareto",
+        "--logdir=run", "--num_images=8", "--batch_size=8", "--fid_cache=stats.npz",
+        "--num_generation=1", "--pop_size=2", "--num_segments=2",
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    page = page_data(run_folder / "search")
+    assert page["points"]
+    assert page["samples"] is None
+    assert all(max(point["widths"]) < 1 for point in page["points"])
 
 
 def test_shared_states_are_of_one_noise(run_folder: Path) -> None:
@@ -654,6 +730,7 @@ def test_settings_travel_with_the_schedule(run_folder: Path) -> None:
     assert kept[3]["weights"] != kept[5]["weights"]
     assert len({k["statistics_digest"] for k in kept}) == 1
     assert all(k["images"] == 8 and k["dataset"] == "digits" for k in kept)
+    assert all((k["beta_T"], k["ch"], k["img_size"]) == (0.3, 16, 8) for k in kept)
 
 
 def test_a_score_is_of_the_schedule_that_was_read(

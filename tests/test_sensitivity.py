@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,16 @@ from test_search import COSTS, IDENTITY, WIDTHS, lines, summary
 
 from model import WidthSchedule
 from runtime.errors import UserError
-from search import Candidate, Genome, Search, SearchSettings, hypervolume, pareto_front
+from search import (
+    UNUSABLE,
+    Candidate,
+    Genome,
+    Search,
+    SearchSettings,
+    hypervolume,
+    pareto_front,
+    stages,
+)
 from search.additive import Belief, exact_front, settled, stakes
 
 GENES = 8
@@ -196,6 +205,16 @@ def test_errors_are_those_of_fresh_noise(tmp_path: Path) -> None:
     assert {c.schedule.widths for c in candidates} <= fresh
 
 
+@pytest.mark.parametrize(("images", "noises"), [(0, 2), (50, 1), (199, 1), (200, 2), (299, 2)])
+def test_confirm_images_is_the_most(tmp_path: Path, images: int, noises: int) -> None:
+    """A score has 100 images, and every schedule of the result has one."""
+    job = make(tmp_path, confirm_images=images, num_generation=1)
+    job.run()
+    assert len({rung for rung, _ in job.records if rung}) == noises
+    plan = stages(job.settings, job.genome, 100, True)[-1]
+    assert (plan.name, plan.images) == ("fresh noise", 100 * noises)
+
+
 def test_a_hopeless_width_is_left_out_and_said(tmp_path: Path) -> None:
     class Spoilt(Landscape):
         def __call__(self, schedules: Sequence, *arguments: object, **named: object) -> Iterator:
@@ -210,6 +229,61 @@ def test_a_hopeless_width_is_left_out_and_said(tmp_path: Path) -> None:
     assert sum(0.25 in widths for rung, widths in job.records if not rung) == 1
 
 
+class Overflowing(Landscape):
+    """Schedules that `fails`(noise, widths) have no distance."""
+
+    def __init__(self, fails: Callable[[int, Sequence[float]], bool], noise: float = 0.0) -> None:
+        super().__init__(noise)
+        self.fails = fails
+
+    def __call__(
+        self, schedules: Sequence[WidthSchedule], noise: int = 0
+    ) -> Iterator[tuple[int, dict]]:
+        for i, scores in super().__call__(schedules, noise):
+            bad = self.fails(noise, schedules[i].widths)
+            yield i, {"distance": UNUSABLE, "unusable": "NaN"} if bad else scores
+
+
+def best_without(genes: slice, width: float) -> list[tuple[float, ...]]:
+    """The exact front where these genes do not have this width."""
+    effects = EFFECTS.copy()
+    effects[genes, WIDTHS.index(width)] = np.inf
+    return [tuple(WIDTHS[i] for i in row) for row in exact_front(effects, COST_TABLE)]
+
+
+@pytest.mark.parametrize("width", [0.25, 0.5, 1.0])
+def test_a_width_without_a_distance_is_left_out(tmp_path: Path, width: float) -> None:
+    job = make(tmp_path, Overflowing(lambda noise, widths: width in widths))
+    found = [c.schedule.widths for c in job.run()]
+    assert not any(width in widths for widths in found)
+    best = best_without(slice(None), width)
+    assert volume(found) > volume(best) - 0.1 * volume(BEST)
+    assert sum("unusable" in record for record in job.records.values()) < 10
+
+
+def test_an_entry_without_a_distance_is_left_out(tmp_path: Path) -> None:
+    def fails(noise: int, widths: Sequence[float]) -> bool:
+        return widths[3] == 0.25 and len(set(widths)) > 1
+
+    job = make(tmp_path, Overflowing(fails))
+    found, best = [c.schedule.widths for c in job.run()], best_without(slice(3, 4), 0.25)
+    assert volume(found) > volume(best) - 0.05 * volume(BEST)
+    assert sum("unusable" in record for record in job.records.values()) == 1
+
+
+def test_fresh_noise_without_a_distance(tmp_path: Path) -> None:
+    """Full width on one of the two noises: the errors of the others stay."""
+    full = (1.0,) * GENES
+    score = Overflowing(lambda noise, widths: noise > 32 and widths == full, 0.02)
+    candidates = make(tmp_path, score).run()
+    assert full not in {c.schedule.widths for c in candidates}
+    assert all(c.error / c.distance < 0.1 for c in candidates)
+    with pytest.raises(UserError, match="NaN"):
+        make(tmp_path / "none", Overflowing(lambda noise, widths: noise > 0)).run()
+    with pytest.raises(UserError, match="NaN"):
+        make(tmp_path / "nothing", Overflowing(lambda noise, widths: True)).run()
+
+
 def test_steps_can_be_skipped(tmp_path: Path) -> None:
     score, genome = Landscape(), Genome((0.0, 0.5, 1.0), (0, 1, 2), 3)
     front = pareto_front(make(tmp_path, score, genome=genome).run())
@@ -222,6 +296,16 @@ def test_given_starts_are_scored(tmp_path: Path) -> None:
     job = make(tmp_path, start=[start], num_generation=1)
     job.run()
     assert ("", start.widths) in job.records
+
+
+@pytest.mark.parametrize("method", ["evolution", "sensitivity"])
+def test_a_start_keeps_one_step(tmp_path: Path, method: str) -> None:
+    """A gene takes its first entry, and here these are the skipped steps."""
+    start, genome = WidthSchedule([0.0, 1.0] * 6), Genome((0.0, 0.5, 1.0), tuple(range(12)), 12, 6)
+    job = make(tmp_path, start=[start], genome=genome, num_generation=1, search_method=method)
+    job.run()
+    assert ("", (1.0, 1.0) + (0.0,) * 10) in job.records
+    assert all(any(widths) for _, widths in job.records)
 
 
 # --- runs -----------------------------------------------------------------------------------------
