@@ -17,8 +17,9 @@ from torch import Tensor
 import score
 from runtime import processes
 from runtime.clock import Clock
+from runtime.errors import NotFiniteError
 from runtime.files import Unfinished
-from sampling.generate import Generator, NotFiniteError
+from sampling.generate import Generator
 from sampling.prefixes import Chain, StepSchedule, by_shared_states
 
 

@@ -18,12 +18,11 @@ from looks import write_page
 from model import WidthSchedule, latency
 from report import SearchProgress, SearchResult
 from runtime import memory, processes
-from runtime.errors import UserError
+from runtime.errors import NotFiniteError, UserError
 from runtime.files import alone_in, check_place, read_json, save_grid, writable_folder, write_json
 from runtime.identity import agree, fingerprint
 from runtime.processes import say
 from runtime.schema import Count, Name, Positive, Width
-from sampling.generate import NotFiniteError
 from sampling.noise import SEARCH
 from sampling.prefixes import SharedStates
 from sampling.protocol import Sampler, timesteps

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dataset.batches import everything
 from dataset.images import AnySet, Images, fingerprint, to_network, to_uint8
 from runtime import processes as distributed
-from runtime.errors import UserError, one_line
+from runtime.errors import NotFiniteError, UserError, one_line
 from runtime.files import alone_in, check_file, read_json, remove_partial, write_json
 from runtime.progress import progress
 from runtime.schema import SHORT, Count, Few, Name, Number, Positive, Size, check
@@ -116,17 +116,18 @@ class Autoencoder:
 
     @torch.inference_mode()
     def to_images(self, latents: Tensor) -> Tensor:
-        """Latents (B, c, h, w) → uint8 (B, C, H, W), PIXELS_AT_ONCE at a time. UserError where the
-        decoder makes numbers that are not finite: they would be black."""
+        """Latents (B, c, h, w) → uint8 (B, C, H, W), PIXELS_AT_ONCE at a time.
+
+        Raises NotFiniteError: such numbers would be black."""
         at_once = max(1, PIXELS_AT_ONCE // (latents[0, 0].numel() * self.factor**2))
         return torch.cat([to_uint8(self._decode(part)) for part in latents.split(at_once)])
 
     def _decode(self, latents: Tensor) -> Tensor:
         images = self.network.decode(latents.float() / self.scale + self.shift).sample
         if not bool(images.isfinite().all()):
-            raise UserError(
-                f"--latent_vae: {self.folder} makes images that are not finite: it is damaged, or "
-                "its scaling_factor is wrong"
+            raise NotFiniteError(
+                f"--latent_vae: {self.folder} makes images of these latents that are not finite: "
+                "its scaling_factor is wrong, or they are far from its own"
             )
         return images
 

@@ -1,8 +1,12 @@
-"""The one exception that means "the user can fix this". Its text is what the user reads, whole."""
+"""The exception that means "the user can fix this". Its text is what the user reads, whole."""
 
 
 class UserError(Exception):
     """A mistake in flags or files: one line that says what is wrong and what to do about it."""
+
+
+class NotFiniteError(UserError):
+    """A chain of a schedule made numbers that are none, or infinite ones; others' need not."""
 
 
 def one_line(error: BaseException) -> str:

@@ -18,16 +18,12 @@ from dataset import to_uint8
 from model.denoiser import StepAwareDenoiser
 from runtime import memory, processes
 from runtime.clock import Clock
-from runtime.errors import UserError
+from runtime.errors import NotFiniteError
 from runtime.progress import progress
 from sampling.conditioning import Classes
 from sampling.noise import SAMPLING, ImageNoise
 from sampling.prefixes import Chain, SharedStates, StepSchedule
 from sampling.protocol import Sampler
-
-
-class NotFiniteError(UserError):
-    """A chain made numbers that are none, or infinite ones."""
 
 
 @dataclass

@@ -21,10 +21,10 @@ import score
 from diffusion import NoiseSchedule
 from evaluate import Evaluator
 from model import WidthSchedule, checkpoint, sampling_networks
-from runtime.errors import UserError
+from runtime.errors import NotFiniteError, UserError
 from runtime.files import read_image
 from sampling.conditioning import Classes
-from sampling.generate import Generator, NotFiniteError
+from sampling.generate import Generator
 from sampling.noise import SAMPLING, SEARCH, ImageNoise
 from sampling.prefixes import SharedStates
 from sampling.protocol import timesteps
