@@ -13,7 +13,7 @@ import build
 import dataset
 import options
 from build import Model
-from commands import plan
+from commands import plan, searched
 from evaluate import Evaluator
 from model import arithmetic, check_compiler, checkpoint, sampling_networks
 from report import StepScores, TrainingLog
@@ -49,7 +49,8 @@ def train(config: Configuration) -> None:
                 f"--init_checkpoint={path} and another --logdir"
             )
         model, images = build.model_to_train(config, state)
-        trainer = make_trainer(model, images)
+        shown = shown_model(model)
+        trainer = make_trainer(model, images, shown)
         changed = {}
         if state is not None:
             if config.training.init_checkpoint:
@@ -82,23 +83,25 @@ def train(config: Configuration) -> None:
             model = replace(model, config=model.config.changed(ckpt_name=own.stem))
         elif state and processes.is_main():
             checkpoint.keep_foreign(path, state)
-        run(trainer, model, logdir, state is not None, changed)
+        run(trainer, model, shown, logdir, state is not None, changed)
 
 
 def run(
     trainer: Trainer,
     model: Model,
+    shown: Model,
     logdir: Path,
     resumed: bool,
     changed: Mapping[str, Sequence],
 ) -> None:
-    """Train to the end, with logs, grids and scores in `logdir`. changed: by --allow_changes."""
+    """Train to the end, with logs, grids and scores in `logdir`. shown: see shown_model. changed:
+    by --allow_changes."""
     config, total, step = model.config, trainer.settings.total_steps, trainer.step
-    evaluator = functools.cache(lambda: build.evaluator(model, {}))
+    evaluator = functools.cache(lambda: build.evaluator(shown, {}))
     log = TrainingLog(logdir, step if resumed else None)
     milestones = [
         trainer.checkpoints(),
-        grids(trainer, model, logdir, log),
+        grids(trainer, shown, logdir, log),
         scores(trainer, evaluator, logdir, log),
     ]
     owed = []
@@ -126,8 +129,17 @@ def run(
     )
 
 
-def make_trainer(model: Model, images: dataset.AnySet) -> Trainer:
-    """The trainer of a run, as the model's configuration describes it."""
+def shown_model(model: Model) -> Model:
+    """`model` as its samples and scores during training show it: with the sampler that its
+    --finetune_schedule was searched with, whose steps the schedule's entries are for."""
+    path = model.config.training.finetune_schedule
+    return searched.as_searched(model, Path(path)) if path else model
+
+
+def make_trainer(model: Model, images: dataset.AnySet, shown: Model | None = None) -> Trainer:
+    """The trainer of a run, as the model's configuration describes it. shown: shown_model's, where
+    the caller has it."""
+    shown = shown or shown_model(model)
     config, net, device = model.config, model.net, model.device
     identity = config.stored("network", "model", "default", "training")
     if "kind" in net.settings_dict():  # a network of diffusers: its own config shapes it
@@ -142,11 +154,11 @@ def make_trainer(model: Model, images: dataset.AnySet) -> Trainer:
     if config.run.compile:
         check_compiler(device)
     build.check_batch(model, config.run.batch_size // processes.world())
-    _ = model.sampler, model.classes  # refused now, not at the first grid
+    _ = shown.sampler, shown.classes  # refused now, not at the first grid
 
     schedule = None
     if config.training.finetune_schedule:
-        schedule = model.schedule(config.training.finetune_schedule).expanded(model.levels.T)
+        schedule = shown.schedule(config.training.finetune_schedule).expanded(model.levels.T)
     # Its fingerprint: a schedule has a thousand entries.
     identity["finetune_schedule"] = schedule and schedule.fingerprint
 
