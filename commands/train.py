@@ -20,6 +20,7 @@ from report import StepScores, TrainingLog
 from runtime import processes
 from runtime.errors import UserError
 from runtime.files import alone_in, read_jsonl, save_grid, writable_folder, write_text
+from runtime.identity import fingerprint
 from runtime.processes import say
 from sampling.generate import Generator
 from settings import Configuration
@@ -58,6 +59,7 @@ def train(config: Configuration) -> None:
             changed = trainer.resume(state)  # refuses before anything in the folder changes
             for name, (there, here) in changed.items():
                 say(f"from step {trainer.step} on, --{name} is {here} instead of {there}")
+        check_same_start(trainer, loaded=bool(state or config.training.init_checkpoint))
         for line in trainer.warnings():
             say(f"warning: {line}")
         if config.run.dry_run:
@@ -105,7 +107,8 @@ def run(
         scores(trainer, evaluator, logdir, log),
     ]
     owed = []
-    if resumed and (logdir / "train.jsonl").exists():  # else the checkpoint is from elsewhere
+    # Without a log the checkpoint is from elsewhere. Process 0, which soon makes one, decides.
+    if resumed and processes.gather((logdir / "train.jsonl").exists())[0]:
         owed = trainer.owed(milestones)
     flagfile = logdir / "flagfile.txt"
     if processes.is_main():
@@ -127,6 +130,21 @@ def run(
         f"and go on with\n  python main.py {then} --flagfile {flagfile}\n"
         f"  python main.py --generate --flagfile {flagfile} --num_images 16"
     )
+
+
+def check_same_start(trainer: Trainer, loaded: bool) -> None:
+    """Refuse where processes begin at different steps or with different weights. loaded: whether
+    these come from a file, so that they are equal to the last bit."""
+    if processes.world() == 1:
+        return
+    starts = processes.gather((trainer.step, loaded and fingerprint(trainer.net)))
+    for rank, start in enumerate(starts):
+        if start != starts[0]:
+            weights = " with other weights" if start[0] == starts[0][0] else ""
+            raise UserError(
+                f"process {rank} goes on from step {start[0]}{weights}, process 0 from step "
+                f"{starts[0][0]}: --logdir must be the same folder on all machines"
+            )
 
 
 def shown_model(model: Model) -> Model:
