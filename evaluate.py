@@ -174,14 +174,15 @@ class Evaluator:
         chain = Chain.of(schedule, g.sampler)
         plan = g.plan(chain, branches, self.num_images)
         together, failure = processes.world() > 1 and not g.alone, None
-        try:
-            partial = self._encode(schedule, plan, keep, classify, unfinished)
-        except NotFiniteError as error:
-            failure = error
-        if together:  # what one process cannot make, none has
-            failure = next(filter(None, processes.gather(failure)), None)
-        if failure:
-            raise failure
+        with g.keeping(chain, plan):
+            try:
+                partial = self._encode(schedule, plan, keep, classify, unfinished)
+            except NotFiniteError as error:
+                failure = error
+            if together:  # what one process cannot make, none has
+                failure = next(filter(None, processes.gather(failure)), None)
+            if failure:
+                raise failure
         if together:
             partial = partial.merged()
         distance = math.nan

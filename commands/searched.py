@@ -43,7 +43,7 @@ def as_searched(model: Model, path: Path) -> Model:
 
     The command line wins over that, and that over flagfiles; where it names another sampler, the
     settings of the search's are not for it. Nothing is taken over where the file is not what a
-    search beside it wrote. What differs is logged.
+    search beside it wrote. What differs is logged; of weights, where `model` has a source.
     """
     text = _companion(path)
     if not text:
@@ -69,7 +69,8 @@ def as_searched(model: Model, path: Path) -> Model:
     if kept:
         log.info(f"otherwise than {path} was searched: {', '.join(kept)}")
     weights = re.search(r"^# weights: (\w+)", text, re.MULTILINE)
-    if weights and weights[1] != fingerprint(model.net):
+    # A model without a source has not got its weights yet: training goes on from a checkpoint.
+    if weights and model.source and weights[1] != fingerprint(model.net):
         log.info(f"warning: {path} was searched for other weights than those of {model.source}")
     return replace(model, config=config.changed(**taken))
 

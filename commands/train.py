@@ -13,13 +13,14 @@ import build
 import dataset
 import options
 from build import Model
-from commands import plan
+from commands import plan, searched
 from evaluate import Evaluator
 from model import arithmetic, check_compiler, checkpoint, sampling_networks
 from report import StepScores, TrainingLog
 from runtime import processes
 from runtime.errors import UserError
 from runtime.files import alone_in, read_jsonl, save_grid, writable_folder, write_text
+from runtime.identity import fingerprint
 from runtime.processes import say
 from sampling.generate import Generator
 from settings import Configuration
@@ -49,7 +50,8 @@ def train(config: Configuration) -> None:
                 f"--init_checkpoint={path} and another --logdir"
             )
         model, images = build.model_to_train(config, state)
-        trainer = make_trainer(model, images)
+        shown = shown_model(model)
+        trainer = make_trainer(model, images, shown)
         changed = {}
         if state is not None:
             if config.training.init_checkpoint:
@@ -57,6 +59,7 @@ def train(config: Configuration) -> None:
             changed = trainer.resume(state)  # refuses before anything in the folder changes
             for name, (there, here) in changed.items():
                 say(f"from step {trainer.step} on, --{name} is {here} instead of {there}")
+        check_same_start(trainer, loaded=bool(state or config.training.init_checkpoint))
         for line in trainer.warnings():
             say(f"warning: {line}")
         if config.run.dry_run:
@@ -82,27 +85,30 @@ def train(config: Configuration) -> None:
             model = replace(model, config=model.config.changed(ckpt_name=own.stem))
         elif state and processes.is_main():
             checkpoint.keep_foreign(path, state)
-        run(trainer, model, logdir, state is not None, changed)
+        run(trainer, model, shown, logdir, state is not None, changed)
 
 
 def run(
     trainer: Trainer,
     model: Model,
+    shown: Model,
     logdir: Path,
     resumed: bool,
     changed: Mapping[str, Sequence],
 ) -> None:
-    """Train to the end, with logs, grids and scores in `logdir`. changed: by --allow_changes."""
+    """Train to the end, with logs, grids and scores in `logdir`. shown: see shown_model. changed:
+    by --allow_changes."""
     config, total, step = model.config, trainer.settings.total_steps, trainer.step
-    evaluator = functools.cache(lambda: build.evaluator(model, {}))
+    evaluator = functools.cache(lambda: build.evaluator(shown, {}))
     log = TrainingLog(logdir, step if resumed else None)
     milestones = [
         trainer.checkpoints(),
-        grids(trainer, model, logdir, log),
+        grids(trainer, shown, logdir, log),
         scores(trainer, evaluator, logdir, log),
     ]
     owed = []
-    if resumed and (logdir / "train.jsonl").exists():  # else the checkpoint is from elsewhere
+    # Without a log the checkpoint is from elsewhere. Process 0, which soon makes one, decides.
+    if resumed and processes.gather((logdir / "train.jsonl").exists())[0]:
         owed = trainer.owed(milestones)
     flagfile = logdir / "flagfile.txt"
     if processes.is_main():
@@ -126,8 +132,32 @@ def run(
     )
 
 
-def make_trainer(model: Model, images: dataset.AnySet) -> Trainer:
-    """The trainer of a run, as the model's configuration describes it."""
+def check_same_start(trainer: Trainer, loaded: bool) -> None:
+    """Refuse where processes begin at different steps or with different weights. loaded: whether
+    these come from a file, so that they are equal to the last bit."""
+    if processes.world() == 1:
+        return
+    starts = processes.gather((trainer.step, loaded and fingerprint(trainer.net)))
+    for rank, start in enumerate(starts):
+        if start != starts[0]:
+            weights = " with other weights" if start[0] == starts[0][0] else ""
+            raise UserError(
+                f"process {rank} goes on from step {start[0]}{weights}, process 0 from step "
+                f"{starts[0][0]}: --logdir must be the same folder on all machines"
+            )
+
+
+def shown_model(model: Model) -> Model:
+    """`model` as its samples and scores during training show it: with the sampler that its
+    --finetune_schedule was searched with, whose steps the schedule's entries are for."""
+    path = model.config.training.finetune_schedule
+    return searched.as_searched(model, Path(path)) if path else model
+
+
+def make_trainer(model: Model, images: dataset.AnySet, shown: Model | None = None) -> Trainer:
+    """The trainer of a run, as the model's configuration describes it. shown: shown_model's, where
+    the caller has it."""
+    shown = shown or shown_model(model)
     config, net, device = model.config, model.net, model.device
     identity = config.stored("network", "model", "default", "training")
     if "kind" in net.settings_dict():  # a network of diffusers: its own config shapes it
@@ -142,11 +172,11 @@ def make_trainer(model: Model, images: dataset.AnySet) -> Trainer:
     if config.run.compile:
         check_compiler(device)
     build.check_batch(model, config.run.batch_size // processes.world())
-    _ = model.sampler, model.classes  # refused now, not at the first grid
+    _ = shown.sampler, shown.classes  # refused now, not at the first grid
 
     schedule = None
     if config.training.finetune_schedule:
-        schedule = model.schedule(config.training.finetune_schedule).expanded(model.levels.T)
+        schedule = shown.schedule(config.training.finetune_schedule).expanded(model.levels.T)
     # Its fingerprint: a schedule has a thousand entries.
     identity["finetune_schedule"] = schedule and schedule.fingerprint
 

@@ -7,6 +7,7 @@ GPUs, or of where a stopped run went on. Several processes share the batches.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -73,6 +74,17 @@ class Generator:
         images = sum(end - first for first, end in shares)
         state_bytes = 4 * images * torch.Size(self.image_shape).numel()
         return start, self.states.reserve(chain, start, branches, state_bytes)
+
+    @contextlib.contextmanager
+    def keeping(self, chain: Chain, plan: tuple[int, set[int]]) -> Iterator[None]:
+        """A block that makes `chain`; where it ends by an exception, what it kept is forgotten,
+        because some batches are missing."""
+        try:
+            yield
+        except BaseException:
+            if self.states is not None:
+                self.states.forget(map(chain.key, plan[1]))
+            raise
 
     def batches(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -124,6 +124,11 @@ class SharedStates:
 
     def put(self, key: tuple, batch: int, x: Tensor) -> None:
         self._states.setdefault(key, {})[batch] = x.to(self.device or x.device, copy=True)
+
+    def forget(self, keys: Iterable[tuple]) -> None:
+        """Drop the states of these keys, where there are any."""
+        for key in keys:
+            self._states.pop(key, None)
 
 
 def by_shared_states(chains: Sequence[Chain]) -> tuple[list[int], list[set[int]]]:

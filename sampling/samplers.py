@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 import diffusion
@@ -49,6 +50,7 @@ def make_sampler(
         from sampling.schedulers import DiffusersScheduler  # diffusers takes seconds to import
 
         sampler = DiffusersScheduler(s, levels, mean_type, limit)
+    check_signal(sampler)
     top = max(sampler.entries())  # a number of steps that cannot be is refused here
     if signal_at_start(sampler) > 0.5:
         raise UserError(
@@ -57,6 +59,23 @@ def make_sampler(
             "take more steps, or a timestep_spacing of trailing"
         )
     return sampler
+
+
+def check_signal(sampler: Sampler) -> None:
+    """Raise UserError where one of our samplers divides by a share of signal so small that the
+    result is beyond float32. diffusers' schedulers are tried as a whole."""
+    levels, name, mean_type = sampler.levels, sampler.settings.sampler, sampler.mean_type
+    divides = name == "edm" or mean_type in ("epsilon", "xprev")
+    if isinstance(levels, EDMSchedule) or name not in OURS or not divides:
+        return
+    # Where nothing is left of the signal, edm cannot say which timesteps it keeps.
+    top = levels.T - 1 if name == "edm" else max(sampler.entries())
+    share = math.sqrt(levels.abar(top)) * (levels.betas[top] if mean_type == "xprev" else 1)
+    if share < 10 / torch.finfo(torch.float32).max:  # noise is within 10 deviations
+        raise UserError(
+            f"--T={levels.T}, --beta_T={levels.beta_T}: no signal is left at timestep {top}, where "
+            f"--sampler={name} of --mean_type={mean_type} divides by it; lower --beta_T or --T"
+        )
 
 
 def signal_at_start(sampler: Sampler) -> float:

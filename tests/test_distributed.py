@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FORKS, KERNELS, ROOT, TINY, TRAIN, Result, Started, alive, run_main
+from conftest import FORKS, KERNELS, ROOT, TINY, TRAIN, Result, Started, alive, contents, run_main
 from PIL import Image
 from test_latents import write_autoencoder
 from test_search import summary
@@ -61,16 +61,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_jobs(folder: Path, rank: int, ports: list[int]) -> list[Result]:
-    """All JOBS, each in a group of its own: torchrun's variables, but for a port for each."""
+def run_rank(folder: Path, rank: int, port: int, *arguments: object) -> Result:
+    """`main.py ARGUMENTS` as one of two processes, in a group whose port is `port`."""
     os.chdir(folder)
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2"}
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
-    done = []
-    for port, arguments in zip(ports, JOBS.values(), strict=True):
-        os.environ["MASTER_PORT"] = str(port)
-        done.append(run_main(*arguments))
-    return done
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    return run_main(*arguments)
+
+
+def run_jobs(folder: Path, rank: int, ports: list[int]) -> list[Result]:
+    """All JOBS, each in a group of its own."""
+    jobs = zip(ports, JOBS.values(), strict=True)
+    return [run_rank(folder, rank, port, *arguments) for port, arguments in jobs]
 
 
 def start(folder: Path, *arguments: object) -> Started:
@@ -246,6 +248,27 @@ def test_an_error_of_one_process_ends_both_and_is_said_once(run_folder: Path) ->
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, done.stderr
     assert "exitcode  : 2" in done.stderr
+
+
+@pytest.mark.parametrize("steps", [(6, 3), (6, 0)])
+def test_processes_go_on_from_the_same_checkpoint(
+    here: Path, trained: Path, forks: None, steps: tuple[int, int]
+) -> None:
+    """Not with a folder each, as on two machines: at steps 6 and 3, or where one is empty."""
+    for rank, step in enumerate(steps):
+        (here / f"{rank}").mkdir()
+        if step:
+            shutil.copy(trained / f"ckpt_{step}.pt", here / f"{rank}" / "ckpt.pt")
+    before, port = contents(here), free_port()
+    flags = [*TRAIN, "--total_steps=7", "--sample_step=0"]
+    with ProcessPoolExecutor(2, FORKS) as pool:
+        running = [pool.submit(run_rank, here, r, port, *flags, f"--logdir={r}") for r in (0, 1)]
+        results = [process.result(timeout=100) for process in running]
+    assert [r.status for r in results] == [2, 2], results
+    said = "".join(r.err for r in results)
+    assert said.count("error: ") == 1
+    assert re.search(f"process 1 .*step {steps[1]}, process 0 .*step 6: --logdir", said)
+    assert contents(here) == before
 
 
 ENDLESS = [*TRAIN, "--total_steps=100000", "--sample_step=0", "--logdir=run"]

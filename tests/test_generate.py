@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -329,6 +330,30 @@ def test_a_candidate_that_overflows_is_left_out() -> None:
     scored = dict(evaluator(networks=networks).score_all([[1.0] * T, [0.5] * T, [1.0] * T]))
     assert isinstance(scored[1], NotFiniteError)
     assert scored[0].distance == scored[2].distance < 1e6
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_half_of_a_shared_state_is_forgotten(calls: int) -> None:
+    """Where a chain ends by an overflow in its first batch, the next one has the same start."""
+    networks = CHEAP | {0.5: Overflowing(1e30)}
+    a, b = ([width if t == 5 else 1.0 for t in range(T)] for width in (0.5, 0.25))
+    shared = evaluator(networks=networks, states=SharedStates(10**6), batch_size=4)
+    if calls == 1:
+        scored = dict(shared.score_all([a, b]))
+    else:
+        scored = {i: dict(shared.score_all([s]))[0] for i, s in enumerate((a, b))}
+    assert isinstance(scored[0], NotFiniteError)
+    assert scored[1].distance == evaluator(networks=networks, batch_size=4).score(b)[0].distance
+
+
+def test_a_chain_that_ends_by_an_error_keeps_nothing_for_others() -> None:
+    states = SharedStates(10**6)
+    broken = evaluator(states=states, batch_size=4)
+    broken.encoder = Mock(side_effect=OSError)
+    with pytest.raises(OSError):  # noqa: PT011 - its own
+        list(broken.score_all([[1.0] * T]))
+    ((_, scores),) = evaluator(states=states, batch_size=4).score_all([[1.0] * T])
+    assert scores.distance == evaluator(batch_size=4).score([1.0] * T)[0].distance
 
 
 def test_a_sampler_that_overflows() -> None:

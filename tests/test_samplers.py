@@ -549,3 +549,34 @@ def test_a_network_of_edm(precond: Path, here: Path, refused: Callable) -> None:
     train = [*TINY, "--train", "--precond=edm", "--logdir=new"]
     refused("--mean_type=xstart", *train, "--mean_type=xstart")
     refused("--sampler=ddpm", *train, "--sampler=ddpm")
+
+
+# --- signal that is left --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "mean_type", "beta_T", "T"),
+    [
+        ("ddpm", "epsilon", 0.02, 20000), ("ddim", "xprev", 0.02, 20000),
+        ("ddpm", "epsilon", 0.5, 1000), ("edm", "v", 0.5, 1000), ("edm", "epsilon", 0.99, 10000),
+    ],
+)  # fmt: skip
+def test_no_signal_is_left(name: str, mean_type: str, beta_T: float, T: int) -> None:
+    with pytest.raises(UserError, match=f"--T={T}, --beta_T={beta_T}.* timestep {T - 1}"):
+        sampler(name, NoiseSchedule(1e-4, beta_T, T), mean_type)
+
+
+@pytest.mark.parametrize(
+    ("name", "mean_type", "T"),
+    [
+        ("ddpm", "epsilon", 10000), ("edm", "epsilon", 10000), ("ddpm", "v", 20000),
+        ("ddim", "xstart", 20000),
+    ],
+)  # fmt: skip
+def test_little_signal_is_enough(name: str, mean_type: str, T: int) -> None:
+    """In float32, also where a network answers nonsense, as an untrained one does."""
+    kept = sampler(name, NoiseSchedule(1e-4, 0.02, T), mean_type)
+    steps = timesteps(kept)[:: -T // 50]  # the last one among them
+    x_0 = kept.sample(lambda x, t, step=0: -x, unit(4, 1, 8, 8), noise_of((4, 1, 8, 8)), steps)
+    assert kept.entries()[-1] == steps[0] == T - 1
+    assert x_0.isfinite().all()

@@ -18,8 +18,9 @@ import dataset
 import diffusion
 import main
 import train
-from model import SlimmableUNet, checkpoint
+from model import SlimmableUNet, WidthSchedule, checkpoint
 from runtime.errors import UserError
+from runtime.schema import digest
 from sampling.noise import SAMPLING, ImageNoise
 from settings import RunSettings, TrainSettings, WidthSettings
 from train import Milestone, Trainer
@@ -613,6 +614,30 @@ def test_a_run_for_a_schedule_is_continued_scored_and_searched(
     score = ("--flagfile=new/flagfile.txt", "--notrain", "--device=cpu")
     assert run_main(*score, "--eval_stepaware").status == 0
     assert run_main(*score, "--search", "--num_generation=1", "--pop_size=3").status == 0
+
+
+@pytest.mark.parametrize("typed", [(), ("--sampler=ddpm",)])
+def test_a_schedule_s_entries_are_for_the_steps_it_was_searched_with(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, typed: tuple[str, ...]
+) -> None:
+    """Whatever sampler the flagfile names; the command line wins."""
+    path, widths = run_folder / "search.txt", [0.25, 1, 1, 0.25]
+    path.write_text(json.dumps(widths))
+    (run_folder / "search").mkdir()
+    (run_folder / "search" / "flagfile.txt").write_text(
+        f"# schedule: {digest(path.read_text())}\n--sampler=edm\n--sample_steps=4\n"
+    )
+    Path("ddpm.txt").write_text("--sampler=ddpm\n--sample_steps=4\n")
+    run = Mock()
+    monkeypatch.setattr("commands.train.run", run)
+    start = (*SHORT, "--init_checkpoint=run/ckpt.pt", f"--finetune_schedule={path}")
+    assert run_main(*start, "--flagfile=ddpm.txt", *typed).status == 0
+    trained, model, shown = run.call_args[0][:3]
+    levels = trained.levels
+    placed = levels.timesteps(4) if typed else levels.edm_timesteps(4)
+    assert trained.schedule == WidthSchedule(widths, placed).expanded(10).widths
+    assert shown.sampler.entries() == placed
+    assert model.sampler.entries() == levels.timesteps(4)  # what the run's flagfile has
 
 
 # --- what may change, and what is kept ------------------------------------------------------------
