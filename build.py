@@ -219,10 +219,9 @@ class Model:
                 f"--guidance_scale={s.guidance_scale}: guidance needs embeddings that say nothing, "
                 "null (1, L, D), in the file of --conditioning"
             )
-        if count == 1 and s.guidance_scale == 1:
-            return None
         rows = conditioning.parse(s.classes) or tuple(range(count))
-        return Classes((1 / count,) * count, s.guidance_scale, rows, self.config.run.seed)
+        classes = Classes((1 / count,) * count, s.guidance_scale, rows, self.config.run.seed)
+        return None if count == 1 and s.guidance_scale == 1 else classes
 
     @property
     def passes_per_call(self) -> int:

@@ -135,7 +135,9 @@ def claim(about: Path, identity: dict[str, object], out: Path) -> None:
                 f"{out} has images that were made otherwise ({images[0].name}); name another --out"
             )
         if images:
-            agree(about, stored, identity, "name another --out", defaults=dict.fromkeys(identity))
+            # An earlier version did not say a guidance_scale of 1.
+            defaults = dict.fromkeys(identity) | {"guidance_scale": 1.0}
+            agree(about, stored, identity, "name another --out", defaults=defaults)
         else:  # what a run says that came to no image binds nobody
             write_json(about, identity)
     processes.gather(None)

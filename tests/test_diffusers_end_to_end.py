@@ -366,6 +366,34 @@ def test_embeddings_before_training(here: Path) -> None:
         assert ours.std() > 10
 
 
+def lacks(path: Path, name: str) -> None:
+    """Make a record, or the first line of a log, one of a version that did not say `name`."""
+    text = path.read_text()
+    older = re.sub(rf'"{name}": [^,}}]+,?', "", text, count=1)
+    assert older != text
+    path.write_text(re.sub(r",(\s*})", r"\1", older, count=1))
+
+
+@pytest.mark.parametrize("mode", ["generate", "search"])
+def test_images_of_one_row_with_and_without_guidance_never_mix(
+    here: Path, refused: Callable, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for slow in ("draw_front", "plot_fronts", "SearchProgress.pictures"):
+        monkeypatch.setattr(f"report.{slow}", lambda *arguments: None)
+    save_conditional(Path("model"))
+    plain = [*BEFORE, f"--{mode}", "--conditioning=one.safetensors", "--sampler=ddim",
+             "--sample_steps=2", "--num_generation=1", "--pop_size=2"]  # fmt: skip
+    guided, where = [*plain, "--guidance_scale=8"], {"generate": "--out", "search": "--search_dir"}
+    folders = [f"{where[mode]}={name}" for name in ("a", "b")]
+    succeeds(*guided, folders[0])
+    refused("guidance_scale: 8.0 there, 1.0 here", *plain, folders[0])
+    succeeds(*plain, folders[1])
+    lacks(Path("b", {"generate": "images.json", "search": "search.jsonl"}[mode]), "guidance_scale")
+    refused("guidance_scale: 1.0 there, 8.0 here", *guided, folders[1])
+    succeeds(*plain, folders[1])
+    refused("--classes: there is no class 5", *plain, folders[1], "--classes=5")
+
+
 def test_embeddings_of_a_run_are_in_its_checkpoint(here: Path, refused: Callable) -> None:
     save_conditional(Path("model"))
     refused("needs encoder_hidden_states.*--conditioning", "--eval", *BEFORE)
