@@ -93,8 +93,9 @@ class WidthSchedule:
         for t, width in zip(schedule.timesteps, widths, strict=True):
             if width != schedule[t]:
                 raise UserError(
-                    f"{path} has widths {width:g} and {schedule[t]:g} for timestep {t}, where steps "
-                    "of the sampler meet; give both the same width, or each timestep one entry"
+                    f"{path} has widths {width:g} and {schedule[t]:g} for timestep {t}, where "
+                    "steps of the sampler meet; give both the same width, or each timestep one "
+                    "entry"
                 )
         return schedule
 
