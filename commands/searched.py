@@ -48,7 +48,8 @@ def as_searched(model: Model, path: Path) -> Model:
     text = _companion(path)
     if not text:
         return model
-    config, taken, kept = model.config, {}, []
+    config, taken, kept, other = model.config, {}, [], []
+    network = config.stored("network", "model")
     given, sampler = config.typed, re.search(r"^--sampler=(.*)$", text, re.MULTILINE)
     if "sampler" in given and sampler and sampler[1] != config["sampler"]:
         given = TAKEN - {"allow_skip"}
@@ -57,6 +58,8 @@ def as_searched(model: Model, path: Path) -> Model:
             name, value = _parsed(line)
         except ValueError as error:
             raise UserError(f"{path} was searched with a {NAME} that has {line!r}") from error
+        if name in network and value != config[name]:
+            other.append(f"--{name}={config[name]} (there {value})")
         if name not in TAKEN or value == config[name]:
             continue
         if name in given:
@@ -71,6 +74,8 @@ def as_searched(model: Model, path: Path) -> Model:
     weights = re.search(r"^# weights: (\w+)", text, re.MULTILINE)
     if weights and weights[1] != checkpoint.fingerprint(model.net):
         log.info(f"warning: {path} was searched for other weights than those of {model.source}")
+    if other:
+        log.info(f"warning: {path} was searched for another network: {', '.join(other)}")
     return replace(model, config=config.changed(**taken))
 
 

@@ -224,6 +224,12 @@ def test_a_model_is_scored_and_searched_before_training(beside: Path, refused: C
     refused("no checkpoint at run/ckpt.pt", "--eval", *steps)
 
 
+def test_images_of_one_group_norm_alone(beside: Path, refused: Callable) -> None:
+    narrow = [*BEFORE, "--generate", "--assigned_width=0.5", "--sampler=ddim", "--sample_steps=2"]
+    succeeds(*narrow, "--num_images=1", "--norm_groups=fixed")
+    refused(r"images.json.*norm_groups: fixed there", *narrow, "--norm_groups=proportional")
+
+
 UNDECIDED = [  # a setting that no flag of ours has, a flag that says what to do instead
     (dict(thresholding=True), "--clip_denoised=true"),
     (dict(clip_sample_range=2.0), "--clip_denoised=false"),
