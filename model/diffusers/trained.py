@@ -37,6 +37,16 @@ _TRAINING = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "
 # Flags of which one says what happens instead of a setting that no flag has.
 _CLIPPING = ("clip_denoised", "scheduler_options")
 _SPACING = ("timestep_spacing", "scheduler_options")
+# Entries of a config that --scheduler_options may have: how the steps are made, and at which of the
+# trained noise levels. All others say what the network is shown or was trained for, or are flags.
+ALLOWED = {
+    "algorithm_type", "clip_sample_range", "corrector_order", "disable_corrector",
+    "dynamic_thresholding_ratio", "euler_at_final", "final_sigmas_type", "lambda_min_clipped",
+    "lower_order_final", "original_inference_steps", "predict_x0",
+    "predictor_order", "sample_max_value", "set_alpha_to_one", "skip_prk_steps", "solver_order",
+    "solver_type", "steps_offset", "thresholding", "timestep_scaling", "timestep_spacing",
+    "use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas", "use_lu_lambdas",
+}  # fmt: skip
 _NOT_CLIPPED = ("clip_sample", "clip_sample_range", "thresholding")
 _THRESHOLD = ("dynamic_thresholding_ratio", "sample_max_value")  # details of thresholding
 
@@ -251,7 +261,11 @@ def _others(config: _Config, known: Collection[str]) -> list[Setting]:
     usual = {*known, *_NOT_CLIPPED, *_THRESHOLD, "trained_betas", "rescale_betas_zero_snr",
              "timestep_spacing", "steps_offset"}  # fmt: skip
     note = f"only of --sampler={config.name}, with --scheduler_options"
-    return [Setting(name, value, note=note) for name, value in config.own(usual).items()]
+    others = {name: value for name, value in config.own(usual).items() if value is not None}
+    for name in others:
+        if name not in ALLOWED:  # it may change what the network is shown, and is told
+            config.one_of(name, (config.defaults[name],))
+    return [Setting(name, value, note=note) for name, value in others.items()]
 
 
 def find_scheduler(directory: str | Path) -> Path | None:
