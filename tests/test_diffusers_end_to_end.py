@@ -337,10 +337,10 @@ def test_classes_from_a_folder_to_scores(here: Path, refused: Callable) -> None:
     refused("--num_classes", *FLAGS, *steps, "--eval", "--num_classes=9")
 
 
-def save_conditional(folder: Path) -> None:
+def save_conditional(folder: Path, **changes: object) -> None:
     """A folder with a small UNet2DConditionModel, and embeddings for it beside."""
     torch.manual_seed(0)
-    changes = dict(
+    changes |= dict(
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=12,
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=4,
     )  # fmt: skip
@@ -370,6 +370,11 @@ def test_embeddings_before_training(here: Path) -> None:
         ours = np.asarray(Image.open(f"images/{i:06d}.png")).astype(int)
         assert np.abs(ours - image).max() <= 1
         assert ours.std() > 10
+
+
+def test_a_model_that_reads_its_guidance_is_refused(here: Path, refused: Callable) -> None:
+    save_conditional(Path("model"), time_cond_proj_dim=16)
+    refused("needs timestep_cond", *BEFORE, "--profile", "--conditioning=one.safetensors")
 
 
 def lacks(path: Path, name: str) -> None:
