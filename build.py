@@ -326,7 +326,7 @@ def _from_diffusers(config: Configuration, device: torch.device) -> Model:
     folder = Path(config.training.init_diffusers)
     found = trained.trained_diffusion(folder)
     if found:
-        found.check(config.given)
+        found.check(config.values, config.given)
         clips = found.sampling.get("clip_denoised") and "clip_denoised" not in config.given
         if clips and config.data.latent_vae:
             raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -232,21 +233,31 @@ def test_images_of_one_group_norm_alone(beside: Path, refused: Callable) -> None
 
 UNDECIDED = [  # a setting that no flag of ours has, a flag that says what to do instead
     (dict(thresholding=True), "--clip_denoised=true"),
+    (dict(thresholding=True, sample_max_value=1.5, dynamic_thresholding_ratio=0.8),
+     "--clip_denoised=true"),
     (dict(clip_sample_range=2.0), "--clip_denoised=false"),
     (dict(timestep_spacing="trailing"), "--timestep_spacing=uniform"),
     (dict(steps_offset=1), "--timestep_spacing=quadratic"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("options", "flag"), UNDECIDED)
 def test_what_no_flag_takes_over_must_be_decided(
-    here: Path, refused: Callable, options: dict, flag: str
+    here: Path, refused: Callable, options: dict, flag: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_model(Path("model"), options)
     profile = ["--profile", "--init_diffusers=model", "--device=cpu"]
-    option, name = *options, flag.split("=")[0]
-    refused(rf"{option} is .*give {name} .*--scheduler_options='{{\"{option}\"", *profile)
+    option, name = next(iter(options)), flag.split("=")[0]
+    line = refused(rf"{option} is .*give {name} .*--scheduler_options='.*\"{option}\"", *profile)
     assert f"{name} decides" in succeeds(*profile, flag)
+    refused(f"{option} is ", *profile, "--scheduler_options={}")
+    # The flags that the line names make the images of the model's own pipeline.
+    own = shlex.split(line[line.index("--sampler=") :])
+    succeeds("--generate", *BEFORE, *own, "--sample_steps=10", "--out=images")
+    pipeline = diffusers.DDPMPipeline.from_pretrained("model")
+    for i, image in enumerate(their_images(pipeline, 3, monkeypatch, num_inference_steps=10)):
+        ours = np.asarray(Image.open(f"images/{i:06d}.png")).astype(int)
+        assert np.abs(ours - image).max() <= 1
 
 
 def test_a_scheduler_that_clips_latents_must_be_decided(here: Path, refused: Callable) -> None:

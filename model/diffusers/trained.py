@@ -82,17 +82,15 @@ class Trained:
     sampling: Mapping[str, object]
     settings: tuple[Setting, ...]
 
-    def check(self, given: Collection[str]) -> None:
+    def check(self, values: Mapping[str, object], given: Collection[str]) -> None:
         """Raise UserError where a setting is of no effect here and none of the `given` flags says
-        that this is known."""
+        that this is known. values: flag -> value in use."""
         for setting in self.settings:
-            if setting.decided_by and not set(setting.decided_by) & set(given):
-                flag = setting.decided_by[0]
-                options = json.dumps({setting.name: setting.value})
+            if setting.decided_by and not _decider(setting, values, given):
                 raise UserError(
                     f"{self.path}: {setting.name} is {setting.value}, which is not taken over "
-                    f"by itself: give --{flag} to say what to do, or use it with "
-                    f"--sampler={self.scheduler} --scheduler_options='{options}'"
+                    f"by itself: give --{setting.decided_by[0]} to say what to do, or use it with "
+                    f"{self.own}"
                 )
 
     def table(self, values: Mapping[str, object], given: Collection[str]) -> str:
@@ -102,7 +100,8 @@ class Trained:
             here += f"; as its own pipeline: {self.own}"
         rows = [("scheduler", self.scheduler, here)]
         for setting in self.settings:
-            here = [f"--{flag} decides" for flag in setting.decided_by if flag in given][:1]
+            decider = _decider(setting, values, given)
+            here = [f"--{decider} decides"] if decider else []
             if flag := setting.flag:
                 here.append(f"--{flag}={values[flag]}{' (given)' if flag in given else ''}")
             here += [setting.note] if setting.note else []
@@ -110,6 +109,16 @@ class Trained:
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         lines = [f"  {n.ljust(widths[0])}  {v.ljust(widths[1])}  {here}" for n, v, here in rows]
         return "\n".join([f"{self.path}:", *lines])
+
+
+def _decider(setting: Setting, values: Mapping[str, object], given: Collection[str]) -> str:
+    """The flag that says what happens instead of a setting, "" where none does;
+    --scheduler_options does where it names the setting."""
+    for flag in setting.decided_by:
+        named = flag != "scheduler_options" or f'"{setting.name}"' in str(values[flag])
+        if flag in given and named:
+            return flag
+    return ""
 
 
 def trained_diffusion(directory: str | Path) -> Trained | None:
@@ -228,7 +237,10 @@ def _clipping(config: _Config) -> list[Setting]:
         return []
     bound = config["clip_sample_range"]
     if config["clip_sample"] and bound not in (None, 1, 1.0):
-        return [Setting("clip_sample_range", bound, decided_by=_CLIPPING)]
+        return [
+            Setting("clip_sample_range", bound, decided_by=_CLIPPING),
+            Setting("clip_sample", True, "clip_denoised", True),
+        ]
     clip = bool(config["clip_sample"])
     note = "ddim: as with use_clipped_model_output" if clip else ""
     return [Setting("clip_sample", clip, "clip_denoised", clip, note=note)]
