@@ -332,6 +332,22 @@ def test_a_cache_of_attention_is_of_the_images_being_made(tmp_path):
     np.testing.assert_array_equal(images[3], images[1])
 
 
+@pytest.mark.parametrize("name", ["diffusers with classes", "rows without null"])
+def test_guidance_that_the_program_refuses(tmp_path, name):
+    net = conditional_network(2, False) if "null" in name else SEARCHED_NETWORKS[name]()
+    values = dict(sampler="DDIMScheduler", sample_steps=5, label_dropout=0.0)
+    config = Configuration.of(img_size=SIZE, T=10, beta_1=1e-3, beta_T=0.3, **values)
+    model = build.Model(net, config, torch.device("cpu"))
+    write(model, WidthSchedule([1.0] * 10), tmp_path / "a")
+    unet = StepAwareUNet.from_pretrained(tmp_path / "a/unet")
+    pipe = StepAwarePipeline(unet, DDIMScheduler.from_pretrained(tmp_path / "a/scheduler"))
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(2, output_type="np").images.std() > 0.01
+    for guidance in (0.0, 3.0):
+        with pytest.raises(ValueError, match="guidance_scale"):
+            pipe(2, guidance_scale=guidance)
+
+
 @pytest.mark.parametrize(
     ("values", "what"),
     [
