@@ -257,6 +257,9 @@ SEARCHED = {  # network, schedule, sampling options
     "edm, Euler": ("own", STEPS, dict(sampler="edm", sample_steps=4, heun=False, rho=3.0)),
     "dpm_solver": ("diffusers", STEPS, dict(
         sampler="dpm_solver", sample_steps=4, scheduler_options='{"use_karras_sigmas": true}')),
+    "cosine": ("diffusers", STEPS, dict(
+        sampler="dpm_solver", sample_steps=4, scheduler_options='{"use_lu_lambdas": true}',
+        beta_schedule="squaredcos_cap_v2", mean_type="v")),
     "ancestral": ("diffusers", EVERY, dict(
         sampler="EulerAncestralDiscreteScheduler", sample_steps=4)),
     "Heun": ("own", STEPS, dict(sampler="HeunDiscreteScheduler", sample_steps=4)),
