@@ -395,6 +395,12 @@ def _check_suits(net: nn.Module, folder: Path) -> None:
             f"{folder}: the model's Fourier time embedding takes a logarithm of its time, and is "
             "not a number at timestep 0"
         )
+    rows = config.get("num_train_timesteps") or 0
+    if config.get("time_embedding_type") == "learned" and rows < net.settings.T:
+        raise UserError(
+            f"{folder}: the model has learned embeddings of {rows} timesteps, fewer than "
+            f"--T={net.settings.T}"
+        )
     reads, makes = config["in_channels"], config["out_channels"]
     if makes != reads:
         reason = "it does more than denoise, such as upscale or inpaint"

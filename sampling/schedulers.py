@@ -261,7 +261,8 @@ class DiffusersScheduler(Sampler):
             "s_tmax": s.S_tmax,
             "s_noise": s.S_noise,
         }
-        return {key: value for key, value in given.items() if key in taken}
+        # s_tmax is infinite by default, which JSON does not know.
+        return {k: v for k, v in given.items() if k in taken and math.isfinite(v)}
 
     def _run(
         self,

@@ -320,6 +320,7 @@ def test_mistakes_are_one_line(
         ({}, dict(out_channels=2), "1 channels and makes 2.*variance"),
         ({}, dict(in_channels=2), "2 channels and makes 1.*inpaint"),
         ({}, dict(class_embed_type="timestep"), "needs class_labels"),
+        ({}, dict(time_embedding_type="learned", num_train_timesteps=10), "10 timesteps.*--T=20"),
         ({}, dict(num_class_embeds=11), "--num_classes=11, or 10"),
         (dict(beta_schedule="sigmoid"), {}, "beta_schedule is sigmoid"),
         (dict(trained_betas=[0.1] * 20), {}, "trained_betas"),

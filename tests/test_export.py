@@ -316,6 +316,16 @@ def our_searched_images(model: build.Model, schedule: WidthSchedule) -> np.ndarr
     return (x_0.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).numpy()
 
 
+def test_configs_are_json(tmp_path):
+    config = Configuration.of(
+        img_size=SIZE, T=10, beta_1=1e-3, beta_T=0.3, sampler="EulerDiscreteScheduler"
+    )
+    write(build.Model(tiny_network(), config, torch.device("cpu")), WidthSchedule(EVERY),
+          tmp_path / "a")  # fmt: skip
+    for path in (tmp_path / "a").rglob("*.json"):
+        json.loads(path.read_text(), parse_constant=pytest.fail)
+
+
 def test_a_cache_of_attention_is_of_the_images_being_made(tmp_path):
     write(*searched("DDIMScheduler", tmp_path), tmp_path / "a")
     unet = StepAwareUNet.from_pretrained(tmp_path / "a/unet")
