@@ -228,10 +228,9 @@ class Model:
                 f"--guidance_scale={s.guidance_scale}: guidance needs embeddings that say nothing, "
                 "null (1, L, D), in the file of --conditioning"
             )
-        if count == 1 and s.guidance_scale == 1:
-            return None
         rows = conditioning.parse(s.classes) or tuple(range(count))
-        return Classes((1 / count,) * count, s.guidance_scale, rows, self.config.run.seed)
+        classes = Classes((1 / count,) * count, s.guidance_scale, rows, self.config.run.seed)
+        return None if count == 1 and s.guidance_scale == 1 else classes
 
     @property
     def passes_per_call(self) -> int:
@@ -336,7 +335,7 @@ def _from_diffusers(config: Configuration, device: torch.device) -> Model:
     folder = Path(config.training.init_diffusers)
     found = trained.trained_diffusion(folder)
     if found:
-        found.check(config.given)
+        found.check(config.values, config.given)
         clips = found.sampling.get("clip_denoised") and "clip_denoised" not in config.given
         if clips and config.data.latent_vae:
             raise UserError(
@@ -404,6 +403,12 @@ def _check_suits(net: nn.Module, folder: Path) -> None:
         raise UserError(
             f"{folder}: the model's Fourier time embedding takes a logarithm of its time, and is "
             "not a number at timestep 0"
+        )
+    rows = config.get("num_train_timesteps") or 0
+    if config.get("time_embedding_type") == "learned" and rows < net.settings.T:
+        raise UserError(
+            f"{folder}: the model has learned embeddings of {rows} timesteps, fewer than "
+            f"--T={net.settings.T}"
         )
     reads, makes = config["in_channels"], config["out_channels"]
     if makes != reads:

@@ -262,6 +262,8 @@ def conditions(model: Model) -> dict[str, object]:
         ):
             about["classes"] = "the rows of --conditioning in turn"
         about["guidance_scale"] = model.classes.guidance
+    elif getattr(model.net.settings, "embeddings", ()):  # one row, shown to all images
+        about["guidance_scale"] = 1.0
     if model.autoencoder:
         about["autoencoder"] = model.autoencoder.fingerprint
     return about

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import build
 from build import Model
 from commands import searched
 from model import WidthSchedule, entries_for_calls
+from runtime.errors import UserError
 from runtime.processes import say
 from sampling.prefixes import Chain
 from settings import Configuration
@@ -49,12 +51,21 @@ def calls(model: Model, schedule: WidthSchedule, steps: list[int]) -> list[tuple
     return [(call.t, schedule[entry]) for call, entry in zip(made, entries, strict=True)]
 
 
+def _can_guide(model: Model) -> bool:
+    """Whether the network has learned what to show without a class."""
+    try:
+        return replace(model, config=model.config.changed(guidance_scale=2.0)).classes is not None
+    except UserError:
+        return False
+
+
 def conditions(model: Model) -> dict[str, object]:
     """How the pipeline asks for classes and decodes latents, where there are any."""
     about: dict[str, object] = {}
     if classes := model.classes:
         shown = list(classes.fixed or range(classes.count))
-        about["classes"] = {"null": classes.count, "guidance": classes.guidance, "shown": shown}
+        null = classes.count if _can_guide(model) else None
+        about["classes"] = {"null": null, "guidance": classes.guidance, "shown": shown}
     if vae := model.autoencoder:
         numbers = {"scale": vae.scale, "shift": vae.shift}
         about["latents"] = {

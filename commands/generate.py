@@ -54,7 +54,7 @@ def run(model: Model, schedule: WidthSchedule, out: Path) -> None:
     used = sorted(set(schedule.widths) - {0.0})
     networks = build.candidates(model, used, build.kept_arithmetic(config))
     identity = {
-        **config.stored("model"),
+        **config.stored("network", "model"),
         "weights": fingerprint(model.net),
         "schedule": list(schedule.widths),
         "timesteps": schedule.timesteps,
@@ -135,7 +135,10 @@ def claim(about: Path, identity: dict[str, object], out: Path) -> None:
                 f"{out} has images that were made otherwise ({images[0].name}); name another --out"
             )
         if images:
-            agree(about, stored, identity, "name another --out", defaults=dict.fromkeys(identity))
+            # Earlier versions said neither what shapes the network nor a guidance_scale of 1.
+            late = Configuration().stored("network")
+            defaults = dict.fromkeys(identity.keys() - late.keys()) | {"guidance_scale": 1.0}
+            agree(about, stored, identity, "name another --out", defaults=defaults)
         else:  # what a run says that came to no image binds nobody
             write_json(about, identity)
     processes.gather(None)

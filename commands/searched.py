@@ -48,7 +48,8 @@ def as_searched(model: Model, path: Path) -> Model:
     text = _companion(path)
     if not text:
         return model
-    config, taken, kept = model.config, {}, []
+    config, taken, kept, other = model.config, {}, [], []
+    network = config.stored("network", "model")
     given, sampler = config.typed, re.search(r"^--sampler=(.*)$", text, re.MULTILINE)
     if "sampler" in given and sampler and sampler[1] != config["sampler"]:
         given = TAKEN - {"allow_skip"}
@@ -57,6 +58,8 @@ def as_searched(model: Model, path: Path) -> Model:
             name, value = _parsed(line)
         except ValueError as error:
             raise UserError(f"{path} was searched with a {NAME} that has {line!r}") from error
+        if name in network and value != config[name]:
+            other.append(f"--{name}={config[name]} (there {value})")
         if name not in TAKEN or value == config[name]:
             continue
         if name in given:
@@ -72,6 +75,8 @@ def as_searched(model: Model, path: Path) -> Model:
     # A model without a source has not got its weights yet: training goes on from a checkpoint.
     if weights and model.source and weights[1] != fingerprint(model.net):
         log.info(f"warning: {path} was searched for other weights than those of {model.source}")
+    if other:
+        log.info(f"warning: {path} was searched for another network: {', '.join(other)}")
     return replace(model, config=config.changed(**taken))
 
 

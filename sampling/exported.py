@@ -65,8 +65,12 @@ def _chain(sampler: Sampler, steps: Sequence[int]) -> DiffusersChain:
     }
     if isinstance(sampler, DiffusersScheduler):
         scheduler = sampler._scheduler()
-        scheduler.register_to_config(**settings)  # for readers: its trained_betas are these
         number = {"num_inference_steps": sampler.steps}
+        visited, name = scheduler.timesteps.tolist(), scheduler.config.beta_schedule
+        scheduler.register_to_config(**settings)  # for readers: its trained_betas are these
+        scheduler.set_timesteps(**number)
+        if scheduler.timesteps.tolist() != visited:  # some place a cosine β's steps by its name
+            scheduler.register_to_config(beta_schedule=name)
         return DiffusersChain(scheduler, number, sampler.step_options(scheduler))
     settings |= {"num_train_timesteps": levels.T, "prediction_type": PREDICTION[sampler.mean_type]}
     if s.sampler == "ddim":

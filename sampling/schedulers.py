@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from diffusion import Denoiser, Noise, Observer, told_the_step
+from model.diffusers.trained import ALLOWED
 from runtime.errors import UserError, one_line
 from runtime.files import parse_json
 from sampling.protocol import CHURN, OURS, Call, Sampler
@@ -27,16 +28,6 @@ from sampling.protocol import CHURN, OURS, Call, Sampler
 SHORT = {"dpm_solver": "DPMSolverMultistepScheduler"}
 PREDICTION = {"epsilon": "epsilon", "xstart": "sample", "v": "v_prediction"}
 VARIANCE = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}
-# Entries of a config that --scheduler_options may have: how the steps are made, and at which of the
-# trained noise levels. All others say what the network is shown or was trained for, or are flags.
-ALLOWED = {
-    "algorithm_type", "clip_sample_range", "corrector_order", "disable_corrector",
-    "dynamic_thresholding_ratio", "euler_at_final", "final_sigmas_type", "lambda_min_clipped",
-    "lower_order_final", "original_inference_steps", "predict_x0",
-    "predictor_order", "sample_max_value", "set_alpha_to_one", "skip_prk_steps", "solver_order",
-    "solver_type", "steps_offset", "thresholding", "timestep_scaling", "timestep_spacing",
-    "use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas", "use_lu_lambdas",
-}  # fmt: skip
 DEVIATION = 0.5  # of the pixels for which a solver is tried
 # They have the interface, but run from the image to the noise or with another parameterisation.
 _OTHERS = ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler", "CogVideoXDDIMScheduler")
@@ -270,7 +261,8 @@ class DiffusersScheduler(Sampler):
             "s_tmax": s.S_tmax,
             "s_noise": s.S_noise,
         }
-        return {key: value for key, value in given.items() if key in taken}
+        # s_tmax is infinite by default, which JSON does not know.
+        return {k: v for k, v in given.items() if k in taken and math.isfinite(v)}
 
     def _run(
         self,

@@ -75,8 +75,9 @@ class SearchLog:
             "use the same to continue the search, or another --search_dir",
             # Where the statistics are known, their file may have another name.
             ignore=["fid_cache"] if "statistics" in stored else [],
-            # What logs of earlier versions lack is passed over.
-            defaults={name: None for name in self.identity if name not in late},
+            # What logs of earlier versions lack is passed over. They did not say a guidance of 1.
+            defaults={name: None for name in self.identity if name not in late}
+            | {"guidance_scale": 1.0},
         )
         if distributed.is_main():
             write_jsonl(self.path, lines)  # without the unfinished line of a killed writer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -224,23 +225,39 @@ def test_a_model_is_scored_and_searched_before_training(beside: Path, refused: C
     refused("no checkpoint at run/ckpt.pt", "--eval", *steps)
 
 
+def test_images_of_one_group_norm_alone(beside: Path, refused: Callable) -> None:
+    narrow = [*BEFORE, "--generate", "--assigned_width=0.5", "--sampler=ddim", "--sample_steps=2"]
+    succeeds(*narrow, "--num_images=1", "--norm_groups=fixed")
+    refused(r"images.json.*norm_groups: fixed there", *narrow, "--norm_groups=proportional")
+
+
 UNDECIDED = [  # a setting that no flag of ours has, a flag that says what to do instead
     (dict(thresholding=True), "--clip_denoised=true"),
+    (dict(thresholding=True, sample_max_value=1.5, dynamic_thresholding_ratio=0.8),
+     "--clip_denoised=true"),
     (dict(clip_sample_range=2.0), "--clip_denoised=false"),
     (dict(timestep_spacing="trailing"), "--timestep_spacing=uniform"),
     (dict(steps_offset=1), "--timestep_spacing=quadratic"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("options", "flag"), UNDECIDED)
 def test_what_no_flag_takes_over_must_be_decided(
-    here: Path, refused: Callable, options: dict, flag: str
+    here: Path, refused: Callable, options: dict, flag: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_model(Path("model"), options)
     profile = ["--profile", "--init_diffusers=model", "--device=cpu"]
-    option, name = *options, flag.split("=")[0]
-    refused(rf"{option} is .*give {name} .*--scheduler_options='{{\"{option}\"", *profile)
+    option, name = next(iter(options)), flag.split("=")[0]
+    line = refused(rf"{option} is .*give {name} .*--scheduler_options='.*\"{option}\"", *profile)
     assert f"{name} decides" in succeeds(*profile, flag)
+    refused(f"{option} is ", *profile, "--scheduler_options={}")
+    # The flags that the line names make the images of the model's own pipeline.
+    own = shlex.split(line[line.index("--sampler=") :])
+    succeeds("--generate", *BEFORE, *own, "--sample_steps=10", "--out=images")
+    pipeline = diffusers.DDPMPipeline.from_pretrained("model")
+    for i, image in enumerate(their_images(pipeline, 3, monkeypatch, num_inference_steps=10)):
+        ours = np.asarray(Image.open(f"images/{i:06d}.png")).astype(int)
+        assert np.abs(ours - image).max() <= 1
 
 
 def test_a_scheduler_that_clips_latents_must_be_decided(here: Path, refused: Callable) -> None:
@@ -303,6 +320,7 @@ def test_mistakes_are_one_line(
         ({}, dict(out_channels=2), "1 channels and makes 2.*variance"),
         ({}, dict(in_channels=2), "2 channels and makes 1.*inpaint"),
         ({}, dict(class_embed_type="timestep"), "needs class_labels"),
+        ({}, dict(time_embedding_type="learned", num_train_timesteps=10), "10 timesteps.*--T=20"),
         ({}, dict(num_class_embeds=11), "--num_classes=11, or 10"),
         (dict(beta_schedule="sigmoid"), {}, "beta_schedule is sigmoid"),
         (dict(trained_betas=[0.1] * 20), {}, "trained_betas"),
@@ -331,10 +349,10 @@ def test_classes_from_a_folder_to_scores(here: Path, refused: Callable) -> None:
     refused("--num_classes", *FLAGS, *steps, "--eval", "--num_classes=9")
 
 
-def save_conditional(folder: Path) -> None:
+def save_conditional(folder: Path, **changes: object) -> None:
     """A folder with a small UNet2DConditionModel, and embeddings for it beside."""
     torch.manual_seed(0)
-    changes = dict(
+    changes |= dict(
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=12,
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=4,
     )  # fmt: skip
@@ -364,6 +382,39 @@ def test_embeddings_before_training(here: Path) -> None:
         ours = np.asarray(Image.open(f"images/{i:06d}.png")).astype(int)
         assert np.abs(ours - image).max() <= 1
         assert ours.std() > 10
+
+
+def test_a_model_that_reads_its_guidance_is_refused(here: Path, refused: Callable) -> None:
+    save_conditional(Path("model"), time_cond_proj_dim=16)
+    refused("needs timestep_cond", *BEFORE, "--profile", "--conditioning=one.safetensors")
+
+
+def lacks(path: Path, name: str) -> None:
+    """Make a record, or the first line of a log, one of a version that did not say `name`."""
+    text = path.read_text()
+    older = re.sub(rf'"{name}": [^,}}]+,?', "", text, count=1)
+    assert older != text
+    path.write_text(re.sub(r",(\s*})", r"\1", older, count=1))
+
+
+@pytest.mark.parametrize("mode", ["generate", "search"])
+def test_images_of_one_row_with_and_without_guidance_never_mix(
+    here: Path, refused: Callable, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for slow in ("draw_front", "plot_fronts", "SearchProgress.pictures"):
+        monkeypatch.setattr(f"report.{slow}", lambda *arguments: None)
+    save_conditional(Path("model"))
+    plain = [*BEFORE, f"--{mode}", "--conditioning=one.safetensors", "--sampler=ddim",
+             "--sample_steps=2", "--num_generation=1", "--pop_size=2"]  # fmt: skip
+    guided, where = [*plain, "--guidance_scale=8"], {"generate": "--out", "search": "--search_dir"}
+    folders = [f"{where[mode]}={name}" for name in ("a", "b")]
+    succeeds(*guided, folders[0])
+    refused("guidance_scale: 8.0 there, 1.0 here", *plain, folders[0])
+    succeeds(*plain, folders[1])
+    lacks(Path("b", {"generate": "images.json", "search": "search.jsonl"}[mode]), "guidance_scale")
+    refused("guidance_scale: 1.0 there, 8.0 here", *guided, folders[1])
+    succeeds(*plain, folders[1])
+    refused("--classes: there is no class 5", *plain, folders[1], "--classes=5")
 
 
 def test_embeddings_of_a_run_are_in_its_checkpoint(here: Path, refused: Callable) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -13,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from model.diffusers.loading import read_model
 from model.diffusers.supernet import SlimmableDiffusersUNet
-from model.diffusers.trained import trained_diffusion
+from model.diffusers.trained import ALLOWED, trained_diffusion
 from runtime.errors import UserError
 
 UNET = dict(
@@ -93,6 +96,29 @@ def test_a_model_without_a_scheduler(tmp_path: Path) -> None:
     net.settings.check_image_size(8)
     with pytest.raises(UserError, match="img_size=7"):
         net.settings.check_image_size(7)
+
+
+def changed(default: object) -> object:
+    """Another value of the same kind."""
+    if isinstance(default, str):
+        return "other"
+    return (not default) if isinstance(default, bool) else (default or 0.0) + 0.5
+
+
+def test_what_changes_the_noise_levels_is_refused(tmp_path: Path) -> None:
+    """Whatever a scheduler with β has beside what is known: the network would be told otherwise."""
+    known = {*ALLOWED, "beta_start", "beta_end", "num_train_timesteps", "clip_sample"}
+    refused = set()
+    for scheduler in (name for name in dir(diffusers) if name.endswith("Scheduler")):
+        parameters = inspect.signature(getattr(diffusers, scheduler).__init__).parameters
+        defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+        for name in defaults.keys() - known if "beta_start" in defaults else ():
+            entries = {"_class_name": scheduler, name: changed(defaults[name])}
+            (tmp_path / "scheduler_config.json").write_text(json.dumps(entries))
+            with pytest.raises(UserError, match=rf"scheduler_config\.json.*{name}"):
+                trained_diffusion(tmp_path)
+            refused.add(name)
+    assert {"timestep_type", "sigma_min", "flow_shift", "snr_shift_scale"} <= refused
 
 
 def test_two_schedulers_that_differ_are_refused(tmp_path: Path) -> None:

@@ -140,6 +140,8 @@ def conditioning_of(config: dict) -> dict:
     if "cross_attention_dim" in config:
         size = config.get("encoder_hid_dim") or config["cross_attention_dim"]
         made["encoder_hidden_states"] = torch.randn(2, 5, size)
+        if dim := config.get("time_cond_proj_dim"):
+            made["timestep_cond"] = torch.randn(2, dim)
         if config.get("addition_embed_type") == "text_time":
             made["added_cond_kwargs"] = {
                 "text_embeds": torch.randn(2, 10),

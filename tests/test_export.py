@@ -257,6 +257,9 @@ SEARCHED = {  # network, schedule, sampling options
     "edm, Euler": ("own", STEPS, dict(sampler="edm", sample_steps=4, heun=False, rho=3.0)),
     "dpm_solver": ("diffusers", STEPS, dict(
         sampler="dpm_solver", sample_steps=4, scheduler_options='{"use_karras_sigmas": true}')),
+    "cosine": ("diffusers", STEPS, dict(
+        sampler="dpm_solver", sample_steps=4, scheduler_options='{"use_lu_lambdas": true}',
+        beta_schedule="squaredcos_cap_v2", mean_type="v")),
     "ancestral": ("diffusers", EVERY, dict(
         sampler="EulerAncestralDiscreteScheduler", sample_steps=4)),
     "Heun": ("own", STEPS, dict(sampler="HeunDiscreteScheduler", sample_steps=4)),
@@ -313,6 +316,16 @@ def our_searched_images(model: build.Model, schedule: WidthSchedule) -> np.ndarr
     return (x_0.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).numpy()
 
 
+def test_configs_are_json(tmp_path):
+    config = Configuration.of(
+        img_size=SIZE, T=10, beta_1=1e-3, beta_T=0.3, sampler="EulerDiscreteScheduler"
+    )
+    write(build.Model(tiny_network(), config, torch.device("cpu")), WidthSchedule(EVERY),
+          tmp_path / "a")  # fmt: skip
+    for path in (tmp_path / "a").rglob("*.json"):
+        json.loads(path.read_text(), parse_constant=pytest.fail)
+
+
 def test_a_cache_of_attention_is_of_the_images_being_made(tmp_path):
     write(*searched("DDIMScheduler", tmp_path), tmp_path / "a")
     unet = StepAwareUNet.from_pretrained(tmp_path / "a/unet")
@@ -330,6 +343,22 @@ def test_a_cache_of_attention_is_of_the_images_being_made(tmp_path):
         images.append(pipe(count, latents=x[:count], output_type="np").images)
     assert np.abs(images[1] - images[0]).max() > 1e-4
     np.testing.assert_array_equal(images[3], images[1])
+
+
+@pytest.mark.parametrize("name", ["diffusers with classes", "rows without null"])
+def test_guidance_that_the_program_refuses(tmp_path, name):
+    net = conditional_network(2, False) if "null" in name else SEARCHED_NETWORKS[name]()
+    values = dict(sampler="DDIMScheduler", sample_steps=5, label_dropout=0.0)
+    config = Configuration.of(img_size=SIZE, T=10, beta_1=1e-3, beta_T=0.3, **values)
+    model = build.Model(net, config, torch.device("cpu"))
+    write(model, WidthSchedule([1.0] * 10), tmp_path / "a")
+    unet = StepAwareUNet.from_pretrained(tmp_path / "a/unet")
+    pipe = StepAwarePipeline(unet, DDIMScheduler.from_pretrained(tmp_path / "a/scheduler"))
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(2, output_type="np").images.std() > 0.01
+    for guidance in (0.0, 3.0):
+        with pytest.raises(ValueError, match="guidance_scale"):
+            pipe(2, guidance_scale=guidance)
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,7 @@ def read_generated(path: Path) -> None:
 def read_scheduler(path: Path) -> None:
     found = trained_diffusion(path.parent.parent)
     if found:
-        found.check(["clip_denoised", "timestep_spacing", "scheduler_options"])
+        found.check(Configuration().values, ["clip_denoised", "timestep_spacing"])
         config = build.adopt(Configuration(), {**found.flags, **found.sampling}, found.path)
         found.table(config.values, config.given)
         assert config.diffusion.T >= 1

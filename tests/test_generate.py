@@ -18,7 +18,9 @@ import torch
 from conftest import ROOT, TINY, contents, run_main, tiny_network
 from torch import Tensor, nn
 
+import build
 import score
+from commands import searched
 from diffusion import NoiseSchedule
 from evaluate import Evaluator
 from model import WidthSchedule, checkpoint, sampling_networks
@@ -30,7 +32,7 @@ from sampling.noise import SAMPLING, SEARCH, ImageNoise
 from sampling.prefixes import SharedStates
 from sampling.protocol import timesteps
 from sampling.samplers import make_sampler
-from settings import SamplingSettings
+from settings import Configuration, SamplingSettings
 
 Refused = Callable[..., str]
 SHAPE, WIDTHS, T = (1, 8, 8), (0.25, 0.5, 1.0), 12
@@ -466,6 +468,30 @@ def test_generation_goes_on_and_refuses_other_images(
     line = run_main(*GENERATE, "--logdir=none", "--out=none/images").error
     assert "none/ckpt.pt" in line
     assert not Path("none").exists()
+
+
+def test_other_networks_of_the_same_weights(
+    lively: Callable, run_folder: Path, refused: Refused
+) -> None:
+    """Nothing but flags says what a checkpoint without settings is."""
+    path = run_folder / "search.txt"
+    path.write_text(json.dumps([1.0] * 10))
+    model = build.load_model(Configuration.of(logdir="run", device="cpu"))
+    searched.write(run_folder, model, path)
+    state = checkpoint.load(run_folder / "ckpt.pt")
+    del state["settings"]
+    checkpoint.save(run_folder / "ckpt.pt", state)
+    first, about, flag = ["--num_images=1"], Path("out/images.json"), "--num_groups=8"
+    made(*first)
+    refused(r"out/images.json.*\(num_groups: 4 there, 8 here\)", *GENERATE, flag)
+    said = json.loads(about.read_text())
+    said.pop("num_groups")
+    about.write_text(json.dumps(said))
+    made(*first)  # an earlier version did not say it
+    # A schedule that was searched for another of them is used, with a warning.
+    result = run_main(*GENERATE, "--schedule=run/search.txt", flag, "--out=other")
+    assert result.status == 0, result.err
+    assert f"warning: run/search.txt was searched for another network: {flag} (there " in result.out
 
 
 def test_generated_classes(lively: Callable) -> None:

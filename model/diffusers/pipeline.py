@@ -69,6 +69,8 @@ class StepAwarePipeline(DiffusionPipeline):
                 ]
             labels = torch.as_tensor(class_labels, device=device).expand(batch_size)
             guidance_scale = classes["guidance"] if guidance_scale is None else guidance_scale
+            if classes["null"] is None and guidance_scale != 1:
+                raise ValueError("guidance_scale: the model was not trained without classes")
         scheduler.set_timesteps(device=device, **how["set_timesteps"])
         options = dict(how["step"])
         if "generator" in inspect.signature(scheduler.step).parameters:

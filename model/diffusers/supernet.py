@@ -300,6 +300,8 @@ class SlimmableDiffusersUNet(nn.Module):
             texts = config.get("addition_embed_type") in (None, "text")
             if not texts or config.get("encoder_hid_dim_type") not in (None, "text_proj"):
                 names.append("added_cond_kwargs")
+            if config.get("time_cond_proj_dim"):  # as latent consistency models read their guidance
+                names.append("timestep_cond")
         return names
 
     @property

@@ -37,6 +37,16 @@ _TRAINING = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "
 # Flags of which one says what happens instead of a setting that no flag has.
 _CLIPPING = ("clip_denoised", "scheduler_options")
 _SPACING = ("timestep_spacing", "scheduler_options")
+# Entries of a config that --scheduler_options may have: how the steps are made, and at which of the
+# trained noise levels. All others say what the network is shown or was trained for, or are flags.
+ALLOWED = {
+    "algorithm_type", "clip_sample_range", "corrector_order", "disable_corrector",
+    "dynamic_thresholding_ratio", "euler_at_final", "final_sigmas_type", "lambda_min_clipped",
+    "lower_order_final", "original_inference_steps", "predict_x0",
+    "predictor_order", "sample_max_value", "set_alpha_to_one", "skip_prk_steps", "solver_order",
+    "solver_type", "steps_offset", "thresholding", "timestep_scaling", "timestep_spacing",
+    "use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas", "use_lu_lambdas",
+}  # fmt: skip
 _NOT_CLIPPED = ("clip_sample", "clip_sample_range", "thresholding")
 _THRESHOLD = ("dynamic_thresholding_ratio", "sample_max_value")  # details of thresholding
 
@@ -72,17 +82,15 @@ class Trained:
     sampling: Mapping[str, object]
     settings: tuple[Setting, ...]
 
-    def check(self, given: Collection[str]) -> None:
+    def check(self, values: Mapping[str, object], given: Collection[str]) -> None:
         """Raise UserError where a setting is of no effect here and none of the `given` flags says
-        that this is known."""
+        that this is known. values: flag -> value in use."""
         for setting in self.settings:
-            if setting.decided_by and not set(setting.decided_by) & set(given):
-                flag = setting.decided_by[0]
-                options = json.dumps({setting.name: setting.value})
+            if setting.decided_by and not _decider(setting, values, given):
                 raise UserError(
                     f"{self.path}: {setting.name} is {setting.value}, which is not taken over "
-                    f"by itself: give --{flag} to say what to do, or use it with "
-                    f"--sampler={self.scheduler} --scheduler_options='{options}'"
+                    f"by itself: give --{setting.decided_by[0]} to say what to do, or use it with "
+                    f"{self.own}"
                 )
 
     def table(self, values: Mapping[str, object], given: Collection[str]) -> str:
@@ -92,7 +100,8 @@ class Trained:
             here += f"; as its own pipeline: {self.own}"
         rows = [("scheduler", self.scheduler, here)]
         for setting in self.settings:
-            here = [f"--{flag} decides" for flag in setting.decided_by if flag in given][:1]
+            decider = _decider(setting, values, given)
+            here = [f"--{decider} decides"] if decider else []
             if flag := setting.flag:
                 here.append(f"--{flag}={values[flag]}{' (given)' if flag in given else ''}")
             here += [setting.note] if setting.note else []
@@ -100,6 +109,16 @@ class Trained:
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         lines = [f"  {n.ljust(widths[0])}  {v.ljust(widths[1])}  {here}" for n, v, here in rows]
         return "\n".join([f"{self.path}:", *lines])
+
+
+def _decider(setting: Setting, values: Mapping[str, object], given: Collection[str]) -> str:
+    """The flag that says what happens instead of a setting, "" where none does;
+    --scheduler_options does where it names the setting."""
+    for flag in setting.decided_by:
+        named = flag != "scheduler_options" or f'"{setting.name}"' in str(values[flag])
+        if flag in given and named:
+            return flag
+    return ""
 
 
 def trained_diffusion(directory: str | Path) -> Trained | None:
@@ -218,7 +237,10 @@ def _clipping(config: _Config) -> list[Setting]:
         return []
     bound = config["clip_sample_range"]
     if config["clip_sample"] and bound not in (None, 1, 1.0):
-        return [Setting("clip_sample_range", bound, decided_by=_CLIPPING)]
+        return [
+            Setting("clip_sample_range", bound, decided_by=_CLIPPING),
+            Setting("clip_sample", True, "clip_denoised", True),
+        ]
     clip = bool(config["clip_sample"])
     note = "ddim: as with use_clipped_model_output" if clip else ""
     return [Setting("clip_sample", clip, "clip_denoised", clip, note=note)]
@@ -251,7 +273,11 @@ def _others(config: _Config, known: Collection[str]) -> list[Setting]:
     usual = {*known, *_NOT_CLIPPED, *_THRESHOLD, "trained_betas", "rescale_betas_zero_snr",
              "timestep_spacing", "steps_offset"}  # fmt: skip
     note = f"only of --sampler={config.name}, with --scheduler_options"
-    return [Setting(name, value, note=note) for name, value in config.own(usual).items()]
+    others = {name: value for name, value in config.own(usual).items() if value is not None}
+    for name in others:
+        if name not in ALLOWED:  # it may change what the network is shown, and is told
+            config.one_of(name, (config.defaults[name],))
+    return [Setting(name, value, note=note) for name, value in others.items()]
 
 
 def find_scheduler(directory: str | Path) -> Path | None:
