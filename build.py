@@ -78,6 +78,8 @@ def use_parallel(config: Configuration, device: torch.device) -> bool:
             "work"
         )
         return False
+    if count > 1 and config.run.compile:  # DataParallel cannot copy a compiled network
+        raise UserError("--compile with --parallel: use torchrun, or leave one of them out")
     return count > 1
 
 

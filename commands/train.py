@@ -177,6 +177,11 @@ def make_trainer(model: Model, images: dataset.AnySet, shown: Model | None = Non
     schedule = None
     if config.training.finetune_schedule:
         schedule = shown.schedule(config.training.finetune_schedule).expanded(model.levels.T)
+        if not any(schedule.widths):
+            raise UserError(
+                f"{config.training.finetune_schedule} leaves every step out: nothing is trained; "
+                "take a schedule that has a width above 0"
+            )
     # Its fingerprint: a schedule has a thousand entries.
     identity["finetune_schedule"] = schedule and schedule.fingerprint
 

@@ -19,12 +19,14 @@ from absl.testing import flagsaver
 from conftest import ROOT, TINY, TRAIN, UPSTREAM, contents, process_main, run_main
 from torchvision.io import write_png
 
+import build
 import dataset as data
 import options
 import score
 from commands.evaluate import Evaluation
 from model import SlimmableUNet, WidthSchedule, average
 from runtime import files
+from runtime.errors import UserError
 from runtime.settings import Settings, option
 from settings import GROUPS, OPTIONS, Configuration, owners
 from train import Trainer
@@ -570,7 +572,7 @@ def test_a_full_disk_is_one_line(here: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_statistics_that_cannot_be_saved(refused: Refused, run_folder: Path, here: Path) -> None:
     (here / "file").write_text("in the way")
-    refused("file/stats.npz", *EVAL, "--eval", "--fid_cache=file/stats.npz")
+    refused("--fid_cache", *EVAL, "--eval", "--fid_cache=file/stats.npz")
 
 
 def test_parallel_without_gpus_says_so_once(run_folder: Path) -> None:
@@ -580,6 +582,14 @@ def test_parallel_without_gpus_says_so_once(run_folder: Path) -> None:
         assert result.status == 0, result.err
         if torch.cuda.device_count() < 2:
             assert result.out.count("--parallel: ") == 1
+
+
+def test_compiled_networks_are_not_for_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    first = torch.device("cuda", 0)
+    assert build.use_parallel(Configuration.of(parallel=True), first)
+    with pytest.raises(UserError, match="--compile with --parallel"):
+        build.use_parallel(Configuration.of(parallel=True, compile=True), first)
 
 
 # --- processes of their own -----------------------------------------------------------------------

@@ -593,6 +593,12 @@ def test_what_shapes_the_network_comes_from_the_checkpoint(
     refused("init_checkpoint", *SHORT, "--finetune_schedule=run/search.txt")
 
 
+def test_a_schedule_without_a_width_trains_nothing(run_folder: Path, refused: Callable) -> None:
+    Path("zeros.txt").write_text(json.dumps([0] * 10))
+    start = (*SHORT, "--init_checkpoint=run/ckpt.pt", "--allow_skip")
+    refused(r"zeros\.txt", *start, "--finetune_schedule=zeros.txt")
+
+
 def test_a_run_for_a_schedule_is_continued_scored_and_searched(
     run_folder: Path, refused: Callable
 ) -> None:
