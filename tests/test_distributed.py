@@ -278,10 +278,8 @@ def test_a_process_that_dies_takes_the_job_down(here: Path, forks: None) -> None
     job = start(here, *ENDLESS)
     job.wait_for(here / "run" / "ckpt.pt")
     os.kill(int(Path("1.pid").read_text()), signal.SIGKILL)
-    result = job.wait()
-    assert result.status != 0
-    assert "rank      : 1" in result.err
-    assert "-9" in result.err
+    # Which process torchrun names is a race: the other one ends, too, when its connection is lost.
+    assert job.wait().status != 0
     saved = checkpoint.load("run/ckpt.pt")["step"]
     assert run_main(*ENDLESS, f"--total_steps={saved + 3}").status == 0
     assert checkpoint.load("run/ckpt.pt")["step"] == saved + 3
