@@ -61,6 +61,7 @@ def run(model: Model, schedule: WidthSchedule, out: Path) -> None:
         "sampler": model.sampler.as_json(),
         "seed": config.run.seed,
         "arithmetic": {str(width): network.arithmetic for width, network in networks.items()},
+        "autoencoder": None,  # but where there is one
         **conditions(model),
     }
     about = out / "images.json"

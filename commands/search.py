@@ -157,6 +157,7 @@ def search_identity(model: Model, evaluator: Evaluator) -> dict[str, object]:
         "fid_cache": config.evaluation.fid_cache,
         "sampler": model.sampler.as_json(),
         "widths": config.widths.all,
+        "autoencoder": None,  # but where there is one
         **conditions(model),
         "statistics": evaluator.reference.summary,
     }

@@ -455,6 +455,11 @@ def test_generation_goes_on_and_refuses_other_images(
     }.items():  # fmt: skip
         refused(f"out/images.json.*{key}: .* --out", *GENERATE, flag)
     refused("--assigned_width", *GENERATE, "--schedule=run/search.txt", "--assigned_width=0.5")
+    # Latents of as many channels as images have, which were decoded, but are not now.
+    about = Path("out/images.json")
+    about.write_text(json.dumps(json.loads(whole["images.json"]) | {"autoencoder": "abc"}))
+    refused("out/images.json.*autoencoder: abc there, None here", *GENERATE)
+    about.write_bytes(whole["images.json"])
     # More images are the same ones and others.
     assert len(made("--num_images=13")) == 13
     after = contents(Path("out"))
