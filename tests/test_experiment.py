@@ -283,7 +283,11 @@ def test_the_pages_have_the_tables_and_the_numbers_of_the_recorded_run() -> None
     text, short = experiment.tables(result), experiment.short_table(result)
     assert experiment.between_marks(experiment.PAGE) == text
     assert experiment.between_marks(experiment.README) == short
-    errors = read_json(parsed([]).results / "errors.json")["table"]
-    known = {*re.findall(r"\d+\.\d+", f"{text} {errors}")}
+    kept = parsed([]).results
+    errors, more = (read_json(kept / f"{n}.json") for n in ("errors", "control_full_width"))
+    earlier = experiment.short_table(read_json(kept / "earlier.json"))
+    assert earlier in experiment.PAGE.read_text()
+    controls = " ".join(f"{more[s][role]['distance']:.4g}" for s in more for role in scores.ROLES)
+    known = {*re.findall(r"\d+\.\d+", f"{text} {errors['table']} {earlier} {controls}")}
     page = re.sub(r"`.*?`|\]\(.*?\)|^    .*", "", experiment.PAGE.read_text(), flags=re.M)
     assert {*re.findall(r"\d+\.\d+", page)} <= known
