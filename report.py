@@ -226,8 +226,8 @@ class SearchResult:
         """Network passes that were run, and those that shared states saved."""
         records = self.search.records.values()
         return (
-            sum(r.get("passes", 0) for r in records),
-            sum(r.get("passes_saved", 0) for r in records),
+            int(sum(r.get("passes", 0) for r in records)),  # a log that is read has floats
+            int(sum(r.get("passes_saved", 0) for r in records)),
         )
 
     def summary(self) -> str:

@@ -428,9 +428,10 @@ def test_search_through_the_program(run_folder: Path) -> None:
     assert len(chosen) == 10
     assert not list(run_folder.rglob(".*"))
 
-    before = lines(run_folder / "search")
+    before, front = lines(run_folder / "search"), contents(run_folder)["search/front.json"]
     assert run_main(*arguments).status == 0
     assert sorted(lines(run_folder / "search")) == sorted(before)
+    assert contents(run_folder)["search/front.json"] == front
     assert json.loads((run_folder / "search.txt").read_text()) == chosen
     assert "--search_objective" in run_main(*arguments, "--flops_budget=0.5").error
     refused = run_main(*arguments, "--num_images=9")
