@@ -1,10 +1,10 @@
 """What becomes of a narrow step's error: of each step in turn, how far it moves x, and how far the
 image that the full network makes of that.
 
-    python -m benchmark.errors FILE.json FLAGS…
+    python -m benchmark.errors FILE.json --FLAG=…
 
-FLAGS are those of main.py's --eval, for a trained supernet. Image and noise are the same with and
-without the narrow step, so the difference is that step's alone.
+The flags are those of main.py's --eval, for a trained supernet. Image and noise are the same with
+and without the narrow step, so the difference is that step's alone.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """A score of main.py by two encoders, with what its standard error is made of, as JSON.
 
-    python -m benchmark.scores FILE.json JUDGE [--test] FLAGS…
+    python -m benchmark.scores FILE.json JUDGE [--test] --FLAG=…
 
-FLAGS are those of main.py's --eval, --eval_stepaware or --eval_ensemble. The images are those that
-it makes with the same flags, and so is the distance by --fid_encoder, up to rounding. JUDGE names
-another encoder, with which nothing was chosen. The images are also taken as SETS sets, and each
-distance is taken without each set in turn (jackknife). --test: of the test set's first images.
+The flags are those of main.py's --eval, --eval_stepaware or --eval_ensemble. The images are those
+that it makes with the same flags, and so is the distance by --fid_encoder, up to rounding. JUDGE
+names another encoder, with which nothing was chosen. The images are also taken as SETS sets, and
+each distance is taken without each set in turn (jackknife). --test: of the test set's first
+images.
 """
 
 from __future__ import annotations
