@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import math
 import os
 import re
@@ -76,19 +75,22 @@ ROWS = {  # of the tables, in this order
     "plain": "plain network, trained alone",
     "small": "small network, trained alone",
 }
+# In the place of a sampler: a supernet of its own, sampled by the main sampler.
+APART = {"classes": "with classes, guidance 2", "latents": "in latents"}
 PAIR = {"plain": "large_logdir", "small": "small_logdir"}
 SHOWN = [("width", 1.0), ("sensitivity", 0.3), ("finetuned", 0.3), ("control", 0.3),
          ("switch", 0.3), ("steps", 0.3), ("plain", 1.0), ("small", 1.0)]  # fmt: skip
 DEFAULTS = {
     "flagfile": ROOT / "config" / "fashion_mnist_14.txt", "images": 1000, "search_images": 400,
     "judge": "efficientnet_lite2", "train_seeds": 2, "search_seeds": 3, "sampler": "ddpm-25",
-    "shares": (0.3, 0.5, 0.2), "others": ("classes", "latents"), "training": (), "searching": (),
-    "samplers": ("ddim-10", "dpm_solver-10", "edm-10", "dpm_solver-20", "ddim-50", "ddpm-100"),
+    "shares": (0.3, 0.5, 0.2), "training": (), "searching": (), "autoencoder_steps": 1500,
+    "samplers": ("ddim-10", "dpm_solver-10", "edm-10", "dpm_solver-20", "ddim-50", "ddpm-100",
+                 *APART),
 }  # fmt: skip
 QUICK = {
     "flagfile": ROOT / "config" / "digits.txt", "images": 10, "search_images": 20,
     "judge": "pixels", "train_seeds": 1, "search_seeds": 1, "sampler": "ddpm-5", "shares": (0.5,),
-    "others": (), "samplers": ("edm-3", "ddim-4"),
+    "samplers": ("edm-3", "ddim-4", *APART), "autoencoder_steps": 2,
     "training": ("--total_steps=12", "--save_step=6", "--sample_step=0", "--batch_size=8"),
     "searching": ("--num_generation=2", "--pop_size=4", "--num_segments=3"),
 }  # fmt: skip
@@ -127,7 +129,6 @@ class Experiment:
                 for sampler in o.samplers:  # of DDIM the paper says that it loses nothing at half
                     more = after if sampler.startswith("ddim") else []
                     yield from (f"score/{sampler}/{m}/{share:g}/0-0" for m, share in rows + more)
-                yield from o.others
 
     def tasks(self) -> list[str]:
         """All tasks, each after what it needs."""
@@ -147,14 +148,17 @@ class Experiment:
         """The tasks that come before."""
         kind, *rest = name.split("/")
         t, main = rest[-1].split("-")[0] if rest else "0", self.options.sampler
-        net, search = f"train/supernet/{t}", f"search/{main}/sensitivity/{t}-0"
+        apart = next((each for each in rest if each in APART), "supernet")
+        net, search = f"train/{apart}/{t}", f"search/{main}/sensitivity/{t}-0"
+        known = [net, "test_set/latents" if apart == "latents" else "test_set"]
         if kind in ("search", "switches"):
-            return [net, "test_set"]
+            return known
         if kind == "train":
-            after = {"control": [net], "finetuned": [net, f"search/{rest[1]}/sensitivity/{t}-0"]}
+            after = {"control": [net], "finetuned": [net, f"search/{rest[1]}/sensitivity/{t}-0"],
+                     "latents": ["autoencoder"]}  # fmt: skip
             return after.get(rest[0], [])
         if kind != "score":
-            return []
+            return ["autoencoder"] if apart == "latents" else []
         sampler, method, share, seeds = rest
         own = {
             "turns": [f"train/plain/{t}", f"train/small/{t}"], "switch": [f"switches/{t}"],
@@ -165,7 +169,7 @@ class Experiment:
             net = f"train/{method}/{t}"
         if method == "finetuned":
             net = f"train/{method}/{sampler}/{share}/{t}"
-        return [net, "test_set", *own]
+        return [net, *known[1:], *own]
 
     def command(self, name: str) -> list[str] | None:
         """What Python is to run, once that is done which the task needs; None where there is
@@ -178,8 +182,12 @@ class Experiment:
                 flags = (f"--logdir={where}", f"--seed={t}", *o.training)
                 every = ["main.py", "--train", self.flagfile, *own, *flags]
                 return None if more is None else [*every, *more]
-            case ["test_set"]:
-                return [*self.scores(name), "--test", self.flagfile, *own]
+            case ["autoencoder"]:
+                return ["-m", "benchmark.autoencoder", str(where), str(o.autoencoder_steps),
+                        self.flagfile, *own, *self.sampling("latents")]  # fmt: skip
+            case ["test_set", *latents]:
+                more = self.training("latents", "0") if latents else []
+                return [*self.scores(name), "--test", self.flagfile, *own, *more]
             case ["search", sampler, method, seeds]:
                 s, net = seeds.split("-")[1], self.folder / self.needs(name)[0]
                 images = o.search_images if sampler == o.sampler else -(-o.search_images // 2)
@@ -198,7 +206,7 @@ class Experiment:
                 net = self.folder / self.needs(name)[0]
                 every = [*self.scores(name), *own, *self.using(net, sampler)]
                 return None if more is None else [*every, *more]
-        return [*HERE, "--call", f"benchmark.{name}", str(where)]
+        raise AssertionError(name)
 
     def using(self, net: Path, sampler: str) -> list[str]:
         """What scores and searches have in common; a checkpoint says the rest."""
@@ -206,8 +214,10 @@ class Experiment:
         return [f"--logdir={net}", *recipe, *self.sampling(sampler)]
 
     def sampling(self, sampler: str) -> list[str]:
-        kind, steps = sampler.split("-")
-        return [f"--sampler={kind}", f"--sample_steps={steps}"]
+        kind, steps = (self.options.sampler if sampler in APART else sampler).split("-")
+        more = {"classes": ["--guidance_scale=2"],  # latents: as many as the recipe has pixels
+                "latents": [f"--img_size={2 * self.recipe['img_size']}"]}  # fmt: skip
+        return [f"--sampler={kind}", f"--sample_steps={steps}", *more.get(sampler, [])]
 
     def scores(self, name: str) -> list[str]:
         count = SETS * self.options.images
@@ -231,6 +241,11 @@ class Experiment:
             return [*alone, *half, f"--total_steps={round(steps * every / self.flops[0.5])}"]
         if net == "supernet":
             return []
+        if net == "classes":  # as many as digits, CIFAR-10 and Fashion-MNIST have
+            return ["--num_classes=10", *self.sampling(net)]
+        if net == "latents":
+            return [f"--latent_vae={self.folder / 'autoencoder'}", *self.sampling(net),
+                    f"--latent_cache={self.folder / 'latents.npy'}"]  # fmt: skip
         start = f"--init_checkpoint={self.folder / 'train' / 'supernet' / t / 'ckpt.pt'}"
         if net == "control":
             return [start, f"--total_steps={steps // 3}"]
@@ -392,36 +407,37 @@ class Experiment:
         """All numbers, tables and pictures of what is done so far, in --results."""
         out, names = self.options.results, self.tasks()
         done = {n: read_json(self.done(n)) for n in names if self.done(n).exists()}
-        rows, images = [], {}
+        rows, images = [], defaultdict(dict)
         for name in (n for n in done if n.startswith("score/") and done[n]["command"]):
             _, sampler, method, share, seeds = name.split("/")
             row = {"sampler": sampler, "method": method, "share": float(share), "seeds": seeds}
             rows.append(read_json(self.result(name)) | row)
-            if sampler == self.options.sampler and seeds == "0-0":
-                images[method, float(share)] = rows[-1], self.result(name).with_suffix(".pt")
+            if seeds == "0-0":
+                made = rows[-1], self.result(name).with_suffix(".pt")
+                images[sampler][method, float(share)] = made
         if not rows:
             raise UserError(f"nothing is scored yet in {self.folder}")
         for record in done.values():  # a command without the places of this machine
             places = {self.data: "--data_root=DATA", str(self.folder): "FOLDER", f"{ROOT}/": ""}
             for place, named in places.items():
                 record["command"] = record["command"].replace(place, named)
-        here = ROOT / "results" / "benchmark"
         result = {
             "recipe": self.options.flagfile.stem, "sampler": self.options.sampler,
             "commits": sorted({record["commit"] for record in done.values() if record["command"]}),
             "core_hours": sum(record["cpu_seconds"] for record in done.values()) / 3600,
-            "test_set": read_json(self.result("test_set")), "rows": rows,
-            "others": {n: read_json(here / f"{n}.json")["measured"]
-                       for n in self.options.others if n in done},
-            "not_done": [name for name in names if name not in done], "tasks": done,
+            "test_sets": {n: read_json(self.result(n)) for n in done if n.startswith("test_set")},
+            "rows": rows, "not_done": [name for name in names if name not in done], "tasks": done,
         }  # fmt: skip
         write_json(out / "results.json", result)
         text = tables(result)
         write_text(out / "tables.md", text)
         plot_distances(out / "distances.png", result)
-        shown = [images[key] for key in SHOWN if key in images]
+        main = images.pop(self.options.sampler, {})
+        shown = [main[key] for key in SHOWN if key in main]
         plot_schedules(out / "schedules.png", [row for row, _ in shown])
         pictures(out / "samples.png", shown)
+        for sampler in APART:
+            pictures(out / f"{sampler}.png", [*images[sampler].values()])
         if self.options.docs:
             for page, made in ((PAGE, text), (README, short_table(result))):
                 write_between_marks(page, made)
@@ -475,7 +491,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def tables(result: Mapping) -> str:
     """results.json as Markdown."""
-    rows, test, found = result["rows"], result["test_set"], defaultdict(list)
+    rows, found = result["rows"], defaultdict(list)
     full = {(r["sampler"], r["seeds"][0]): r for r in rows if label(r) == "full width"}
     for row in rows:
         found[row["sampler"], row["method"], row["share"]].append(row)
@@ -495,21 +511,18 @@ def tables(result: Mapping) -> str:
     header = ["seeds", "GFLOPs an image", "of full width", *of_encoders]
     text = [f"{rows[0]['images']} images a row; commit {', '.join(result['commits'])}; "
             f"{result['core_hours']:.1f} core-hours."]  # fmt: skip
-    if "none" not in test:
-        text[0] += f" {test['images']} images of the test set: " + ", ".join(
-            f"{test[r]['distance']:.4g} ± {standard_error(test[r]['without']):.2g}" for r in ROLES
-        )
+    for name, test in result["test_sets"].items():
+        if "none" not in test:
+            decoded = ", encoded and decoded" if name.endswith("latents") else ""
+            text[0] += f" {test['images']} images of the test set{decoded}: " + ", ".join(
+                f"{test[r]['distance']:.4g} ± {standard_error(test[r]['without']):.2g}"
+                for r in ROLES
+            ) + "."  # fmt: skip
     text += markdown([[result["sampler"], *header], *lines(result["sampler"])])
     names = dict.fromkeys(r["sampler"] for r in rows if r["sampler"] != result["sampler"])
     if names:
-        body = [line for name in names for line in lines(name, f"{name}: ")]
+        body = [line for name in names for line in lines(name, f"{APART.get(name, name)}: ")]
         text += markdown([["each with a search of its own", *header], *body])
-    for name, other in result["others"].items():
-        records = other if isinstance(other, list) else [{name: k, **r} for k, r in other.items()]
-        keys = [k for k, v in records[0].items() if isinstance(v, str | int | float)]
-        shown = [[f"{r[k]:.4g}" if isinstance(r[k], float) else str(r[k]) for k in keys]
-                 for r in records]  # fmt: skip
-        text += markdown([keys, *shown])
     return "\n".join(text) + "\n"
 
 
@@ -600,18 +613,6 @@ def switches(path: Path, shares: Sequence[float], flags: Sequence[str]) -> None:
     write_json(path, found)
 
 
-def call(module: str, folder: Path) -> None:
-    """Run another benchmark, whose own commands end with it."""
-
-    def end(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.killpg(0, signal.SIGTERM)
-
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, end)
-    importlib.import_module(module).run(folder)
-
-
 @functools.cache
 def speed() -> tuple[str, ...]:
     """Flags for what is fast on this machine."""
@@ -659,8 +660,6 @@ def main() -> None:
     keep_freed()
     try:
         match sys.argv[1:]:
-            case ["--call", module, folder]:
-                return call(module, Path(folder))
             case ["--switches", path, shares, *flags]:
                 return switches(Path(path), [*map(float, shares.split(","))], flags)
         experiment, failed = Experiment(parsed()), []

@@ -6,7 +6,7 @@ The flags are those of main.py's --eval, --eval_stepaware or --eval_ensemble. Th
 that it makes with the same flags, and so is the distance by --fid_encoder, up to rounding. JUDGE
 names another encoder, with which nothing was chosen. The images are also taken as SETS sets, and
 each distance is taken without each set in turn (jackknife). --test: of the test set's first
-images.
+images, encoded and decoded where there is an autoencoder.
 """
 
 from __future__ import annotations
@@ -102,6 +102,8 @@ def of_test_set(config: Configuration, judge: str) -> dict:
         return {"none": str(error)}
     count, size = min(len(images), config.evaluation.num_images), config.run.batch_size
     parts = dataset.everything(images, size, d.num_workers, 0, count)
+    if model.autoencoder:  # what no schedule can better
+        parts = (model.autoencoder.to_images(model.autoencoder.encode(x)) for x in parts)
     batches = zip(torch.arange(count).split(size), parts, strict=True)
     return {"images": count, **distances(batches, count, references(model, judge))}
 

@@ -16,9 +16,11 @@ import torch
 from conftest import ROOT, TINY, alive
 
 import build
-from benchmark import errors, experiment, scores
+import dataset
+from benchmark import autoencoder, errors, experiment, scores
 from benchmark.experiment import Experiment, parsed
 from benchmark.recipe import configuration
+from dataset.latents import Autoencoder
 from model import checkpoint
 from runtime.errors import UserError
 from runtime.files import read_json, write_json
@@ -62,6 +64,8 @@ def test_every_task_comes_after_what_it_needs_and_has_flags_that_main_knows(
         command = job.command(name)
         if command and command[0] == "main.py":
             configuration(*command[1:])  # refuses what main.py would refuse
+        elif command and command[1] == "benchmark.autoencoder":
+            configuration(*command[4:])
         elif command and command[1] == "benchmark.scores":
             config = configuration(*(f for f in command[4:] if f != "--test"))
             if "--eval_stepaware" in command:
@@ -151,16 +155,9 @@ def test_sigterm_ends_what_runs(job: Experiment, monkeypatch: pytest.MonkeyPatch
     sys.platform != "linux", reason="only Linux tells a process of its parent's end"
 )
 def test_sigkill_leaves_no_command_behind(tmp_path: Path) -> None:
-    """Nor one that another benchmark has started."""
     running = tmp_path / "running"
-    (tmp_path / "long.py").write_text(
-        "import os, pathlib, subprocess, sys, time\n"
-        "def run(folder):\n    subprocess.run([sys.executable, __file__])\n"
-        "if __name__ == '__main__':\n"
-        f"    pathlib.Path({str(running)!r}).write_text(str(os.getpid()))\n    time.sleep(600)\n"
-    )
-    put = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]; "
-    command = ["-c", put + "from benchmark.experiment import call; call('long', '.')"]
+    write = f"import os; open({str(running)!r}, 'w').write(str(os.getpid()))"
+    command = ["-c", f"{write}; import time; time.sleep(600)"]
     code = (
         "from benchmark.experiment import Experiment, parsed\n"
         f"job = Experiment(parsed([{str(tmp_path)!r}, '--quick']))\n"
@@ -212,6 +209,14 @@ def test_the_standard_error_of_a_mean_is_the_usual_one() -> None:
     without = [(values.sum() - each).item() / 4 for each in values]
     usual = values.std().item() / 5**0.5
     assert scores.standard_error(without) == pytest.approx(usual)
+
+
+def test_the_autoencoder_is_one_that_main_py_takes(tmp_path: Path) -> None:
+    images = dataset.load("digits", ".", 8)
+    autoencoder.train(images, 2).save_pretrained(tmp_path)
+    made = Autoencoder(tmp_path, "cpu")
+    assert made.shape(8) == (autoencoder.LATENT_CHANNELS, 4, 4)
+    assert float(made.encode(images.tensor[:500]).std()) == pytest.approx(1, rel=1e-3)
 
 
 def test_switches_are_within_the_shares(trained: list[str], tmp_path: Path) -> None:
