@@ -41,11 +41,13 @@ class Supernet(Protocol):
     def subnet(self, width: float) -> nn.Module: ...
 
 
-# What a network computes in. Winograd is float32 with fewer multiplications, on a CPU.
+# What a network computes in. Winograd is float32 with fewer multiplications, on a CPU; a network is
+# compiled with any arithmetic but that, and always with `bfloat16_compiled`.
 ARITHMETIC = {
     "float32": torch.float32,
     "winograd": torch.float32,
     "bfloat16": torch.bfloat16,
+    "bfloat16_compiled": torch.bfloat16,
     "float16": torch.float16,
 }
 
@@ -65,6 +67,7 @@ class SamplingNetwork(nn.Module):
         network = network.to(dtype=self.dtype, memory_format=torch.channels_last)
         if arithmetic == "winograd":
             fuse(network)
+        compiled = compiled or arithmetic == "bfloat16_compiled"
         self.compiled, self._batch = compiled and arithmetic != "winograd", 0
         self.network = compile_network(network, graphs=True) if self.compiled else network
 
