@@ -180,7 +180,7 @@ class Evaluator:
             except NotFiniteError as error:
                 failure = error
             if together:  # what one process cannot make, none has
-                failure = next(filter(None, processes.gather(failure)), None)
+                processes.raise_first(failure)
             if failure:
                 raise failure
         if together:

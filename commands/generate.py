@@ -33,7 +33,7 @@ def generate(config: Configuration) -> None:
         return
     out = Path(config.evaluation.out or Path(config.run.logdir) / "generated")
     with alone_in(out, wait=False) if processes.is_main() else contextlib.nullcontext():
-        run(*chosen(config), writable_folder(out))
+        run(*chosen(config), writable_folder(out, "--out"))
 
 
 def chosen(config: Configuration) -> tuple[Model, WidthSchedule]:

@@ -56,7 +56,7 @@ def search(config: Configuration) -> None:
         model = build.load_model(config)
         if not model.config.widths.slimmable:
             raise UserError("--search chooses among widths: add --slimmable_unet")
-        run(model, writable_folder(folder), chosen)
+        run(model, writable_folder(folder, "--search_dir"), chosen)
 
 
 def run(model: Model, folder: Path, search_txt: Path) -> None:

@@ -120,6 +120,12 @@ def gather(value: object) -> list[object]:
     return values
 
 
+def raise_first(failure: Exception | None) -> None:
+    """Raise the first failure of any process in every process; to be called in all of them."""
+    if first := next(filter(None, gather(failure)), None):
+        raise first
+
+
 def on_cpu(state: Mapping[str, object]) -> dict[str, object]:
     """`state` with its tensors on the CPU; to `gather` GPUs' would have every process open all."""
     return {key: x.cpu() if isinstance(x, torch.Tensor) else x for key, x in state.items()}

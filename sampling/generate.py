@@ -133,8 +133,7 @@ class Generator:
                 own.append((int(indices[0]), images.cpu()))
         except NotFiniteError as error:
             failure = error
-        if failure := next(filter(None, processes.gather(failure)), None):
-            raise failure
+        processes.raise_first(failure)
         parts = [part for parts in processes.gather(own) for part in parts]
         return torch.cat([images for _, images in sorted(parts, key=lambda part: part[0])])
 
