@@ -79,7 +79,8 @@ ROWS = {  # of the tables, in this order
 APART = {"classes": "with classes, guidance 2", "latents": "in latents"}
 PAIR = {"plain": "large_logdir", "small": "small_logdir"}
 SHOWN = [("width", 1.0), ("sensitivity", 0.3), ("finetuned", 0.3), ("control", 0.3),
-         ("switch", 0.3), ("steps", 0.3), ("plain", 1.0), ("small", 1.0)]  # fmt: skip
+         ("control", 1.0), ("switch", 0.3), ("steps", 0.3), ("plain", 1.0),
+         ("small", 1.0)]  # fmt: skip
 DEFAULTS = {
     "flagfile": ROOT / "config" / "fashion_mnist_14.txt", "images": 1000, "search_images": 400,
     "judge": "efficientnet_lite2", "train_seeds": 2, "search_seeds": 3, "sampler": "ddpm-25",
@@ -118,14 +119,15 @@ class Experiment:
             if s == 0:
                 fixed = [(m, share) for m in ("steps", "time", "switch", "random", "turns")
                          for share in o.shares]  # fmt: skip
-                after = [(m, o.shares[0]) for m in ("finetuned", "control")]
+                after = [("finetuned", o.shares[0]), ("control", o.shares[0]), ("control", 1.0)]
                 alone = [*(("width", w) for w in WIDTHS[1:]), ("plain", 1.0), ("small", 1.0)]
                 searched = rows[: len(o.shares)], rows[len(o.shares) :]
                 rows = [("width", 1.0), *searched[0], *fixed, *searched[1], *after, *alone]
             yield from (f"score/{o.sampler}/{m}/{share:g}/{t}-{s}" for m, share in rows)
             if t == s == 0:
                 rows = [("width", 1.0), *(("sensitivity", share) for share in o.shares[:2])]
-                after = [(m, o.shares[min(1, len(o.shares) - 1)]) for m in ("finetuned", "control")]
+                half = o.shares[min(1, len(o.shares) - 1)]
+                after = [("finetuned", half), ("control", half), ("control", 1.0)]
                 for sampler in o.samplers:  # of DDIM the paper says that it loses nothing at half
                     more = after if sampler.startswith("ddim") else []
                     yield from (f"score/{sampler}/{m}/{share:g}/0-0" for m, share in rows + more)
@@ -260,7 +262,7 @@ class Experiment:
         """main.py's flags for a row of the tables; None where there is no such row."""
         t, search = seeds.split("-")[0], f"search/{sampler}/{method}/{seeds}"
         known = f"search/{sampler}/sensitivity/{t}-0"
-        if method in ("width", "plain", "small"):
+        if method in ("width", "plain", "small") or share == 1:
             return ["--eval", f"--assigned_width={share:g}"]
         if method == "turns":
             return self.turns(share, t)
@@ -460,6 +462,8 @@ def label(row: Mapping) -> str:
     name, share = ROWS[row["method"]], row["share"]
     if row["method"] == "width":
         return "full width" if share == 1 else f"width {share:g}"
+    if (row["method"], share) == ("control", 1):
+        return "full width, trained on as before"
     return name if share == 1 else f"{name}, ≤ {100 * share:g} %"
 
 
