@@ -503,8 +503,10 @@ def tables(result: Mapping) -> str:
 
     def place(key: tuple[str, str, float]) -> tuple:
         _, method, share = key
-        alone = method in ("width", "plain", "small") and label(found[key][0]) != "full width"
-        return alone, 0 if alone else shares.index(share), [*ROWS].index(method), -share
+        first = label(found[key][0]) == "full width"
+        alone = method in ("width", "plain", "small") and not first
+        order = 0 if alone else shares.index(share)
+        return alone, order, not first, [*ROWS].index(method), -share
 
     def lines(sampler: str, name: str = "") -> list[list[str]]:
         mine = {t: row for (of, t), row in full.items() if of == sampler}
@@ -512,8 +514,8 @@ def tables(result: Mapping) -> str:
         return [[name + label(found[key][0]), *cells(found[key], mine)] for key in keys]
 
     of_encoders = [part for role in ROLES for part in (rows[0][role]["encoder"], "above full")]
-    header = ["seeds", "GFLOPs an image", "of full width", *of_encoders]
-    text = [f"{rows[0]['images']} images a row; commit {', '.join(result['commits'])}; "
+    header = ["seeds", "GFLOPs per image", "of full width", *of_encoders]
+    text = [f"{rows[0]['images']} images per row; commit {', '.join(result['commits'])}; "
             f"{result['core_hours']:.1f} core-hours."]  # fmt: skip
     for name, test in result["test_sets"].items():
         if "none" not in test:
@@ -566,7 +568,7 @@ def plot_distances(path: Path, result: Mapping) -> None:
                 x, y, error = zip(*points, strict=True)
                 colour = colormaps["tab20"](2 * number % 20 + number // 10)  # dark ones first
                 axes.errorbar(x, y, error, fmt=mark, color=colour, label=ROWS[method], capsize=2)
-        axes.set(xlabel="GFLOPs an image", yscale="log",
+        axes.set(xlabel="GFLOPs per image", yscale="log",
                  ylabel=f"Fréchet distance ({result['rows'][0][role]['encoder']})")  # fmt: skip
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="x-small")
@@ -592,7 +594,8 @@ def pictures(path: Path, rows: Sequence[tuple[Mapping, Path]]) -> None:
     for row, file in rows:
         made = read_tensors(file)
         images += [torch.full_like(made[:2], 255), made]  # the label has the room of two images
-        labels += [textwrap.fill(label(row), 18), *[""] * (1 + len(made))]
+        said = textwrap.fill(label(row).replace(" %", "\N{NO-BREAK SPACE}%"), 18)
+        labels += [said, *[""] * (1 + len(made))]
     if rows:
         labelled_grid(path, torch.cat(images), labels, "the same noise", 2 + len(made))
 

@@ -87,7 +87,7 @@ def in_turns(works: Mapping[Hashable, Callable[[], object]], repeats: int) -> di
 
 
 def spread(seconds: Sequence[float], images: int) -> str:
-    """Milliseconds an image: the median, and from the least to the most."""
+    """Milliseconds per image: the median, and from the least to the most."""
     times = sorted(1000 * s / images for s in seconds)
     return f"{statistics.median(times):.4g} ({times[0]:.4g}–{times[-1]:.4g})"
 

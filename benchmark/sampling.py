@@ -68,7 +68,7 @@ def show(measured: Sequence[Mapping], flops: Mapping[float, int]) -> None:
             cells = [machine.spread(seconds, batch) for seconds in times.values()]
             cells.append(machine.gain(before, times["schedule"]))
             rows.append([name, *cells, f"{part:.3f}", f"{part / share:.2f}"])
-        print(f"\nbatch {batch}, ms an image and step; the schedule has {share:.3f} of the FLOPs")
+        print(f"\nbatch {batch}, ms per image and step; the schedule has {share:.3f} of the FLOPs")
         widths = [f"{w:g}" for w in SHARES]
         print(table(["", *widths, "schedule", "gain", "share of time", "of FLOPs'"], rows))
 

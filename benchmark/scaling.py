@@ -74,7 +74,7 @@ def main() -> None:
             measured.append({"job": job, "processes": count, "seconds": times[job]})
             faster = machine.gain(found[1][job], times[job])
             rows.append([job, str(count), machine.spread(times[job], images), faster])
-    print(table(["", "processes", "ms an image", "gain"], rows))
+    print(table(["", "processes", "ms per image", "gain"], rows))
     machine.save(given.out, {"measured": measured})
 
 

@@ -50,7 +50,7 @@ def main() -> None:
             measured.append({"program": name, "batch": batch, "seconds": seconds})
             faster = machine.gain(times["published"], seconds)
             rows.append([name, str(batch), machine.spread(seconds, batch), faster])
-    print(table(["", "batch", "ms an image", "gain"], rows))
+    print(table(["", "batch", "ms per image", "gain"], rows))
     machine.save(given.out, {"measured": measured})
 
 

@@ -32,7 +32,7 @@ UPSTREAM = TESTS / "upstream"
 KERNELS = (ROOT / "model" / "cpu" / "__init__.py").exists()  # optional
 SMALL = dict(T=50, ch=64, ch_mult=[1, 2], attn=[1], num_res_blocks=1, dropout=0.1, num_groups=16)
 
-# A network that trains in milliseconds a step.
+# A network that trains in milliseconds per step.
 TINY = """
     --ch=16 --ch_mult=1 --ch_mult=2 --attn=1 --num_res_blocks=1 --num_groups=4 --T=10
     --beta_1=0.001 --beta_T=0.3 --img_size=8 --dataset=digits --slimmable_unet --device=cpu
