@@ -643,14 +643,14 @@ def candidates(
     which it knows whether compiling them can pay. See arithmetic.chosen.
     """
     config, device = model.config, model.device
-    if config.run.compile:
-        check_compiler(device)
     shape, amp = model.image_shape, config.run.amp
     passes = images and images * len(model.sampler.calls()) * model.passes_per_call
     chosen = arithmetic.chosen(
         model.net, widths, amp, shape, device, path,
         passes / (max(1, len(widths)) * processes.world()), config.run.batch_size,
     )  # fmt: skip
+    if config.run.compile or "bfloat16_compiled" in chosen.values():
+        check_compiler(device)
     if amp == "auto" or set(chosen.values()) != {arithmetic.AMP[amp]}:
         log.info(f"arithmetic by width: {arithmetic.describe(chosen)}")
     return sampling_networks(model.net, widths, chosen, config.run.compile)

@@ -1,6 +1,7 @@
 """Fast arithmetic: the same numbers to rounding, chosen by measurement, and the choice kept."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -261,6 +262,17 @@ def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match=r"--compile needs a C\+\+ compiler"):
         check_compiler(CPU)
+
+
+def test_a_kept_compiled_choice_needs_a_compiler(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder may come from another machine."""
+    (run_folder / "arithmetic.json").write_text('{"1.0": "bfloat16_compiled"}')
+    monkeypatch.setenv("PATH", str(run_folder))
+    monkeypatch.delenv("CXX", raising=False)
+    command = [*TINY, "--eval", "--logdir=run", "--amp=auto", "--num_images=4"]
+    assert re.search(r"arithmetic\.json", run_main(*command).error)
 
 
 @pytest.mark.filterwarnings("ignore")
