@@ -281,7 +281,7 @@ class Trainer:
     def wrapped(self) -> nn.Module:
         """The network as `train_step` wants it: chosen arithmetic, compiled, in parallel."""
         self.arithmetic = self.arithmetic or self.choose_arithmetic()
-        ready_to_train(self.net, self.arithmetic, self.device)
+        ready_to_train(self.net, self.arithmetic, self.device, self.run.compile)
         # Not as CUDA graphs: gradients add up over the passes, and a graph's would be overwritten.
         net = compile_network(self.net) if self._compiles() else self.net
         if processes.world() > 1:

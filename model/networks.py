@@ -22,7 +22,7 @@ except ImportError:  # that folder may be missing
         return False
 
     def fuse(network: nn.Module) -> None:
-        """What `winograd` needs."""
+        """What Winograd's arithmetic needs."""
         raise UserError(
             "the arithmetic `winograd` needs the folder model/cpu, which is not there: put it "
             "back, or name another arithmetic with --amp"
@@ -52,6 +52,15 @@ ARITHMETIC = {
 }
 
 
+def _fuse(network: nn.Module, arithmetic: str, compiled: bool) -> None:
+    """Put in the loops of model/cpu: with Winograd all, with bfloat16 on a CPU those of the norms,
+    at each of which a compiled graph would end."""
+    on_cpu = all(p.device.type == "cpu" for p in network.parameters())
+    norms = arithmetic == "bfloat16" and on_cpu and not compiled and available()
+    if arithmetic == "winograd" or norms:
+        fuse(network)
+
+
 class SamplingNetwork(nn.Module):
     """A dense network ready for sampling: channels last, float32 in and out.
 
@@ -65,9 +74,8 @@ class SamplingNetwork(nn.Module):
         super().__init__()
         self.arithmetic, self.dtype = arithmetic, ARITHMETIC[arithmetic]
         network = network.to(dtype=self.dtype, memory_format=torch.channels_last)
-        if arithmetic == "winograd":
-            fuse(network)
         compiled = compiled or arithmetic == "bfloat16_compiled"
+        _fuse(network, arithmetic, compiled)
         self.compiled, self._batch = compiled and arithmetic != "winograd", 0
         self.network = compile_network(network, graphs=True) if self.compiled else network
 
@@ -97,15 +105,16 @@ def sampling_networks(
     return {w: SamplingNetwork(net.subnet(w), named[w], compiled) for w in named}
 
 
-def ready_to_train(net: nn.Module, arithmetic: str, device: torch.device) -> None:
+def ready_to_train(
+    net: nn.Module, arithmetic: str, device: torch.device, compiled: bool = False
+) -> None:
     """Put into `net`, in place, what its training steps run faster with; its parameters stay.
 
     arithmetic: a key of ARITHMETIC.
     """
     if device.type == "cpu":
         fast_dropout(net)
-        if arithmetic == "winograd":
-            fuse(net)
+    _fuse(net, arithmetic, compiled)
 
 
 @torch.inference_mode()

@@ -30,17 +30,25 @@ def error(value: Tensor, expected: Tensor) -> float:
     return float((value - expected).abs().max() / expected.square().mean().sqrt())
 
 
+def mean_error(value: Tensor, expected: Tensor) -> float:
+    """The root mean square error over that of the expected."""
+    return float((value.detach() - expected.detach()).norm() / expected.detach().norm())
+
+
 def check(function: object, reference: object, inputs: list[Tensor]) -> None:
-    """The values and the gradients of `function` are those of `reference` in double precision."""
+    """The values and the gradients of `function` are those of `reference` in double precision,
+    up to the rounding of the first input's type."""
+    half = inputs[0].dtype == torch.bfloat16
+    how, tolerance = (mean_error, 2**-8) if half else (error, 1e-4)
     exact = [v.detach().double().requires_grad_() for v in inputs]
     inputs = [v.detach().requires_grad_() for v in inputs]
     value, expected = function(*inputs), reference(*exact)
     gradient = torch.randn_like(expected)
-    value.backward(gradient.float())
+    value.backward(gradient.to(value))
     expected.backward(gradient)
-    assert error(value, expected) < 1e-4
+    assert how(value, expected) < tolerance
     for ours, theirs in zip(inputs, exact, strict=True):
-        assert error(ours.grad, theirs.grad) < 1e-4
+        assert how(ours.grad, theirs.grad) < tolerance
 
 
 # --- the loops, against torch's own in double precision -------------------------------------------
@@ -92,6 +100,8 @@ def test_other_convolutions_stay_direct() -> None:
         conv(3, padding=1).double(), conv(3, padding=1).to("meta"),
     ]  # fmt: skip
     assert not any(winograd.fits(layer, layer.weight) for layer in others)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not any(winograd.fits(layer, layer.weight) for layer in same)
 
 
 # Images and channels, groups, height, width; the channels' mean is far from 0.
@@ -109,8 +119,46 @@ def test_norm(shape: tuple[int, int, int, int, int], silu: bool) -> None:
 
     for layout in LAYOUTS:
         inputs = [x.to(memory_format=layout), torch.randn(c), torch.randn(c)]
-        assert norm.fits(inputs[1], groups)
+        assert norm.fits(inputs[0])
         check(lambda *v: norm.norm(*v, groups, 1e-5, silu), reference, inputs)
+
+
+@compiled
+@pytest.mark.parametrize("silu", [True, False])
+def test_norm_of_bfloat16(silu: bool) -> None:
+    torch.manual_seed(0)
+    x = (3 * torch.randn(3, 64, 16, 16) + 3 * torch.randn(64)[:, None, None]).bfloat16()
+
+    def reference(*inputs: Tensor) -> Tensor:
+        out = F.group_norm(inputs[0], 8, *inputs[1:], 1e-5)
+        return F.silu(out) if silu else out
+
+    inputs = [x, torch.randn(64), torch.randn(64)]
+    assert norm.fits(x)
+    check(lambda *v: norm.norm(*v, 8, 1e-5, silu), reference, inputs)
+    value, exact = norm.norm(*inputs, 8, 1e-5, silu), reference(*(v.double() for v in inputs))
+    torch.testing.assert_close(value, exact.bfloat16(), rtol=2**-7, atol=1e-6)
+    assert (value == exact.bfloat16()).double().mean() > 0.999
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(norm.norm(*inputs, 8, 1e-5, silu), value)
+
+
+@compiled
+def test_bfloat16_is_rounded_to_the_nearest_even() -> None:
+    # A norm whose scale is 0 writes its shift; two of these lie between two numbers of bfloat16.
+    bias = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1e38]).repeat(8)
+    x = torch.randn(1, 32, 2, 2).bfloat16()
+    assert torch.equal(norm.norm(x, torch.zeros(32), bias, 1, 1e-5)[0, :, 0, 0], bias.bfloat16())
+    assert norm.norm(x * torch.nan, torch.ones(32), bias, 1, 1e-5).isnan().all()
+
+
+@compiled
+def test_other_norms_stay_torchs() -> None:
+    fitting = torch.ones(2, 32, 3, 3)
+    assert norm.fits(fitting)
+    others = [torch.ones(2, 40, 3, 3), torch.ones(2, 4096, 1, 1), torch.ones(2, 32, 9)]
+    others += [fitting.double(), fitting.to("meta")]
+    assert not any(map(norm.fits, others))
 
 
 @compiled
@@ -177,9 +225,50 @@ def test_a_dense_network_agrees_and_its_weights_are_transformed_once(
         assert not any(type(m).__module__.startswith("model.cpu") for m in network.modules())
 
 
+def loops_of(network: nn.Module) -> bool:
+    """Whether any of its layers is one of model/cpu."""
+    return any(type(m).__module__.startswith("model.cpu.fused") for m in network.modules())
+
+
 @compiled
 def test_graphs_do_not_end_at_the_loops() -> None:
-    assert not sampling_networks(tiny_network(), [1.0], "winograd", compiled=True)[1.0].compiled
+    net = tiny_network()
+    assert not sampling_networks(net, [1.0], "winograd", compiled=True)[1.0].compiled
+    assert not loops_of(sampling_networks(net, [1.0], "bfloat16", compiled=True)[1.0])
+    ready_to_train(net, "bfloat16", CPU, compiled=True)
+    assert not loops_of(net)
+
+
+@compiled
+@pytest.mark.parametrize("settings", NETWORKS.values(), ids=NETWORKS)
+def test_bfloat16_has_the_loops_of_the_norms(
+    settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sampling and training are as near to float32 as torch's own norms are."""
+    monkeypatch.setattr(winograd, "convolve", Mock(side_effect=AssertionError))
+    net = tiny_network(**settings, dropout=0.0)
+    exact = net(*BATCH, 0.5).detach()
+    fast = sampling_networks(net, [0.5], "bfloat16")[0.5]
+    with monkeypatch.context() as patch:
+        patch.setattr("model.networks.available", lambda: False)
+        eager = sampling_networks(net, [0.5], "bfloat16")[0.5]
+    assert loops_of(fast)
+    assert not loops_of(eager)
+    with torch.inference_mode():
+        near, far = ((net(*BATCH) - exact).norm() for net in (fast, eager))
+        assert near < 1.5 * far
+    assert not loops_of(net)
+
+    def gradients() -> Tensor:
+        net.train().zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            net(*BATCH, 0.5).float().square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+    before = gradients()
+    ready_to_train(net, "bfloat16", CPU)
+    assert loops_of(net)
+    assert (gradients() - before).norm() < 0.03 * before.norm()
 
 
 @compiled
@@ -198,6 +287,10 @@ def test_networks_of_diffusers() -> None:
         )
         assert error(fast, plain) < 1e-4
         assert not torch.equal(fast, plain)
+        norms = [m for m in sampling_networks(net, [0.5], "bfloat16")[0.5].modules()
+                 if isinstance(m, nn.GroupNorm)]  # fmt: skip
+        assert norms
+        assert {type(m) for m in norms} == {fused.DenseGroupNorm}
         before = net(*BATCH, 0.5)
         cpu.fuse(net.requires_grad_(False))  # its layers are cut at each call
         assert torch.equal(net(*BATCH, 0.5), before)

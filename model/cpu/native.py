@@ -17,8 +17,8 @@ ARGUMENTS = {
     **dict.fromkeys(("inputs", "gradients"), [POINTER] * 3 + [LONG] * 5),
     "winograd": [POINTER] * 8 + [LONG] * 10,
     "pointwise": [POINTER] * 4 + [LONG] * 3,
-    "norm": [POINTER] * 5 + [LONG] * 6 + [ctypes.c_float],
-    "norm_backward": [POINTER] * 7 + [LONG] * 6,
+    "norm": [LONG] + [POINTER] * 5 + [LONG] * 6 + [ctypes.c_float],
+    "norm_backward": [LONG] + [POINTER] * 7 + [LONG] * 6,
 }
 
 

@@ -1,5 +1,9 @@
-"""Group norm, with the SiLU after it in the same pass, forward and backward, on a CPU; loops in
-norm.cpp."""
+"""Group norm, with the SiLU after it in the same pass, forward and backward, on a CPU, of float32
+or bfloat16; loops in norm.cpp.
+
+Torch's own, of images with channels last, costs by the groups and not by the channels where groups
+are small, so a narrow width would save nothing there.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,14 @@ CHANNELS = 32  # that one thread normalises at least: two cache lines of every p
 MOST = 2048  # see norm.cpp
 
 
-def fits(weight: Tensor, groups: int) -> bool:
-    """Whether a group norm with this scale (C,) can be `norm` here."""
+def fits(x: Tensor) -> bool:
+    """Whether a group norm of images (B, C, H, W) can be `norm` here."""
     return (
-        len(weight) % CHANNELS == 0
-        and len(weight) <= MOST
-        and weight.dtype == torch.float32
-        and weight.device.type == "cpu"
+        x.dim() == 4
+        and x.shape[1] % CHANNELS == 0
+        and x.shape[1] <= MOST
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.device.type == "cpu"
         and native.library() is not None
     )
 
@@ -38,14 +43,13 @@ class _Norm(torch.autograd.Function):
     def forward(
         ctx: object, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
     ) -> Tensor:
-        images, weight, bias = native.nhwc(x), weight.contiguous(), bias.contiguous()
+        images, weight, bias = native.nhwc(x), *(v.float().contiguous() for v in (weight, bias))
         n, h, w, c = images.shape
         out = torch.empty_like(images)
-        moments = images.new_empty(2, n, c)  # mean and 1 / deviation of each channel's group
+        moments = weight.new_empty(2, n, c)  # mean and 1 / deviation of each channel's group
         ctx.how = n, h * w, c, c // groups, _block(n, c, groups), silu
-        native.library().norm(
-            *(v.data_ptr() for v in (images, weight, bias, moments, out)), *ctx.how, eps
-        )
+        half, tensors = x.dtype == torch.bfloat16, (images, weight, bias, moments, out)
+        native.library().norm(half, *(v.data_ptr() for v in tensors), *ctx.how, eps)
         ctx.save_for_backward(images, weight, bias, moments)
         return out.permute(0, 3, 1, 2)
 
@@ -56,7 +60,8 @@ class _Norm(torch.autograd.Function):
         after = native.nhwc(gradient)
         before, sums = torch.empty_like(images), torch.empty_like(moments)
         tensors = (images, weight, bias, moments, after, before, sums)
-        native.library().norm_backward(*(v.data_ptr() for v in tensors), *ctx.how)
+        half = images.dtype == torch.bfloat16
+        native.library().norm_backward(half, *(v.data_ptr() for v in tensors), *ctx.how)
         return before.permute(0, 3, 1, 2), *sums.sum(1), None, None, None
 
 

@@ -40,6 +40,7 @@ def fits(conv: nn.Conv2d, weight: Tensor) -> bool:
         and weight.shape[0] % PANEL == weight.shape[1] % PANEL == 0
         and weight.dtype == torch.float32
         and weight.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
         and native.library() is not None
     )
 
