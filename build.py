@@ -635,22 +635,17 @@ def training_set(
 
 
 def candidates(
-    model: Model, widths: Sequence[float], path: Path | None = None, images: int = 0
+    model: Model, widths: Sequence[float], path: Path | None = None
 ) -> dict[float, nn.Module]:
     """Dense networks of these widths, ready to sample with.
 
-    path: where the arithmetic that --amp=auto picks is kept; images: that they will make about, by
-    which it knows whether compiling them can pay. See arithmetic.chosen.
+    path: where the arithmetic that --amp=auto picks is kept; see arithmetic.chosen.
     """
     config, device = model.config, model.device
-    shape, amp = model.image_shape, config.run.amp
-    passes = images and images * len(model.sampler.calls()) * model.passes_per_call
-    chosen = arithmetic.chosen(
-        model.net, widths, amp, shape, device, path,
-        passes / (max(1, len(widths)) * processes.world()), config.run.batch_size,
-    )  # fmt: skip
-    if config.run.compile or "bfloat16_compiled" in chosen.values():
+    if config.run.compile:
         check_compiler(device)
+    shape, amp = model.image_shape, config.run.amp
+    chosen = arithmetic.chosen(model.net, widths, amp, shape, device, path)
     if amp == "auto" or set(chosen.values()) != {arithmetic.AMP[amp]}:
         log.info(f"arithmetic by width: {arithmetic.describe(chosen)}")
     return sampling_networks(model.net, widths, chosen, config.run.compile)

@@ -71,8 +71,7 @@ def _score(
         return
     used = sorted(set(schedule.widths) - {0.0})
     costs = model.flops(sorted({1.0, *used}))
-    images = model.config.evaluation.num_images
-    networks = build.candidates(model, used, build.kept_arithmetic(model.config), images)
+    networks = build.candidates(model, used, build.kept_arithmetic(model.config))
     evaluator = build.evaluator(model, networks)
     report_scores(name, model, evaluator, schedule, costs, about, path)
 
@@ -92,10 +91,8 @@ def evaluate_ensemble(config: Configuration) -> None:
     # Two networks are candidates like any others; the keys are but names.
     models = {"large": large, "small": small}
     paths = {name: build.kept_arithmetic(config, f"arithmetic_{name}") for name in models}
-    images = config.evaluation.num_images // 2
     networks = {
-        name: build.candidates(model, [1.0], paths[name], images)[1.0]
-        for name, model in models.items()
+        name: build.candidates(model, [1.0], paths[name])[1.0] for name, model in models.items()
     }
     T = large.levels.T
     schedule = ["small" if e.end < t < e.start else "large" for t in range(T)]

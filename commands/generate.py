@@ -52,7 +52,7 @@ def run(model: Model, schedule: WidthSchedule, out: Path) -> None:
     """Make the images that are missing in `out`, which is refused where it has others."""
     config, count = model.config, model.config.evaluation.num_images
     used = sorted(set(schedule.widths) - {0.0})
-    networks = build.candidates(model, used, build.kept_arithmetic(config), count)
+    networks = build.candidates(model, used, build.kept_arithmetic(config))
     identity = {
         **config.stored("network", "model"),
         "weights": fingerprint(model.net),

@@ -63,8 +63,7 @@ def run(model: Model, folder: Path, search_txt: Path) -> None:
     """Search in `folder`, and write what was chosen to `search_txt`."""
     settings, widths = model.config.search, model.config.widths.all
     search_space(model)  # refused before statistics are made
-    images = settings.num_generation * settings.pop_size * model.config.evaluation.num_images
-    networks = build.candidates(model, widths, folder / "arithmetic.json", images)
+    networks = build.candidates(model, widths, folder / "arithmetic.json")
     evaluator = build.evaluator(model, networks, SEARCH).varied(progress=False)
     job = make_search(model, evaluator, folder)
     seconds = latency_table(folder, model, evaluator)

@@ -29,7 +29,7 @@ def check_compiler(device: torch.device) -> None:
     if compiler() is None:
         raise UserError(
             "--compile needs a C++ compiler (g++ or clang++, or one named in $CXX): install one, "
-            "or leave --compile out; where arithmetic.json says bfloat16_compiled, delete it"
+            "or leave --compile out"
         )
 
 

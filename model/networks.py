@@ -42,12 +42,11 @@ class Supernet(Protocol):
 
 
 # What a network computes in. Winograd is float32 with fewer multiplications, on a CPU; a network is
-# compiled with any arithmetic but that, and always with `bfloat16_compiled`.
+# compiled with any arithmetic but that.
 ARITHMETIC = {
     "float32": torch.float32,
     "winograd": torch.float32,
     "bfloat16": torch.bfloat16,
-    "bfloat16_compiled": torch.bfloat16,
     "float16": torch.float16,
 }
 
@@ -74,7 +73,6 @@ class SamplingNetwork(nn.Module):
         super().__init__()
         self.arithmetic, self.dtype = arithmetic, ARITHMETIC[arithmetic]
         network = network.to(dtype=self.dtype, memory_format=torch.channels_last)
-        compiled = compiled or arithmetic == "bfloat16_compiled"
         _fuse(network, arithmetic, compiled)
         self.compiled, self._batch = compiled and arithmetic != "winograd", 0
         self.network = compile_network(network, graphs=True) if self.compiled else network

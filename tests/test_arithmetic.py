@@ -1,7 +1,6 @@
 """Fast arithmetic: the same numbers to rounding, chosen by measurement, and the choice kept."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -32,13 +31,6 @@ def test_sampling_networks_agree(width: float) -> None:
 
 
 # --- the choice -----------------------------------------------------------------------------------
-
-
-def test_a_network_of_a_compiled_arithmetic_is_compiled() -> None:
-    net = tiny_network()
-    names = {"bfloat16": False, "bfloat16_compiled": True}
-    for name, compiled in names.items():
-        assert sampling_networks(net, [1.0], name)[1.0].compiled == compiled
 
 
 @pytest.fixture
@@ -104,7 +96,7 @@ import sys, time
 from pathlib import Path
 import torch
 from model import arithmetic
-def fastest(*given):
+def fastest(net, width, shape):
     print("measuring", flush=True)
     sys.stdin.readline()
     return "winograd"
@@ -151,55 +143,6 @@ def test_another_program_does_not_decide(monkeypatch: pytest.MonkeyPatch, loops:
     monkeypatch.setattr(arithmetic, "latency", busy)
     fastest = "winograd" if loops else "float32"
     assert arithmetic.chosen(tiny_network(), [1.0], "auto", SHAPE, CPU) == {1.0: fastest}
-
-
-@pytest.mark.parametrize(
-    ("truth", "passes", "compiler", "fastest", "sizes"),
-    [
-        ({"bfloat16": 1, "bfloat16_compiled": 0.8}, 301, "g++", "bfloat16_compiled", {8, 64}),
-        ({"bfloat16": 1, "bfloat16_compiled": 0.8}, 299, "g++", "bfloat16", {8}),
-        ({"bfloat16": 1, "bfloat16_compiled": 0.8}, 301, None, "bfloat16", {8}),
-        ({"bfloat16": 1, "bfloat16_compiled": 1.1}, 301, "g++", "bfloat16", {8, 64}),
-        ({"bfloat16": 9, "bfloat16_compiled": 0.8}, 301, "g++", "float32", {8}),
-    ],
-)
-def test_compiling_is_tried_where_it_can_pay_and_taken_where_it_does(
-    truth: dict, passes: int, compiler: str | None, fastest: str, sizes: set,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """Where a minute is less than a fifth of the run's passes at that width."""
-    truth, measured = {"float32": 8, "winograd": 8, **truth}, set()
-
-    def latency(name: str, shape: tuple, batch: int, *rest: object) -> float:
-        measured.add(batch)
-        return truth[name]
-
-    monkeypatch.setattr(arithmetic, "latency", latency)
-    monkeypatch.setattr(arithmetic, "SamplingNetwork", lambda net, name: name)
-    monkeypatch.setattr(arithmetic, "compiler", lambda: compiler)
-    given = tiny_network(), [1.0], "auto", SHAPE, CPU, None, passes, 64
-    assert arithmetic.chosen(*given) == {1.0: fastest}
-    assert measured - {1} == sizes
-
-
-def test_a_run_tells_how_many_passes_it_makes(
-    run_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told = []
-
-    def fastest(net: object, width: float, shape: tuple, passes: float, batch: int) -> str:
-        told.append((passes, batch))
-        return "float32"
-
-    monkeypatch.setattr(arithmetic, "_fastest", fastest)
-    flags = [*TINY, "--logdir=run", "--amp=auto", "--num_images=6", "--batch_size=3"]
-    for more in (
-        ["--eval", "--sample_steps=5"],
-        ["--generate", "--out=images", "--sample_steps=2"],
-    ):
-        (run_folder / "arithmetic.json").unlink(missing_ok=True)
-        assert run_main(*flags, *more).status == 0
-    assert told == [(30, 3), (12, 3)]
 
 
 def test_evaluations_keep_their_choice(run_folder: Path, answers: list[str]) -> None:
@@ -262,17 +205,6 @@ def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match=r"--compile needs a C\+\+ compiler"):
         check_compiler(CPU)
-
-
-def test_a_kept_compiled_choice_needs_a_compiler(
-    run_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The folder may come from another machine."""
-    (run_folder / "arithmetic.json").write_text('{"1.0": "bfloat16_compiled"}')
-    monkeypatch.setenv("PATH", str(run_folder))
-    monkeypatch.delenv("CXX", raising=False)
-    command = [*TINY, "--eval", "--logdir=run", "--amp=auto", "--num_images=4"]
-    assert re.search(r"arithmetic\.json", run_main(*command).error)
 
 
 @pytest.mark.filterwarnings("ignore")
