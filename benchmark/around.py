@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -19,10 +18,11 @@ from torch import Tensor, nn
 import build
 from benchmark import machine
 from benchmark.recipe import untrained
+from benchmark.sampling import SHARES, steps
 from looks import table
 from model import sampling_networks
 
-WIDTHS = (1.0, 0.75, 0.5, 0.25)
+WIDTHS = list(SHARES)
 
 
 def zeros(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def zeros(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def without_products() -> Iterator[None]:
-    """Convolutions give zeros, attention its queries."""
+    """Convolutions and attention give zeros."""
     attention = "torch.nn.functional.scaled_dot_product_attention"
     with patch.object(nn.Conv2d, "_conv_forward", zeros), patch(attention, lambda q, k, v: q * 0):
         yield
@@ -59,10 +59,7 @@ def main() -> None:
     for batch in map(int, given.batches.split(",")):
         works: dict[tuple[str, float], Callable] = {}
         for name, nets in networks(model, given.compile).items():
-            made = replace(build.generator(model, nets), batch_size=batch, progress=False)
-            for w in WIDTHS:
-                chain = partial(made.batches, [w] * model.levels.T, [(0, batch)])
-                works[name, w] = lambda chain=chain: list(chain())
+            works |= {(name, w): step for w, step in steps(model, nets, batch).items()}
         with without_products():
             times = machine.in_turns(works, given.repeats)
         for (name, width), seconds in times.items():

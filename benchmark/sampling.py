@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import nn
 
 import build
 import score
@@ -24,6 +25,15 @@ from model import arithmetic, sampling_networks
 from model.networks import available
 
 SHARES = {1.0: 0.274, 0.75: 0.181, 0.5: 0.534, 0.25: 0.011}  # of the released schedule's steps
+
+
+def steps(
+    model: build.Model, networks: Mapping[float, nn.Module], batch: int
+) -> dict[float, Callable[[], object]]:
+    """A step of a batch of images by each width's network."""
+    made = replace(build.generator(model, networks), batch_size=batch, progress=False)
+    chains = {w: partial(made.batches, [w] * model.levels.T, [(0, batch)]) for w in networks}
+    return {w: lambda chain=chain: list(chain()) for w, chain in chains.items()}
 
 
 def measure(
@@ -43,10 +53,7 @@ def measure(
             ("published", w): partial(naive.step, model.net, w, model.levels, x) for w in SHARES
         }
         for name, networks in ours.items():
-            made = replace(build.generator(model, networks), batch_size=batch, progress=False)
-            for w in SHARES:
-                chain = partial(made.batches, [w] * model.levels.T, [(0, batch)])
-                works[name, w] = lambda chain=chain: list(chain())
+            works |= {(name, w): step for w, step in steps(model, networks, batch).items()}
         measured += [
             {"program": name, "batch": batch, "width": width, "seconds": seconds}
             for (name, width), seconds in machine.in_turns(works, repeats).items()

@@ -90,9 +90,7 @@ def main() -> None:
             for command, (count, unit) in COMMANDS.items():
                 before, now = (times[program, command] for program in ("before", "now"))
                 rate = f"{count / statistics.median(now):.3g} {unit}"
-                cells = [
-                    f"{statistics.median(s):.3g} ({min(s):.3g}–{max(s):.3g})" for s in (before, now)
-                ]
+                cells = [machine.spread(s, 1000) for s in (before, now)]  # so, seconds
                 rows.append([recipe, command, *cells, machine.gain(before, now), rate])
     print(table(["", "", "before, s", "now, s", "gain", ""], rows))
     machine.save(given.out, {"before": given.before, "amp": given.amp, "measured": measured})

@@ -32,6 +32,8 @@ UPSTREAM = TESTS / "upstream"
 KERNELS = (ROOT / "model" / "cpu" / "__init__.py").exists()  # optional
 SMALL = dict(T=50, ch=64, ch_mult=[1, 2], attn=[1], num_res_blocks=1, dropout=0.1, num_groups=16)
 
+torch.set_num_threads(1)  # as the processes below have, so that they compute the same numbers
+
 # A network that trains in milliseconds per step.
 TINY = """
     --ch=16 --ch_mult=1 --ch_mult=2 --attn=1 --num_res_blocks=1 --num_groups=4 --T=10
