@@ -211,10 +211,10 @@ class Model:
     def check_guidance(self) -> None:
         """Raise UserError where --guidance_scale needs a null class that was never trained."""
         scale, dropout = self.config.sampling.guidance_scale, self.label_dropout
-        # Of diffusers the model may have come with one; our own learn it by dropout alone.
-        trained = getattr(self.net.settings, "null_class", dropout is None)
         dropout = self.config.training.label_dropout if dropout is None else dropout
-        if scale != 1 and not (trained or dropout):
+        # A model of diffusers may have come with one; our own learn it by dropout alone.
+        came_with_one = getattr(self.net.settings, "null_class", False)
+        if scale != 1 and not (came_with_one or dropout):
             raise UserError(
                 f"--guidance_scale={scale}: guidance needs a network that was also trained without "
                 f"classes, which {self.source or 'this one'} was not; train it with --label_dropout"
@@ -464,7 +464,8 @@ def model_to_train(
         model = _from_settings(config, device, stored, checkpoint_path(config))
         _set_embeddings(model.net, config)
         theirs = checkpoint.entries(state["net_model"], checkpoint_path(config)).get("embeddings")
-        if config.data.conditioning and not torch.equal(model.net.embeddings, theirs):
+        same = theirs is not None and torch.equal(model.net.embeddings, theirs)
+        if config.data.conditioning and not same:
             raise UserError("--conditioning: the run has begun with other embeddings")
     elif state is None and config.training.init_checkpoint:
         source = Path(config.training.init_checkpoint)
@@ -585,9 +586,8 @@ def load_model_or_untrained(config: Configuration) -> Model:
     vae = autoencoder_of(config, device)
     channels = vae.channels if vae else dataset.channels(config.data.dataset, config.data)
     net = own_network(config, device, channels).to(device).eval()
-    about = f"there is no {path}; this is the network that the flags describe, untrained"
-    log.info(about)
-    return Model(net, config, device, 0, about)
+    log.info(f"there is no {path}; this is the network that the flags describe, untrained")
+    return Model(net, config, device)
 
 
 # --- data -----------------------------------------------------------------------------------------

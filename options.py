@@ -83,8 +83,7 @@ def parse(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         _typed.update(said & OPTIONS.keys())
         if "log_dir" in said:
             raise UserError("--log_dir is not an option here: did you mean --logdir?")
-        if any(name in MODES and not words[0].lstrip("-").startswith("no") for name, words in
-               command):  # fmt: skip
+        if any(name in MODES and not _is_off(name, words) for name, words in command):
             said |= MODES.keys()
         kept = [words for name, words in files if name not in said]
         rest = FLAGS(
@@ -170,6 +169,13 @@ def _value(name: str, words: Sequence[str]) -> str:
         return words[1]
     text = words[0].lstrip("-")
     return text.partition("=")[2] if "=" in text else str(not text.startswith(f"no{name}")).lower()
+
+
+def _is_off(name: str, words: Sequence[str]) -> bool:
+    """Whether a mode is named to leave it out: --notrain, --train=false."""
+    if not FLAGS[name].boolean:
+        return False
+    return not FLAGS[name].parser.parse(_value(name, words))
 
 
 def mode() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import itertools
 import json
 import math
 import os
@@ -240,11 +239,18 @@ def _end_last_line(file: BinaryIO) -> None:
         return
     file.seek(0)
     last = file.read().rpartition(b"\n")[2]
-    try:
-        json.loads(last)
+    if _is_json(last):
         file.write(b"\n")  # an editor left it out
-    except ValueError:
+    else:
         file.truncate(size - len(last))
+
+
+def _is_json(line: str | bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def read_jsonl(path: str | Path, schema: type[T] = object) -> list[T]:
@@ -257,10 +263,11 @@ def read_jsonl(path: str | Path, schema: type[T] = object) -> list[T]:
         lines = read_text(path).split("\n")
     except FileNotFoundError:
         return []
-    names = (f"{path}, line {number}" for number in itertools.count(1))
+    if not _is_json(lines[-1]):
+        lines.pop()
     return [
-        check(parse_json(line, name), schema, name)
-        for line, name in zip(lines[:-1], names, strict=False)
+        check(parse_json(line, name := f"{path}, line {number}"), schema, name)
+        for number, line in enumerate(lines, 1)
     ]
 
 

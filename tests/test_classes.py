@@ -296,6 +296,7 @@ def test_mistakes_in_training(refused: Refused, here: Path) -> None:
         (["--num_classes=-1"], "--num_classes=-1"),
         (["--num_classes=10", "--label_dropout=2"], "--label_dropout=2.0"),
         (["--guidance_scale=2"], "no classes"),
+        (["--num_classes=10", "--label_dropout=0", "--guidance_scale=2"], "--guidance_scale=2"),
     ):
         refused(match, *TRAIN, "--logdir=run", *arguments)
     (here / "photos").mkdir()

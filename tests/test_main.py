@@ -125,6 +125,9 @@ MODES = [  # what a flagfile says, the command line, the error
       for mode in ("--eval_stepaware", "-eval", "--search=true", "--notrain --eval")),
     ("--train", "--notrain", "no mode"),
     ("--train", "--train=false", "no mode"),
+    ("--eval", "--train=false", "no checkpoint"),
+    ("--eval", "--train=0", "no checkpoint"),
+    ("--eval", "--notrain", "no checkpoint"),
     # The last word on a mode counts.
     ("", "--train --notrain", "no mode"),
     ("", "--train --notrain --eval", "no checkpoint"),

@@ -210,6 +210,7 @@ def test_partial_results_on_a_full_disk(here: Path, capsys: pytest.CaptureFixtur
 )
 def test_a_line_after_an_unfinished_one(here: Path, left: str, kept: list) -> None:
     Path("log.jsonl").write_text(left)
+    assert files.read_jsonl("log.jsonl") == kept
     files.append_jsonl("log.jsonl", {"n": 3})
     assert files.read_jsonl("log.jsonl") == [*kept, {"n": 3}]
 

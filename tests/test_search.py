@@ -722,6 +722,12 @@ def test_settings_travel_with_the_schedule(run_folder: Path) -> None:
     state["ema_model"]["tail.2.bias"] += 1
     torch.save(state, run_folder / "ckpt.pt")
     assert "warning: run/search.txt was searched for other weights" in scored()[1]
+    # A network without weights of its own is compared with none.
+    plan = run_main(*common, "--logdir=new", "--eval_stepaware", "--schedule=run/search.txt",
+                    "--dry_run")  # fmt: skip
+    assert plan.status == 0, plan.err
+    assert "untrained" in plan.out
+    assert "other weights" not in plan.out
     # Each score is kept with what it depends on.
     kept = read_jsonl(run_folder / "evaluations.jsonl")
     assert [(k["sampler"]["sampler"], k["sampler"]["eta"]) for k in kept] == [
