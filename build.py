@@ -32,7 +32,7 @@ from sampling.conditioning import Classes
 from sampling.generate import Generator
 from sampling.noise import SAMPLING
 from sampling.protocol import OURS, Sampler
-from sampling.samplers import check_name, make_sampler, signal_at_start
+from sampling.samplers import make_sampler, signal_at_start
 from settings import CIFAR10_STATISTICS, OPTIONS, Configuration
 
 log = logging.getLogger("ddsm")
@@ -508,7 +508,6 @@ def load_model(config: Configuration, logdir: str | None = None, ch: int | None 
 
     logdir, ch: where they are not those of `config`, as for the small network of an ensemble.
     """
-    check_name(config.sampling.sampler)  # an unknown name should not wait for a checkpoint
     device, path = choose_device(config.run.device), checkpoint_path(config, logdir)
     # A folder with other checkpoints is a run's: there a name is wrong, and nothing is untrained.
     if config.training.init_diffusers and not path.exists() and not any(path.parent.glob("*.pt")):

@@ -20,7 +20,7 @@ from runtime.clock import Clock
 from runtime.errors import NotFiniteError
 from runtime.files import Unfinished
 from sampling.generate import Generator
-from sampling.prefixes import Chain, StepSchedule, by_shared_states
+from sampling.prefixes import Chain, Reuse, StepSchedule, by_shared_states
 
 
 @dataclass(frozen=True)
@@ -172,11 +172,11 @@ class Evaluator:
     ) -> tuple[Scores, Tensor]:
         g = self.generator
         chain = Chain.of(schedule, g.sampler)
-        plan = g.plan(chain, branches, self.num_images)
+        reuse = g.reuse(chain, branches, self.num_images)
         together, failure = processes.world() > 1 and not g.alone, None
-        with g.keeping(chain, plan):
+        with g.keeping(chain, reuse):
             try:
-                partial = self._encode(schedule, plan, keep, classify, unfinished)
+                partial = self._encode(schedule, reuse, keep, classify, unfinished)
             except NotFiniteError as error:
                 failure = error
             if together:  # what one process cannot make, none has
@@ -199,8 +199,8 @@ class Evaluator:
             distance=distance,
             inception_score=partial.inception.result() if partial.classified else None,
             images=self.num_images,
-            passes=passes * chain.calls(plan[0]),
-            passes_saved=passes * (chain.calls(0) - chain.calls(plan[0])),
+            passes=passes * chain.calls(reuse.start),
+            passes_saved=passes * (chain.calls(0) - chain.calls(reuse.start)),
             sampling_seconds=partial.seconds[0],
             decoding_seconds=partial.seconds[1],
         )
@@ -210,7 +210,7 @@ class Evaluator:
     def _encode(
         self,
         schedule: StepSchedule,
-        plan: tuple[int, set[int]],
+        reuse: Reuse,
         keep: int,
         classify: bool,
         unfinished: Unfinished | None,
@@ -230,7 +230,7 @@ class Evaluator:
             return tuple(b + clock.seconds(n) for b, n in zip(before, names, strict=True))
 
         left = g.shares(self.num_images)[partial.batches :]
-        made = g.batches(schedule, left, partial.batches, plan, clock)
+        made = g.batches(schedule, left, partial.batches, reuse, clock)
         for indices, images in made:
             with clock.beside(images):
                 features = self.encoder(images)

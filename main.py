@@ -19,6 +19,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app
 
@@ -57,7 +58,7 @@ def parse(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def complain(error: UserError, status: int = 2) -> None:
+def complain(error: UserError, status: int = 2) -> NoReturn:
     """One line, once for all processes, and the exit."""
     processes = sys.modules.get("runtime.processes")  # it imports torch: not for a refused flag
     if processes.first_to_speak() if processes else os.environ.get("RANK", "0") == "0":
@@ -97,7 +98,7 @@ def run(argv: Sequence[str]) -> None:
         unforeseen(error, mode, Path(config.run.logdir))
 
 
-def unforeseen(error: Exception, mode: str, logdir: Path) -> None:
+def unforeseen(error: Exception, mode: str, logdir: Path) -> NoReturn:
     """One line that says where the traceback is; exit status 1."""
     folder = logdir if os.access(logdir, os.W_OK) else Path(tempfile.gettempdir())
     path, text = folder / "error.log", " ".join(str(error).split())[:200]

@@ -193,7 +193,7 @@ class SearchResult:
         self.front = pareto_front(self.candidates)
         self.chosen = self.search.best(self.candidates)
         self.timesteps = list(self.search.genome.timesteps)
-        self.calls = len(self.search.genome.evaluations)
+        self.calls = len(self.search.genome.calls)
         self.label = self.evaluator.encoder.label
         points = [(c.distance, c.cost) for c in self.front]
         chosen = (self.chosen.distance, self.chosen.cost)
@@ -255,7 +255,7 @@ class SearchResult:
             "images": self.evaluator.num_images,
             "timesteps": self.timesteps,
             "full_width_gflops": self.flops[1.0] / 1e9,
-            "cost": "flops" if self.search.costs is self.flops else "latency",
+            "cost": self.search.settings.cost,
             "points": [self.point(c) for c in self.front],
             "chosen_point": self.chosen_point,
             "chosen": self.point(self.chosen),

@@ -386,7 +386,7 @@ class Configuration:
         return self.values[name]
 
     def stored(self, *kinds: str) -> dict[str, object]:
-        """The options that checkpoints store, of these kinds (keys of STORED), as JSON has them."""
+        """The options that checkpoints store, of these kinds (see above), as JSON has them."""
         return plain({n: self.values[n] for n, o in OPTIONS.items() if o.stored in kinds})
 
     network: NetworkSettings = _part(NetworkSettings)

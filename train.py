@@ -234,7 +234,7 @@ class Trainer:
         # Dropout's. On a CPU every process draws all masks, see model/cpu.
         together = self.device.type == "cpu" and not self._compiles()
         torch.manual_seed(_mix(self.run.seed, self.step, 0 if together else rank))
-        share = slice(rank * len(x_0), (rank + 1) * len(x_0))
+        share = processes.share(len(x_0) * world)
         places = torch.arange(share.start, share.stop, device=self.device)
         generator = torch.Generator().manual_seed(_mix(self.run.seed, self.step, -1))
         widths = self.widths_of(self.step)

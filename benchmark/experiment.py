@@ -34,7 +34,7 @@ import torch
 from matplotlib import colormaps
 
 import build
-from benchmark.machine import commit, describe
+from benchmark.machine import ROOT, commit, describe
 from benchmark.recipe import configuration
 from benchmark.scores import ROLES, SETS, standard_error
 from benchmark.search import Bench
@@ -47,7 +47,6 @@ from runtime.identity import agree
 from runtime.processes import end_with_parent
 from runtime.schema import digest, widths_line
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE, README = ROOT / "docs" / "experiment.md", ROOT / "README.md"
 MARKS = "<!-- tables: begin -->", "<!-- tables: end -->"
 WIDTHS = (1.0, 0.75, 0.5, 0.25)

@@ -36,11 +36,11 @@ from runtime.files import append_jsonl, read_json, read_jsonl, write_json
 from runtime.identity import agree
 from sampling.noise import SAMPLING, SEARCH
 from search import Candidate, Score, hypervolume, pareto_front
+from search.sensitivity import HOPELESS
 from settings import Configuration
 
 BUDGETS = (0.5, 0.3, 0.2)  # shares of full width's FLOPs
 SETS = 5  # of fresh noise
-HOPELESS = 8  # times the best uniform width's distance
 
 Arm = Mapping[str, object]  # options of a search
 
@@ -226,7 +226,8 @@ class Bench:
             if record["key"] == key:
                 return record
         whole = self.model.sampler
-        sampler = whole.with_steps(steps) if steps else whole
+        settings = replace(whole.settings, sample_steps=steps or whole.settings.sample_steps)
+        sampler = replace(whole, settings=settings)
         schedule = WidthSchedule(widths, self.timesteps)
         distances = []
         for number in range(SETS):

@@ -29,10 +29,9 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from benchmark.machine import describe
+from benchmark.machine import ROOT, describe
 from runtime.files import append_jsonl, read_json, read_jsonl, write_json
 
-ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = ("1", "0.75", "0.5", "0.25")
 PUBLISHED = ("--skip_slicing=leading", "--num_sandwich_sampling=3")
 BETTER = ("--skip_slicing=segments", "--num_sandwich_sampling=4")

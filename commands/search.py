@@ -54,8 +54,6 @@ def search(config: Configuration) -> None:
         check_place(chosen)  # not after hours
         check_place(folder / "front.json")
         model = build.load_model(config)
-        if not model.config.widths.slimmable:
-            raise UserError("--search chooses among widths: add --slimmable_unet")
         run(model, writable_folder(folder, "--search_dir"), chosen)
 
 
@@ -127,6 +125,8 @@ def make_search(model: Model, evaluator: Evaluator, folder: Path) -> Search:
 
 def search_space(model: Model) -> Genome:
     """The schedules that a search chooses among."""
+    if not model.config.widths.slimmable:
+        raise UserError("--search chooses among widths: add --slimmable_unet")
     settings, sampler = model.config.search, model.sampler
     steps, segments = timesteps(sampler), settings.num_segments
     if settings.search_method == "sensitivity" and not segments:
@@ -221,7 +221,8 @@ def latency_table(folder: Path, model: Model, evaluator: Evaluator) -> dict[floa
     times = stored["seconds_per_image"]
     missing = [w for w in generator.networks if w not in times]
     remedy = "use the same, delete it, or name another --search_dir"
-    agree(path, {"missing": []}, {"missing": missing}, remedy)
+    if missing:
+        raise UserError(f"{path} has no times of widths {', '.join(map(str, missing))}; {remedy}")
     if config.search.cost == "latency":
         agree(path, stored, about, remedy)
     return {0.0: 0.0} | times

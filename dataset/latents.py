@@ -31,6 +31,7 @@ from dataset.images import AnySet, Images, fingerprint, to_network, to_uint8
 from runtime import processes as distributed
 from runtime.errors import NotFiniteError, UserError, one_line
 from runtime.files import alone_in, check_file, read_json, remove_partial, write_json
+from runtime.identity import agree
 from runtime.progress import progress
 from runtime.schema import SHORT, Count, Few, Name, Number, Positive, Size, check
 
@@ -261,7 +262,8 @@ def encoded(
         with _only_maker(path):
             if not distributed.gather(path.exists())[0]:
                 _make(dataset, autoencoder, wanted, shape, path, batch_size, num_workers)
-    _check_identity(path, wanted)
+    remedy = f"{REMEDY}, or name another file with --latent_cache"
+    agree(path, read_json(_identity_path(path), Identity, REMEDY), wanted, remedy)
     try:
         check_file(path)
         # Copy-on-write, because torch has no read-only tensors.
@@ -291,22 +293,6 @@ def spread(latents: Images, wanted: float) -> str:
         if wanted != 1:
             text += ", or --sigma_data the deviation that there is"
     return text
-
-
-def _check_identity(path: Path, wanted: dict[str, object]) -> None:
-    """Raise UserError where the latents in `path` are not the wanted ones."""
-    stored = read_json(_identity_path(path), Identity, REMEDY)
-    differing = [
-        f"{name}: {stored.get(name)} there, {value} here"
-        for name, value in wanted.items()
-        if stored.get(name) != value
-    ]
-    if differing:
-        how = "by another VAE" if "autoencoder" in differing[0] else "from other data"
-        raise UserError(
-            f"{path} was made {how} ({'; '.join(differing)}): {REMEDY}, or name another file with "
-            "--latent_cache"
-        )
 
 
 def check_channels(dataset: AnySet, autoencoder: Autoencoder) -> None:

@@ -1,4 +1,5 @@
-"""The slimmable network, its width schedules and its checkpoints. Sees tensors, nothing else."""
+"""The slimmable network, its width schedules and its checkpoints. Knows no flags,
+data sets or samplers."""
 
 from model.compiling import check_compiler, compile_network
 from model.denoiser import Condition, StepAwareDenoiser

@@ -9,14 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from runtime.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
-
-T = TypeVar("T")
 
 
 def agree(
@@ -43,7 +41,7 @@ def agree(
         raise UserError(f"{path} is for other settings ({'; '.join(differing)}); {remedy}")
 
 
-def plain(value: T) -> T:
+def plain(value: object) -> object:
     """`value` as JSON has it: lists for tuples, text for keys."""
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]

@@ -23,8 +23,9 @@ def progress(
     leave: whether the bar, or a last line, stays when it is closed.
     """
     bar = tqdm if sys.stderr.isatty() else _Lines
-    settings = {"dynamic_ncols": bar is tqdm, "disable": not processes.is_main(), **settings}
-    return bar(total=total, desc=desc, unit=unit, initial=initial, leave=leave, **settings)
+    hidden = settings.pop("disable", False) or not processes.is_main()
+    common = {"dynamic_ncols": bar is tqdm, "disable": hidden, "initial": initial, "leave": leave}
+    return bar(total=total, desc=desc, unit=unit, **common, **settings)
 
 
 class _Lines(tqdm):

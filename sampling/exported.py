@@ -64,7 +64,7 @@ def _chain(sampler: Sampler, steps: Sequence[int]) -> DiffusersChain:
         "beta_schedule": levels.beta_schedule,
     }
     if isinstance(sampler, DiffusersScheduler):
-        scheduler = sampler._scheduler()
+        scheduler = sampler.scheduler()
         number = {"num_inference_steps": sampler.steps}
         visited, name = scheduler.timesteps.tolist(), scheduler.config.beta_schedule
         scheduler.register_to_config(**settings)  # for readers: its trained_betas are these

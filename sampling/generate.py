@@ -23,7 +23,7 @@ from runtime.errors import NotFiniteError
 from runtime.progress import progress
 from sampling.conditioning import Classes
 from sampling.noise import SAMPLING, ImageNoise
-from sampling.prefixes import Chain, SharedStates, StepSchedule
+from sampling.prefixes import ALL, Chain, Reuse, SharedStates, StepSchedule
 from sampling.protocol import Sampler
 
 
@@ -64,26 +64,26 @@ class Generator:
         memory.require(128 * len(starts), f"--num_images={count}", "lower it")
         return [(i, min(i + self.batch_size, count)) for i in starts]
 
-    def plan(self, chain: Chain, branches: set[int], count: int) -> tuple[int, set[int]]:
-        """The position where `chain` can start, and those whose states it should keep; `branches`
-        are positions where others will start."""
+    def reuse(self, chain: Chain, branches: set[int], count: int) -> Reuse:
+        """What `chain` can take from kept states, and should keep itself; `branches` are positions
+        where other chains will start."""
         shares = self.shares(count)
         if self.states is None or not shares or not self.sampler.resumes:
-            return 0, set()
+            return ALL
         start = self.states.deepest(chain)
         images = sum(end - first for first, end in shares)
         state_bytes = 4 * images * torch.Size(self.image_shape).numel()
-        return start, self.states.reserve(chain, start, branches, state_bytes)
+        return Reuse(start, self.states.reserve(chain, start, branches, state_bytes))
 
     @contextlib.contextmanager
-    def keeping(self, chain: Chain, plan: tuple[int, set[int]]) -> Iterator[None]:
+    def keeping(self, chain: Chain, reuse: Reuse) -> Iterator[None]:
         """A block that makes `chain`; where it ends by an exception, what it kept is forgotten,
         because some batches are missing."""
         try:
             yield
         except BaseException:
             if self.states is not None:
-                self.states.forget(map(chain.key, plan[1]))
+                self.states.forget(map(chain.key, reuse.kept))
             raise
 
     def batches(
@@ -91,24 +91,24 @@ class Generator:
         schedule: StepSchedule,
         shares: Sequence[tuple[int, int]],
         made: int = 0,
-        plan: tuple[int, set[int]] = (0, set()),
+        reuse: Reuse = ALL,
         clock: Clock | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """(indices, images) of the batches in `shares`, some of what that method returns; images
         uint8.
 
-        made: how many others were made before, for the bar. plan: what the method `plan` returned.
+        made: how many others were made before, for the bar. reuse: what that method returned.
         Raises NotFiniteError.
         """
         clock = clock or Clock(self.device)
         chain = Chain.of(schedule, self.sampler)
-        steps = len(chain.steps) - plan[0]
+        steps = len(chain.steps) - reuse.start
         bar = progress(
             (made + len(shares)) * steps, "sample", "step", initial=made * steps, leave=False,
-            disable=not (self.progress and processes.is_main()),
+            disable=not self.progress,
         )  # fmt: skip
         with bar:
-            run: nn.Module = _RunChain(self, schedule, chain, plan, bar)
+            run: nn.Module = _RunChain(self, schedule, chain, reuse, bar)
             if self.parallel:
                 run = nn.DataParallel(run)
             for first, end in shares:
@@ -127,9 +127,9 @@ class Generator:
 
         Raises NotFiniteError, in every process, too.
         """
-        alone, own, failure = replace(self, states=None), [], None
+        unshared, own, failure = replace(self, states=None), [], None
         try:
-            for indices, images in alone.batches(schedule, alone.shares(count)):
+            for indices, images in unshared.batches(schedule, unshared.shares(count)):
                 own.append((int(indices[0]), images.cpu()))
         except NotFiniteError as error:
             failure = error
@@ -155,7 +155,7 @@ class Generator:
         hooks = [net.register_forward_hook(check(name)) for name, net in self.networks.items()]
         try:
             with torch.inference_mode():
-                _RunChain(replace(self, states=None), schedule, chain, (0, set()), None)(indices)
+                _RunChain(replace(self, states=None), schedule, chain, ALL, None)(indices)
         except NotFiniteError as error:
             return error
         finally:
@@ -176,13 +176,13 @@ class _RunChain(nn.Module):
         generator: Generator,
         schedule: StepSchedule,
         chain: Chain,
-        plan: tuple[int, set[int]],
+        reuse: Reuse,
         bar: tqdm | None,
     ) -> None:
         super().__init__()
         self.generator, self.schedule, self.chain = generator, schedule, chain
-        self.start, self.bar = plan[0], bar
-        self.kept = {chain.steps[p]: chain.key(p) for p in plan[1]}
+        self.start, self.bar = reuse.start, bar
+        self.kept = {chain.steps[p]: chain.key(p) for p in reuse.kept}
         self.names = list(generator.networks)
         self.networks = nn.ModuleList(generator.networks.values())
 

@@ -11,6 +11,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +67,16 @@ class Chain:
         return max(0, min(len(self.steps), len(other.steps)) - 1)
 
 
+class Reuse(NamedTuple):
+    """The position at which a chain starts, and those whose states it keeps for other chains."""
+
+    start: int = 0
+    kept: frozenset[int] = frozenset()
+
+
+ALL = Reuse()  # every step, for no other chain
+
+
 @dataclass
 class SharedStates:
     """x at chosen positions of the chains scored so far, within `budget` bytes.
@@ -96,7 +107,9 @@ class SharedStates:
                 return position
         return 0
 
-    def reserve(self, chain: Chain, start: int, branches: set[int], state_bytes: int) -> set[int]:
+    def reserve(
+        self, chain: Chain, start: int, branches: set[int], state_bytes: int
+    ) -> frozenset[int]:
         """Make room; returns the positions after `start` whose states are to be kept.
 
         These are the `branches`, where chains of the running call will start, and, as far as there
@@ -114,10 +127,10 @@ class SharedStates:
         for planned in (False, True):
             for key in [k for k in self._states if (k in self.planned) == planned]:
                 if len(self._states) + len(kept) <= capacity:
-                    return set(kept)
+                    return frozenset(kept)
                 if key not in in_use:
                     del self._states[key]
-        return set(kept)
+        return frozenset(kept)
 
     def get(self, key: tuple, batch: int, device: torch.device) -> Tensor:
         return self._states[key][batch].to(device)

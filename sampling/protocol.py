@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple, Self
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from diffusion import Denoiser, Noise, NoiseLevels, Observer
 from settings import SamplingSettings
 
 OURS = ("ddpm", "ddim", "edm")  # any other name is that of a scheduler of diffusers
+CHURN = ("S_churn", "S_tmin", "S_tmax", "S_noise")
 
 
 class Call(NamedTuple):
@@ -79,10 +80,6 @@ class Sampler(ABC):
         of `timesteps`, counted from the largest. timesteps: the ones to visit, by default all.
         """
 
-    def with_steps(self, steps: int) -> Self:
-        """The same with another number of steps."""
-        return replace(self, settings=replace(self.settings, sample_steps=steps))
-
     def as_json(self) -> dict[str, object]:
         """What search logs and scores say of a sampler. JSON has no infinity."""
         names = ("sampler", "sample_steps", "timestep_spacing", "eta", "var_type", "clip_denoised")
@@ -94,6 +91,3 @@ class Sampler(ABC):
 def timesteps(sampler: Sampler) -> list[int]:
     """The timesteps that the sampler's steps begin at, rising, each once."""
     return sorted(set(sampler.entries()))
-
-
-CHURN = ("S_churn", "S_tmin", "S_tmax", "S_noise")

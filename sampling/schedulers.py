@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from diffusion import Denoiser, Noise, Observer, told_the_step
-from model.diffusers.trained import ALLOWED
+from model.diffusers.trained import ALLOWED, MEAN_TYPES
 from runtime.errors import UserError, one_line
 from runtime.files import parse_json
 from sampling.protocol import CHURN, OURS, Call, Sampler
 
 SHORT = {"dpm_solver": "DPMSolverMultistepScheduler"}
-PREDICTION = {"epsilon": "epsilon", "xstart": "sample", "v": "v_prediction"}
+PREDICTION = {ours: theirs for theirs, ours in MEAN_TYPES.items()}
 VARIANCE = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}
 DEVIATION = 0.5  # of the pixels for which a solver is tried
 # They have the interface, but run from the image to the noise or with another parameterisation.
@@ -157,9 +157,9 @@ class DiffusersScheduler(Sampler):
         """
         if start or set(timesteps or ()) - set(self.entries()):
             raise ValueError(f"{self.settings.sampler} runs from its start to its end")
-        return self._run(self._scheduler(), told_the_step(denoise), x, noise, observe)
+        return self._run(self.scheduler(), told_the_step(denoise), x, noise, observe)
 
-    def _scheduler(self) -> object:
+    def scheduler(self) -> object:
         """The scheduler, its timesteps set; UserError where it refuses a setting."""
         settings = {
             "num_train_timesteps": self.levels.T,
@@ -226,7 +226,7 @@ class DiffusersScheduler(Sampler):
         """The timestep of each call of the network, rounded to trained ones, and how many calls
         make one step. Found by running the chain on pixels that are Gaussian, for which the right
         answer is known, so that a solver which goes astray even with that is refused."""
-        scheduler, shown = self._scheduler(), []
+        scheduler, shown = self.scheduler(), []
 
         def denoise(x: Tensor, t: int, step: int) -> Tensor:
             shown.append(t)

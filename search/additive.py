@@ -49,12 +49,8 @@ def exact_front(effects: np.ndarray, costs: np.ndarray) -> list[np.ndarray]:
     return _walk(effects, costs)[0]
 
 
-def multipliers(effects: np.ndarray, costs: np.ndarray) -> np.ndarray:
-    """The values of λ at which the exact front goes from one row to the next, rising."""
-    return _walk(effects, costs)[1]
-
-
 def _walk(effects: np.ndarray, costs: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """The exact front, and the rising values of λ at which it goes from one row to the next."""
     least = effects <= effects.min(1, keepdims=True)
     row = np.where(least, costs, np.inf).argmin(1)
     moves = []
@@ -84,7 +80,7 @@ def stakes(effects: np.ndarray, errors: np.ndarray, costs: np.ndarray) -> np.nda
     exactly changes that choice where it was wrong by more than its gap to the rival. For a normal
     error e and a gap g that saves e·(φ(g/e) − g/e·Φ(−g/e)). The mean over the front's multipliers.
     """
-    rates = np.unique(multipliers(effects, costs))
+    rates = np.unique(_walk(effects, costs)[1])
     total = np.zeros_like(effects)
     for rate in rates:
         values = effects + rate * costs

@@ -17,16 +17,18 @@ class Genome:
     widths: rising; 0 skips the step. timesteps: the sampler's, rising. segments:
     number of genes, each for a run of neighbouring timesteps; 0 for a gene per timestep. T: for
     schedules that cover every timestep of the diffusion rather than the sampler's alone.
-    evaluations: (step, timestep shown) of each call of the network, by default one per step.
+    calls: (step, timestep shown) of each call of the network, by default one per step.
     """
 
     widths: tuple[float, ...]
     timesteps: tuple[int, ...]
     T: int
     segments: int = 0
-    evaluations: tuple[tuple[int, int], ...] = ()
+    calls: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.calls:
+            object.__setattr__(self, "calls", tuple((t, t) for t in self.timesteps))
         if self.segments > len(self.timesteps):
             raise UserError(
                 f"--num_segments={self.segments}: the sampler has {len(self.timesteps)} steps"
@@ -46,12 +48,12 @@ class Genome:
 
     def entries_for_calls(self, schedule: WidthSchedule) -> list[int]:
         """The timestep whose entry is the width of each call of the network."""
-        return entries_for_calls(schedule, self.evaluations or [(t, t) for t in self.timesteps])
+        return entries_for_calls(schedule, self.calls)
 
     def stored(self, schedule: WidthSchedule) -> WidthSchedule:
         """The schedule as files hold it: an entry per timestep, unless a step also calls the
         network at another timestep, whose entry would be a wrong width for that call."""
-        if all(step == t for step, t in self.evaluations):
+        if all(step == t for step, t in self.calls):
             return schedule.expanded(self.T)
         return schedule
 

@@ -42,7 +42,7 @@ class Stage:
 
 def stages(settings: SearchSettings, genome: Genome, images: int, shared: bool) -> list[Stage]:
     """The parts of a search, for plans. shared: whether candidates' chains share states."""
-    calls, widths = len(genome.evaluations), [w for w in genome.widths if w > 0]
+    calls, widths = len(genome.calls), [w for w in genome.widths if w > 0]
     rounds, population = settings.num_generation, settings.pop_size
     if settings.search_method == "evolution":
         return [Stage("evolution", rounds * population, images, calls, widths, rounds)]

@@ -344,9 +344,9 @@ def test_stale_files(vae: Path, autoencoders: Path, here: Path) -> None:
     changed.tensor[3, 0, 5, 5] ^= 1
     size = path.stat().st_size
     for dataset, folder, match in (
-        (digits(), autoencoders / "other", r"another VAE \(autoencoder: \w{16} there, \w{16} "),
-        (changed, vae, r"other data \(content: \w{16} there"),
-        (digits(29), vae, r"other data \(images: 30 there, 29 here"),
+        (digits(), autoencoders / "other", r"\(autoencoder: \w{16} there, \w{16} "),
+        (changed, vae, r"\(content: \w{16} there"),
+        (digits(29), vae, r"\(images: 30 there, 29 here"),
     ):
         with pytest.raises(UserError, match=rf"latents.npy .*{match}.*delete it.*--latent_cache"):
             encode(dataset, folder, path)

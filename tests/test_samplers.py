@@ -291,7 +291,7 @@ def test_a_sampler_says_what_it_heeds() -> None:
         "ddpm": set(), "ddim": set(), "edm": churn | {"rho", "heun"},
         "dpm_solver": churn | {"scheduler_options"},
     }.items():  # fmt: skip
-        said = sampler(name, SHORT, "v", sample_steps=4).with_steps(3).as_json()
+        said = sampler(name, SHORT, "v", sample_steps=3).as_json()
         assert said.keys() == common | more
         assert (said["sampler"], said["sample_steps"], said["mean_type"]) == (name, 3, "v")
         assert json.loads(json.dumps(said, allow_nan=False)) == said
@@ -359,7 +359,7 @@ def test_the_network_is_shown_the_noise_level_that_it_is_told(name: str) -> None
             text = json.dumps({option: value})
             try:
                 settings = SamplingSettings(sampler=name, sample_steps=8, scheduler_options=text)
-                scheduler = DiffusersScheduler(settings, STANDARD, "epsilon")._scheduler()
+                scheduler = DiffusersScheduler(settings, STANDARD, "epsilon").scheduler()
             except UserError:
                 continue
             x = torch.zeros(1, 1, 1, 1)

@@ -20,6 +20,7 @@ from model.diffusers.loading import find_model
 from runtime.errors import UserError
 from runtime.files import read_json
 from runtime.schema import Name, Number, Size, check
+from settings import BETA_SCHEDULES
 
 NAME = "scheduler_config.json"
 MEAN_TYPES = {"epsilon": "epsilon", "sample": "xstart", "v_prediction": "v"}  # theirs -> ours
@@ -29,7 +30,6 @@ VAR_TYPES = {
     "fixed_small_log": "fixedsmall",
     "fixed_large": "fixedlarge",
 }
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 # What must be given where there is no scheduler; the two β have no meaning in squaredcos_cap_v2.
 NEEDED = ("T", "beta_1", "beta_T", "beta_schedule", "mean_type")
 _TRAINING = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
