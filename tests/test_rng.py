@@ -7,7 +7,9 @@ import pytest
 import torch
 from scipy import stats
 
-from sampling.noise import SAMPLING, SEARCH, TRAINING, ImageNoise, normal, philox
+from model import check_compiler
+from runtime.errors import UserError
+from sampling.noise import SAMPLING, SEARCH, TRAINING, ImageNoise, _compiled, normal, philox
 
 SHAPE = (3, 8, 8)
 
@@ -105,6 +107,26 @@ def test_streams_steps_and_seeds_differ() -> None:
     ]  # fmt: skip
     correlation = np.corrcoef(noises) - np.eye(len(noises))
     assert np.abs(correlation).max() < 5 / math.sqrt(noises[0].size)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
+def test_compiled_noise() -> None:
+    """One compilation serves all seeds, streams and steps of a process."""
+    try:
+        check_compiler(torch.device("cpu"))
+    except UserError:
+        pytest.skip("no C++ compiler")
+    from torch._dynamo.utils import counters
+
+    _compiled.cache_clear()
+    torch._dynamo.reset()
+    counters.clear()
+    for seed, step in ((5, 2**32 - 1), (5, 0), (2**63 + 6, 999)):
+        for count in (8, 3):
+            images = torch.arange(count)
+            noise = normal(seed, SEARCH, images, step, SHAPE, compiled=True)
+            torch.testing.assert_close(noise, normal(seed, SEARCH, images, step, SHAPE))
+    assert counters["stats"]["unique_graphs"] <= 2  # one for each count
 
 
 def test_image_noise() -> None:
