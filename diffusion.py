@@ -65,7 +65,7 @@ class _Levels:
     @staticmethod
     def gather(values: np.ndarray, t: Tensor, like: Tensor) -> Tensor:
         """values[t] as float64, shaped to multiply `like` (B, C, H, W)."""
-        table = torch.from_numpy(values).to(t.device)
+        table = torch.from_numpy(values).to(t.device, non_blocking=True)
         return table[t].view(-1, *[1] * (like.ndim - 1))
 
 

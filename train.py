@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import dataset
 from diffusion import NoiseLevels
-from model import EMA, checkpoint, compile_network, ready_to_train
+from model import EMA, InBfloat16, checkpoint, compile_network, ready_to_train
 from runtime import memory, processes
 from runtime.errors import UserError
 from runtime.identity import agree
@@ -153,6 +153,8 @@ class Trainer:
         rate = checkpoint.load_scheduler(self.sched, state.get("sched"), self.path)
         self.step = int(state.get("step", self.sched.last_epoch))
         self.arithmetic = "" if "amp" in changed else str(state.get("arithmetic", ""))
+        if self.arithmetic == "winograd" and self.device.type != "cpu":
+            self.arithmetic = "float32"  # which it is off CPUs
         x_T = state.get("x_T", self.x_T)
         if getattr(x_T, "shape", None) == self.x_T.shape:  # else of another --sample_size
             checkpoint.check_tensor(x_T, self.x_T, f"{self.path}: x_T")
@@ -238,7 +240,6 @@ class Trainer:
         places = torch.arange(share.start, share.stop, device=self.device)
         generator = torch.Generator().manual_seed(_mix(self.run.seed, self.step, -1))
         widths = self.widths_of(self.step)
-        half = self.arithmetic == "bfloat16"
         told = () if labels is None else (self._dropped(labels, share, len(x_0) * world),)
         for i, width in enumerate(widths):
             t = self._timesteps(width, len(x_0) * world, generator)[share]
@@ -248,9 +249,7 @@ class Trainer:
             # Gradients of all passes add up; several processes exchange them once.
             wait = getattr(network, "no_sync", contextlib.nullcontext)
             with contextlib.nullcontext() if i == len(widths) - 1 else wait():
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-                    prediction = network(x_t, t, width, *told).to(target)
-                    loss = nn.functional.mse_loss(prediction, target)
+                loss = nn.functional.mse_loss(network(x_t, t, width, *told).to(target), target)
                 loss.backward()
             self._losses[width].append(loss.detach())
         self.grad_norm = nn.utils.clip_grad_norm_(self.net.parameters(), s.grad_clip)
@@ -284,6 +283,8 @@ class Trainer:
         ready_to_train(self.net, self.arithmetic, self.device, self.run.compile)
         # Not as CUDA graphs: gradients add up over the passes, and a graph's would be overwritten.
         net = compile_network(self.net) if self._compiles() else self.net
+        if self.arithmetic == "bfloat16":
+            net = InBfloat16(net)
         if processes.world() > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             return nn.parallel.DistributedDataParallel(net, device_ids=ids)

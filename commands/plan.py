@@ -121,7 +121,7 @@ def _encoder_seconds(model: Model) -> float:
     """Seconds per image that the encoder takes."""
     encoder, batch = build.encoder(model.config, model.device), measured_batch(model)
     images = torch.randint(0, 256, (batch, *model.picture_shape), dtype=torch.uint8)
-    encoder(images)
+    encoder(images).sum().item()  # waits for the device
     start = time.perf_counter()
     encoder(images).sum().item()
     return (time.perf_counter() - start) / batch

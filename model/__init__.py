@@ -1,11 +1,14 @@
-"""The slimmable network, its width schedules and its checkpoints. Knows no flags,
-data sets or samplers."""
+"""The slimmable network, its width schedules and its checkpoints.
+
+Knows no flags, data sets or samplers.
+"""
 
 from model.compiling import check_compiler, compile_network
 from model.denoiser import Condition, StepAwareDenoiser
 from model.ema import EMA
 from model.networks import (
     ARITHMETIC,
+    InBfloat16,
     SamplingNetwork,
     keep_freed,
     latency,
@@ -19,6 +22,7 @@ __all__ = [
     "ARITHMETIC",
     "EMA",
     "Condition",
+    "InBfloat16",
     "SamplingNetwork",
     "SlimmableUNet",
     "StepAwareDenoiser",

@@ -115,6 +115,19 @@ def ready_to_train(
     _fuse(net, arithmetic, compiled)
 
 
+class InBfloat16(nn.Module):
+    """`net` with torch's autocast, in whichever thread it runs: those of DataParallel would take
+    float16, as a thread has its own setting."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, *arguments: object) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.net(x, *arguments)
+
+
 @torch.inference_mode()
 def latency(
     network: nn.Module,
@@ -135,7 +148,8 @@ def latency(
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
-    call()  # the first call also allocates and compiles
+    call()  # the first call also allocates and compiles,
+    call()  # and the second records a CUDA graph
     times = [call()]
     while sum(times) < seconds and len(times) < 1000:
         times.append(call())

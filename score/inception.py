@@ -23,7 +23,7 @@ class InceptionScore:
         p = probabilities.detach().double()
         if indices is None:
             indices = torch.arange(self.count, self.count + len(p))
-        split = indices.to(p.device) * self.splits // self.total
+        split = indices.to(p.device, non_blocking=True) * self.splits // self.total
         if self._sums is None:
             self._counts, self._negentropy = p.new_zeros(self.splits), p.new_zeros(self.splits)
             self._sums = p.new_zeros(self.splits, p.shape[1])

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
@@ -180,7 +181,14 @@ def test_a_schedule_is_trained_at_each_timestep_s_own_width(tmp_path: Path) -> N
 def test_bf16_trains(tmp_path: Path) -> None:
     trained = trainer(tmp_path)
     trained.choose_arithmetic = lambda: "bfloat16"
-    trained.train_step(trained.wrapped(), batch(trained))
+    network, dtypes = trained.wrapped(), []
+    trained.net.head.register_forward_hook(lambda *arguments: dtypes.append(arguments[2].dtype))
+    trained.train_step(network, batch(trained))
+    inputs = batch(trained), torch.zeros(8, dtype=torch.long), 1.0
+    thread = threading.Thread(target=network, args=inputs)  # one of DataParallel's
+    thread.start()
+    thread.join()
+    assert set(dtypes) == {torch.bfloat16}
     assert {v.dtype for v in trained.ema.model.state_dict().values()} == {torch.float32}
 
 
