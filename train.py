@@ -9,7 +9,6 @@ resumed makes the very steps that it would have made.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import signal
 import time
@@ -231,7 +230,8 @@ class Trainer:
         return t
 
     def train_step(self, network: nn.Module, x_0: Tensor, labels: Tensor | None = None) -> None:
-        """One update on a batch; labels (B,) where there are classes. `network` wraps self.net."""
+        """One update on a batch; labels (B,) where the network has classes. `network` wraps
+        self.net."""
         s, rank, world = self.settings, processes.rank(), processes.world()
         # Dropout's. On a CPU every process draws all masks, see model/cpu.
         together = self.device.type == "cpu" and not self._compiles()
@@ -240,7 +240,9 @@ class Trainer:
         places = torch.arange(share.start, share.stop, device=self.device)
         generator = torch.Generator().manual_seed(_mix(self.run.seed, self.step, -1))
         widths = self.widths_of(self.step)
-        told = () if labels is None else (self._dropped(labels, share, len(x_0) * world),)
+        told = ()
+        if self.null_class is not None:
+            told = (self._dropped(labels, share, len(x_0) * world),)
         for i, width in enumerate(widths):
             t = self._timesteps(width, len(x_0) * world, generator)[share]
             t = t.to(self.device, non_blocking=True)
@@ -268,14 +270,15 @@ class Trainer:
 
     def batches(self, num_workers: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """This process's share of the images of each step from here on, and their labels."""
-        part, size = (processes.rank(), processes.world()), self.run.batch_size
-        common = {"seed": self.run.seed, "start_step": self.step, "part": part}
-        images = dataset.batches(
-            self.data, size, device=self.device, num_workers=num_workers, **common
+        return dataset.batches(
+            self.data,
+            self.run.batch_size,
+            seed=self.run.seed,
+            start_step=self.step,
+            device=self.device,
+            num_workers=num_workers,
+            part=(processes.rank(), processes.world()),
         )
-        if self.null_class is None:
-            return zip(images, itertools.repeat(None), strict=False)
-        return zip(images, dataset.batch_labels(self.data, size, **common), strict=True)
 
     def wrapped(self) -> nn.Module:
         """The network as `train_step` wants it: chosen arithmetic, compiled, in parallel."""

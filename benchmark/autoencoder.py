@@ -37,7 +37,7 @@ def train(images: dataset.AnySet, steps: int) -> torch.nn.Module:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optim, steps)
     batches = dataset.batches(images, BATCH, seed=0)
     for _ in trange(steps, desc="autoencoder", unit="step"):
-        x = next(batches)
+        x, _ = next(batches)
         posterior = net.encode(x).latent_dist
         error = (net.decode(posterior.sample()).sample - x).square().mean()
         (error + KL_WEIGHT * posterior.kl().mean() / x[0].numel()).backward()

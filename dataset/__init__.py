@@ -1,6 +1,6 @@
 """Images: named sets, folders, batches. Latents are in dataset.latents, which needs diffusers."""
 
-from dataset.batches import batch_labels, batches, everything
+from dataset.batches import batches, everything
 from dataset.images import (
     NAMES,
     AnySet,
@@ -15,6 +15,6 @@ from dataset.images import (
 )
 
 __all__ = [
-    "NAMES", "AnySet", "Images", "batch_labels", "batches", "channels",
+    "NAMES", "AnySet", "Images", "batches", "channels",
     "describe", "everything", "fingerprint", "in_class_order", "load", "to_network", "to_uint8",
 ]  # fmt: skip

@@ -32,8 +32,9 @@ def batches(
     device: str | torch.device = "cpu",
     num_workers: int = 0,
     part: tuple[int, int] = (0, 1),
-) -> Iterator[torch.Tensor]:
-    """Endless training batches, float32 in [-1, 1], (batch_size / world, C, H, W) on `device`.
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Endless training batches: images, float32 in [-1, 1], (batch_size / world, C, H, W) on
+    `device`; and their labels, int64 (batch_size / world,) on the CPU, where the set has some.
 
     The batch of a step depends only on `seed` and the step: it holds positions
     [step · batch_size, (step + 1) · batch_size) of an endless sequence of shuffled epochs, so
@@ -49,35 +50,22 @@ def batches(
         )
     local_slice = _local_slice(batch_size, part)
     steps = _step_indices(len(dataset), batch_size, seed, start_step, local_slice)
+    steps, again = itertools.tee(steps)  # images are decoded ahead of their labels
     if dataset.tensor is not None:
         pixels = _indexed(dataset.tensor, steps, device)
     else:
         pixels = _decoded(dataset, steps, num_workers, torch.device(device).type == "cuda")
 
-    def network_inputs() -> Iterator[torch.Tensor]:
-        for step, images in enumerate(pixels, start_step):
+    def network_inputs() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        for step, (images, indices) in enumerate(zip(pixels, again, strict=True), start_step):
             images = to_network(images.to(device, non_blocking=True))
             if dataset.flip:
                 mirror = torch.rand(batch_size, generator=_generator(seed, "flip", step)) < 0.5
                 mirror = mirror[local_slice].to(device, non_blocking=True)
                 images = torch.where(mirror[:, None, None, None], images.flip(3), images)
-            yield images
+            yield images, None if dataset.labels is None else dataset.labels[indices]
 
     return network_inputs()
-
-
-def batch_labels(
-    dataset: AnySet,
-    batch_size: int,
-    *,
-    seed: int,
-    start_step: int = 0,
-    part: tuple[int, int] = (0, 1),
-) -> Iterator[torch.Tensor]:
-    """The labels, int64 (batch_size / world,) on the CPU, of the images that `batches` yields."""
-    local_slice = _local_slice(batch_size, part)
-    for indices in _step_indices(len(dataset), batch_size, seed, start_step, local_slice):
-        yield dataset.labels[indices]
 
 
 def everything(

@@ -258,7 +258,7 @@ def test_made_once_and_mapped(vae: Path, here: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.delattr(Autoencoder, "encode")  # it is not needed again
     again = encode(dataset, vae, path)
     assert torch.equal(again.tensor, result.tensor)
-    batch = next(data.batches(again, 4, seed=0))
+    batch, _ = next(data.batches(again, 4, seed=0))
     assert (batch.dtype, batch.shape) == (torch.float32, (4, 4, 8, 8))
     assert sorted(p.name for p in path.parent.iterdir()) == ["digits.npy", "digits.npy.json"]
 

@@ -52,7 +52,7 @@ def trainer(folder: Path, seed: int = 0, widths: dict | None = None, **changes: 
 
 def batch(trained: Trainer, step: int = 0) -> torch.Tensor:
     seed = trained.run.seed
-    return next(dataset.batches(trained.data, 8, seed=seed, start_step=step))
+    return next(dataset.batches(trained.data, 8, seed=seed, start_step=step))[0]
 
 
 def copy(net: nn.Module) -> dict[str, torch.Tensor]:
