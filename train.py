@@ -108,7 +108,7 @@ class Trainer:
         images = torch.arange(s.sample_size)
         self.x_T = ImageNoise(self.run.seed, SAMPLING, images, self.image_shape).initial()
         self.path = Path(self.run.logdir) / f"{self.run.ckpt_name}.pt"
-        self.grad_norm = torch.zeros(())  # of the last step
+        self.grad_norm, self.rate = torch.zeros(()), 0.0  # of the last step
         self.arithmetic = ""
         self._signum = 0
         self._losses: dict[float, list[Tensor]] = defaultdict(list)
@@ -255,6 +255,7 @@ class Trainer:
                 loss.backward()
             self._losses[width].append(loss.detach())
         self.grad_norm = nn.utils.clip_grad_norm_(self.net.parameters(), s.grad_clip)
+        self.rate = self.sched.get_last_lr()[0]
         self.optim.step()
         self.optim.zero_grad(set_to_none=True)
         self.sched.step()
@@ -368,7 +369,7 @@ class Trainer:
                 "step": self.step,
                 "loss": losses,
                 "grad_norm": float(self.grad_norm),
-                "lr": self.sched.get_last_lr()[0],
+                "lr": self.rate,
                 "images_per_second": round(rate, 2),
             }
         )

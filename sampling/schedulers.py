@@ -203,6 +203,13 @@ class DiffusersScheduler(Sampler):
                 f"--scheduler_options={self.settings.scheduler_options}: {self.steps} steps then "
                 f"leave the timesteps 0 to {self.levels.T - 1}; see timestep_spacing, steps_offset"
             )
+        last = scheduler.timesteps[-1]
+        if last > 0 and str(scheduler.config.get("variance_type")).startswith("fixed_large"):
+            raise UserError(
+                f"--sampler={self.settings.sampler} adds noise at all timesteps but 0, its last "
+                f"step is at {last:g}, and --var_type=fixedlarge leaves it in the image: use "
+                "--var_type=fixedsmall, or --sampler=ddpm"
+            )
         return scheduler
 
     @contextlib.contextmanager

@@ -325,6 +325,9 @@ def test_a_sampler_says_what_it_heeds() -> None:
         ("HeunDiscreteScheduler", {"sample_steps": 2, "levels": STANDARD}, "astray with 2 steps"),
         ("UniPCMultistepScheduler", {"sample_steps": 10, "levels": COSINE,
          "scheduler_options": '{"use_karras_sigmas": true}'}, "timesteps 999 and 999"),
+        *((name, {"sample_steps": 5, "scheduler_options": '{"timestep_spacing": "trailing"}'},
+           "--var_type=fixedlarge.*--sampler=ddpm")
+          for name in ("DDPMScheduler", "DDPMParallelScheduler")),
         ("ddim", {"scheduler_options": "{}"}, "--scheduler_options"),
         ("edm", {"timestep_spacing": "quadratic"}, "--timestep_spacing=quadratic"),
         ("edm", {"S_churn": -1.0}, "--S_churn=-1.0"),
