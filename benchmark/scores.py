@@ -24,6 +24,7 @@ import build
 import dataset
 from benchmark.recipe import configuration
 from build import Model
+from commands.evaluate import ensemble
 from model import WidthSchedule, average, entries_for_calls, keep_freed
 from runtime.clock import Clock
 from runtime.errors import UserError
@@ -38,19 +39,8 @@ ROLES = ("chosen_with", "judge")
 
 def chain(config: Configuration) -> tuple[Model, dict, WidthSchedule | list[str], Mapping]:
     """The model, networks by name, which of them each timestep has, and the FLOPs of each."""
-    e, where = config.ensemble, config.run.logdir
     if {"large_logdir", "small_logdir"} & config.given:
-        models = {
-            "large": build.load_model(config, e.large_logdir),
-            "small": build.load_model(config, e.small_logdir, e.small_ch),
-        }
-        networks = {
-            name: build.candidates(m, [1.0], Path(where) / f"arithmetic_{name}.json")[1.0]
-            for name, m in models.items()
-        }
-        large = models["large"]
-        turns = ["small" if e.end < t < e.start else "large" for t in range(large.levels.T)]
-        return large, networks, turns, {n: m.flops([1.0])[1.0] for n, m in models.items()}
+        return ensemble(config)
     model, width = build.load_model(config), config.evaluation.assigned_width
     path = config.evaluation.schedule
     schedule = model.schedule(path) if path else WidthSchedule([width] * model.levels.T)

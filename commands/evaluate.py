@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, NotRequired, TypedDict
 
 import torch
+from torch import nn
 
 import build
 from build import Model
@@ -79,6 +80,17 @@ def _score(
 def evaluate_ensemble(config: Configuration) -> None:
     """Score a large network that a small one relieves where --end < t < --start."""
     e = config.ensemble
+    large, networks, schedule, costs = ensemble(config)
+    about = {"step": large.step, "start": e.start, "end": e.end}
+    evaluator = build.evaluator(large, networks)
+    report_scores("eval_ensemble", large, evaluator, schedule, costs | {1.0: costs["large"]}, about)
+
+
+def ensemble(
+    config: Configuration,
+) -> tuple[Model, dict[str, nn.Module], list[str], dict[str, float]]:
+    """The large model; the two networks by name; which of them each timestep has; their FLOPs."""
+    e = config.ensemble
     small = build.load_model(config, e.small_logdir, e.small_ch)
     large = build.load_model(config, e.large_logdir)
     theirs, ours = (_shared_settings(model) for model in (small, large))
@@ -94,12 +106,9 @@ def evaluate_ensemble(config: Configuration) -> None:
     networks = {
         name: build.candidates(model, [1.0], paths[name])[1.0] for name, model in models.items()
     }
-    T = large.levels.T
-    schedule = ["small" if e.end < t < e.start else "large" for t in range(T)]
+    schedule = ["small" if e.end < t < e.start else "large" for t in range(large.levels.T)]
     costs = {name: model.flops([1.0])[1.0] for name, model in models.items()}
-    about = {"step": large.step, "start": e.start, "end": e.end}
-    evaluator = build.evaluator(large, networks)
-    report_scores("eval_ensemble", large, evaluator, schedule, costs | {1.0: costs["large"]}, about)
+    return large, networks, schedule, costs
 
 
 def _shared_settings(model: Model) -> dict[str, object]:
