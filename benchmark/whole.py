@@ -35,8 +35,10 @@ COMMANDS = {
 @contextlib.contextmanager
 def checkout(commit: str, folder: Path) -> Iterator[Path]:
     """The project's files as of a commit."""
-    git = partial(subprocess.run, cwd=machine.ROOT, check=True, capture_output=True)
-    git(["git", "worktree", "add", "--detach", folder, commit])
+    git = partial(subprocess.run, cwd=machine.ROOT, capture_output=True, text=True)
+    added = git(["git", "worktree", "add", "--detach", folder, commit])
+    if added.returncode:
+        sys.exit(f"error: --before={commit} cannot be checked out here: {added.stderr}")
     try:
         yield folder
     finally:
