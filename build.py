@@ -435,20 +435,19 @@ def _check_told(config: Configuration, folder: Path, names: Sequence[str]) -> No
         )
 
 
-def _from_settings(
-    config: Configuration, device: torch.device, stored: Mapping[str, object], path: Path
-) -> Model:
+def _foreign_network(
+    config: Configuration, device: torch.device, stored: Mapping[str, object]
+) -> nn.Module:
     """A diffusers network with fresh weights, as a checkpoint's settings describe it."""
     from model.diffusers.supernet import SlimmableDiffusersUNet
 
-    config = adopt(config, stored, path)
     net = _checked(SlimmableDiffusersUNet.from_settings(stored), config, device)
     if config.network.num_classes != net.settings.num_classes:
         raise UserError(
             f"--num_classes={config.network.num_classes}: the network has "
             f"{net.settings.num_classes} classes"
         )
-    return Model(net, config, device)
+    return net
 
 
 def model_to_train(
@@ -461,7 +460,8 @@ def model_to_train(
     if state:  # before hours of encoding
         _check_autoencoder(autoencoder_of(config, device), stored, checkpoint_path(config))
     if stored.get("kind") == "diffusers":
-        model = _from_settings(config, device, stored, checkpoint_path(config))
+        config = adopt(config, stored, checkpoint_path(config))
+        model = Model(_foreign_network(config, device, stored), config, device)
         _set_embeddings(model.net, config)
         theirs = checkpoint.entries(state["net_model"], checkpoint_path(config)).get("embeddings")
         same = theirs is not None and torch.equal(model.net.embeddings, theirs)
@@ -546,7 +546,7 @@ def _restored(
     config = adopt(config, stored, path)
     _check_autoencoder(autoencoder_of(config, device), stored, path)
     if stored.get("kind") == "diffusers":
-        net = _from_settings(config, device, stored, path).net
+        net = _foreign_network(config, device, stored)
     else:
         head = checkpoint.entries(state["ema_model"], path).get("head.weight")
         in_ch = 3 if head is None or head.ndim != 4 else head.shape[1]

@@ -102,7 +102,7 @@ def _initialise(module: nn.Module, gain: float = 1.0) -> None:
     nn.init.zeros_(module.bias)
 
 
-class TimeEmbedding(Slimmable):
+class TimeEmbedding(nn.Module):
     """t (B,) -> (B, r(4·ch·width)): a frozen sinusoid table and a two-layer perceptron."""
 
     def __init__(self, T: int, ch: int) -> None:
