@@ -133,6 +133,9 @@ def _by_flag(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
                                                                  name == "flagfile")  # fmt: skip
         if name == "pick" and takes_next and not re.fullmatch(r"-?\d+", words[0]):
             takes_next = False
+        after = re.fullmatch(r"--?(\w+)(=.*)?", words[0], re.DOTALL) if takes_next else None
+        if after and {after[1], after[1].removeprefix("no")} & {*FLAGS, "flagfile"}:
+            raise UserError(f"--{name}: its value is missing, before {words[0]}")
         if name == "pick" and not match[2] and not takes_next:
             word = f"--pick={LOOK}"  # it may stand without a number
         yield name, [word, words.pop(0)] if takes_next else [word]

@@ -188,7 +188,8 @@ class Experiment:
                         self.flagfile, *own, *self.sampling("latents")]  # fmt: skip
             case ["test_set", *latents]:
                 more = self.training("latents", "0") if latents else []
-                return [*self.scores(name), "--test", self.flagfile, *own, *more]
+                alone = f"--logdir={self.folder / 'test_set'}"  # where no run is
+                return [*self.scores(name), "--test", self.flagfile, *own, alone, *more]
             case ["search", sampler, method, seeds]:
                 s, net = seeds.split("-")[1], self.folder / self.needs(name)[0]
                 images = o.search_images if sampler == o.sampler else -(-o.search_images // 2)
@@ -228,7 +229,8 @@ class Experiment:
     @functools.cached_property
     def flops(self) -> dict[float, int]:
         """FLOPs of an image's pass at each width."""
-        return build.load_model_or_untrained(configuration(self.flagfile, self.data)).flops(WIDTHS)
+        flags = self.flagfile, self.data, f"--logdir={self.folder / 'test_set'}"  # where no run is
+        return build.load_model_or_untrained(configuration(*flags)).flops(WIDTHS)
 
     def training(self, net: str, t: str, sampler: str = "", share: str = "") -> list[str] | None:
         """Flags of a training. All but those that start from the supernet cost what it costs; one
@@ -418,6 +420,8 @@ class Experiment:
                 images[sampler][method, float(share)] = made
         if not rows:
             raise UserError(f"nothing is scored yet in {self.folder}")
+        if self.options.docs and not images[self.options.sampler].get(("width", 1.0)):
+            raise UserError(f"--docs: full width is not scored yet in {self.folder}")
         for record in done.values():  # a command without the places of this machine
             places = {self.data: "--data_root=DATA", str(self.folder): "FOLDER", f"{ROOT}/": ""}
             for place, named in places.items():

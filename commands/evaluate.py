@@ -40,6 +40,8 @@ from settings import Configuration
 def evaluate_width(config: Configuration) -> None:
     """Score the supernet at --assigned_width, or a plain network."""
     width = config.evaluation.assigned_width
+    if "schedule" in config.typed:
+        raise UserError("--schedule: --eval scores one width; --eval_stepaware scores a schedule")
     model = plan.load_model(config)
     schedule = uniform_schedule(model, width)
     name = "eval" if width == 1 else f"eval_width_{width:g}"

@@ -38,7 +38,7 @@ def search(config: Configuration) -> None:
     if config.search.flops_budget and config.search.search_objective == "weighted":
         raise UserError(
             f"--flops_budget={config.search.flops_budget:g} chooses from a front: add "
-            "--search_objective=pareto"
+            "--search_objective=pareto, or --flops_budget=0 to leave it out"
         )
     if config.run.dry_run:
         model = build.load_model_or_untrained(config)

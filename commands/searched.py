@@ -15,7 +15,7 @@ import options
 from build import Model
 from commands.pick import NAME
 from runtime.errors import UserError
-from runtime.files import read_text, write_text
+from runtime.files import parse_json, read_text, write_text
 from runtime.identity import fingerprint
 from runtime.schema import digest
 from runtime.settings import options_of
@@ -27,7 +27,12 @@ TAKEN = (options_of(SamplingSettings).keys() | {"allow_skip"}) - {"classes"}
 
 
 def schedule_path(config: Configuration) -> Path:
-    """The file of the schedule to use."""
+    """The file of the schedule to use. UserError where the command line names a width instead."""
+    if "assigned_width" in config.typed:
+        raise UserError(
+            "--assigned_width: this mode uses a schedule (T times the same number for one width); "
+            "--eval and --generate use one width"
+        )
     return Path(config.evaluation.schedule or Path(config.run.logdir) / "search.txt")
 
 
@@ -52,7 +57,9 @@ def as_searched(model: Model, path: Path) -> Model:
     network = config.stored("network", "model")
     given, sampler = config.typed, re.search(r"^--sampler=(.*)$", text, re.MULTILINE)
     if "sampler" in given and sampler and sampler[1] != config["sampler"]:
-        given = TAKEN - {"allow_skip"}
+        given = TAKEN | config.typed
+        if 0 in parse_json(read_text(path), path):  # its skipped steps are the schedule itself
+            given -= {"allow_skip"} - config.typed
     for line in text.splitlines():
         try:
             name, value = _parsed(line)

@@ -122,13 +122,14 @@ def run(
         log.changes(trainer.step, changed)
         trainer.log = log.losses
         trainer.train(config.data.num_workers, milestones, owed)
-    then = "--search" if config.widths.slimmable else "--eval"
+    then, schedule = "--search" if config.widths.slimmable else "--eval", ""
     if config.training.finetune_schedule:
-        then = f"--eval_stepaware --schedule {config.training.finetune_schedule}"
+        then, schedule = "--eval_stepaware", f" --schedule {config.training.finetune_schedule}"
     say(
         f"trained: {trainer.path}, step {trainer.step} of {total}; look at {logdir / 'sample'}\n"
-        f"and go on with\n  python main.py {then} --flagfile {flagfile}\n"
-        f"  python main.py --generate --flagfile {flagfile} --num_images 16"
+        "and go on with (--dry_run says first what it takes; --num_images makes it shorter)\n"
+        f"  python main.py {then} --flagfile {flagfile}{schedule}\n"
+        f"  python main.py --generate --flagfile {flagfile}{schedule} --num_images 16"
     )
 
 

@@ -105,7 +105,7 @@ def warm_start(path: str | Path, genome: Genome, count: int) -> list[WidthSchedu
     """
     records = read_jsonl(path)
     if not records:
-        raise UserError(f"--search_warm_start={path}: is not a search log")
+        raise UserError(f"--search_warm_start={path}: there is no search log with candidates")
     scores = {}
     for record in candidates_of(records, path):
         # The score on the search's own noise, where there is one, replaces others.

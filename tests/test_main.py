@@ -142,6 +142,15 @@ def test_modes(refused: Refused, here: Path, flagfile: str, arguments: str, matc
     refused(match, *words, "--flagfile=flags.txt")
 
 
+@pytest.mark.parametrize(
+    "after", ["--train", "-train", "--flagfile=f.txt", "--noparallel", "--norm_groups=fixed"]
+)
+@pytest.mark.parametrize("flag", ["--logdir", "-export_diffusers", "--batch_size", "--flagfile"])
+def test_a_flag_is_no_value_of_another(refused: Refused, flag: str, after: str) -> None:
+    refused(f"--{flag.strip('-')}: its value is missing", "--eval", flag, after)
+    assert parsed("--logdir", "-x", "--seed", "-1")["logdir"] == "-x"
+
+
 # --- flagfiles ------------------------------------------------------------------------------------
 
 

@@ -713,6 +713,12 @@ def test_settings_travel_with_the_schedule(run_folder: Path) -> None:
     made = run_main(*common, "--generate", "--schedule=run/search.txt", "--out=images")
     assert made.status == 0, made.err
     assert json.loads(Path("images/images.json").read_text())["sampler"]["sampler"] == "ddim"
+    # One that leaves no step out is for any sampler.
+    points = json.loads((run_folder / "search" / "front.json").read_text())["points"]
+    whole = next(i for i, point in enumerate(points) if 0 not in point["schedule"])
+    assert run_main("--search", "--logdir=run", f"--pick={whole}").status == 0
+    score, said = scored("--sampler=dpm_solver", "--sample_steps=5")
+    assert score["sampler"]["sampler"] == "dpm_solver"
     (run_folder / "search.txt").write_text(str([1] * 10))
     score, said = scored()
     assert score["sampler"]["sampler"] == "ddpm"
@@ -731,10 +737,16 @@ def test_settings_travel_with_the_schedule(run_folder: Path) -> None:
     # Each score is kept with what it depends on.
     kept = read_jsonl(run_folder / "evaluations.jsonl")
     assert [(k["sampler"]["sampler"], k["sampler"]["eta"]) for k in kept] == [
-        ("ddim", 0.5), ("ddim", 0.25), ("ddpm", 0.0), ("ddim", 0.5), ("ddpm", 0.0), ("ddim", 0.5),
+        ("ddim", 0.5), ("ddim", 0.25), ("ddpm", 0.0), ("ddim", 0.5), ("dpm_solver", 0.0),
+        ("ddpm", 0.0), ("ddim", 0.5),
     ]  # fmt: skip
     assert kept[0]["distance"] != kept[1]["distance"]
-    assert kept[3]["weights"] != kept[5]["weights"]
+    # A flag that names what another mode scores is refused, not left out.
+    for mode, flag in (("--eval", "--schedule=run/search.txt"),
+                       ("--eval_stepaware", "--assigned_width=0.5"),
+                       ("--export_diffusers=out", "--assigned_width=1")):  # fmt: skip
+        assert flag.partition("=")[0] in run_main(*common, mode, flag).err
+    assert kept[3]["weights"] != kept[6]["weights"]
     assert len({k["statistics_digest"] for k in kept}) == 1
     assert all(k["images"] == 8 and k["dataset"] == "digits" for k in kept)
     assert all((k["beta_T"], k["ch"], k["img_size"]) == (0.3, 16, 8) for k in kept)
