@@ -22,7 +22,7 @@ from looks import (
     table,
     write_front,
 )  # fmt: skip
-from model import average
+from model import WidthSchedule, average
 from runtime import processes
 from runtime.files import append_jsonl, read_image, read_jsonl, write_jsonl
 from runtime.schema import Amount, Count, Name, Width
@@ -244,9 +244,14 @@ class SearchResult:
             f"and {saved:.4g} ({100 * saved / max(1, run + saved):.1f} %) saved by shared states"
         )
 
+    @property
+    def stored(self) -> WidthSchedule:
+        """The chosen schedule as search.txt has it."""
+        return self.search.genome.stored(self.chosen.schedule)
+
     def save(self, folder: Path, search_txt: Path) -> dict:
         """search.txt, front.json, which is returned, and its pictures but for the samples."""
-        self.search.genome.stored(self.chosen.schedule).save(search_txt)
+        self.stored.save(search_txt)
         run, saved = self.passes()
         (folder / "samples.png").unlink(missing_ok=True)  # they are another front's
         front = {

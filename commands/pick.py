@@ -12,8 +12,8 @@ from pathlib import Path
 
 from looks import best_within, front_table, pick_point, read_front
 from runtime.errors import UserError
-from runtime.files import read_text, write_text
-from runtime.schema import digest, widths_line
+from runtime.files import parse_json, read_text, write_text
+from runtime.schema import Widths, check, digest, widths_line
 from settings import LOOK, Configuration
 
 NAME = "flagfile.txt"  # in a search's folder: what it was searched with; see commands/searched.py
@@ -26,6 +26,20 @@ def places(config: Configuration) -> tuple[Path, Path]:
         return folder, folder / "search.txt"
     logdir = Path(config.run.logdir)
     return logdir / "search", logdir / "search.txt"
+
+
+def schedules_of(text: str) -> list[str]:
+    """The schedules that a search's flagfile says it is of, as `fingerprint_of` has them."""
+    stated = re.match(r"# schedule: ([\w ]+)\n", text)
+    return stated[1].split() if stated else []
+
+
+def fingerprint_of(path: Path) -> str:
+    """Of the widths in a schedule's file, however they are written there; "" for any other file."""
+    try:
+        return digest(widths_line(check(parse_json(read_text(path), path), Widths, path)))
+    except (UserError, OSError):
+        return ""
 
 
 def command(config: Configuration) -> str:
@@ -53,12 +67,13 @@ def pick(config: Configuration) -> None:
         raise UserError(f"--pick={index}: the front has points 0 to {len(front['points']) - 1}")
     point, about = front["points"][index], folder / NAME
     text = read_text(about) if about.exists() else ""  # older searches have none
-    line = widths_line(point["schedule"])
+    line, before = widths_line(point["schedule"]), fingerprint_of(search_txt)
+    if text:
+        # Both schedules are this search's, so that a kill between the two files does no harm.
+        both = {digest(line): 0} | ({before: 0} if before in schedules_of(text) else {})
+        write_text(about, re.sub(r"\A# schedule: .*", f"# schedule: {' '.join(both)}", text))
     write_text(search_txt, line)
     pick_point(folder, front, index, command(config))
-    if text:
-        now = f"# schedule: {digest(line)}"
-        write_text(about, re.sub(r"\A# schedule: .*", now, text))
     print(
         f"point {index}: {front['label']} {point['distance']:.6g} at "
         f"{point['average_gflops']:.4g} GFLOPs per step, now in {search_txt}"

@@ -75,8 +75,8 @@ def run(model: Model, folder: Path, search_txt: Path) -> None:
     candidates = job.run()
     result = SearchResult(job, candidates, flops, times, evaluator, progress.generations)
     if processes.is_main():
+        searched.write(folder, model, result.stored)
         front = result.save(folder, search_txt)
-        searched.write(folder, model, search_txt)
         say(result.summary())
     # All processes draw their share: full width and points of the front on the same noise.
     full = WidthSchedule([1.0] * model.levels.T)

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import options
 from build import Model
-from commands.pick import NAME
+from commands.pick import NAME, fingerprint_of, schedules_of
+from model import WidthSchedule
 from runtime.errors import UserError
 from runtime.files import parse_json, read_text, write_text
 from runtime.identity import fingerprint
-from runtime.schema import digest
+from runtime.schema import digest, widths_line
 from runtime.settings import options_of
 from settings import OPTIONS, Configuration, SamplingSettings
 
@@ -36,9 +37,9 @@ def schedule_path(config: Configuration) -> Path:
     return Path(config.evaluation.schedule or Path(config.run.logdir) / "search.txt")
 
 
-def write(folder: Path, model: Model, search_txt: Path) -> None:
-    """Say in a search's folder what the schedule in search_txt was searched with."""
-    schedule, weights = digest(read_text(search_txt)), fingerprint(model.net)
+def write(folder: Path, model: Model, chosen: WidthSchedule) -> None:
+    """Say in a search's folder what the schedule that it chose was searched with."""
+    schedule, weights = digest(widths_line(chosen.widths)), fingerprint(model.net)
     text = options.flagfile_text(model.config)
     write_text(folder / NAME, f"# schedule: {schedule}\n# weights: {weights}\n{text}")
 
@@ -92,9 +93,10 @@ def _companion(path: Path) -> str:
     for place in (path.parent / "search" / NAME, path.parent / NAME):
         if path.is_file() and place.is_file():
             text = read_text(place)
-            stated = re.match(r"# schedule: (\w+)\n", text)
-            if stated and stated[1] == digest(read_text(path)):
+            if fingerprint_of(path) in schedules_of(text):
                 return text
+            if schedules_of(text):
+                log.info(f"{path} is not the schedule of {place}: the sampler is that of the flags")
     return ""
 
 

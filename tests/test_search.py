@@ -719,9 +719,18 @@ def test_settings_travel_with_the_schedule(run_folder: Path) -> None:
     assert run_main("--search", "--logdir=run", f"--pick={whole}").status == 0
     score, said = scored("--sampler=dpm_solver", "--sample_steps=5")
     assert score["sampler"]["sampler"] == "dpm_solver"
-    (run_folder / "search.txt").write_text(str([1] * 10))
+    path = run_folder / "search.txt"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=1))  # the same widths
+    assert "as run/search.txt was searched: " in scored()[1]
+    # A kill of --pick between its two files leaves a schedule that is known.
+    (run_folder / "search.txt").rename("before.txt")
+    assert run_main("--search", "--logdir=run", "--pick=0").status == 0
+    Path("before.txt").rename(path)
+    assert "as run/search.txt was searched: " in scored()[1]
+    path.write_text(str([1] * 10))
     score, said = scored()
     assert score["sampler"]["sampler"] == "ddpm"
+    assert "run/search.txt is not the schedule of run/search/flagfile.txt" in said
     assert "searched" not in said
     assert run_main("--search", "--logdir=run", "--pick=0").status == 0
     state = torch.load(run_folder / "ckpt.pt", weights_only=True)
@@ -738,7 +747,7 @@ def test_settings_travel_with_the_schedule(run_folder: Path) -> None:
     kept = read_jsonl(run_folder / "evaluations.jsonl")
     assert [(k["sampler"]["sampler"], k["sampler"]["eta"]) for k in kept] == [
         ("ddim", 0.5), ("ddim", 0.25), ("ddpm", 0.0), ("ddim", 0.5), ("dpm_solver", 0.0),
-        ("ddpm", 0.0), ("ddim", 0.5),
+        ("ddim", 0.5), ("ddim", 0.5), ("ddpm", 0.0), ("ddim", 0.5),
     ]  # fmt: skip
     assert kept[0]["distance"] != kept[1]["distance"]
     # A flag that names what another mode scores is refused, not left out.
@@ -746,7 +755,7 @@ def test_settings_travel_with_the_schedule(run_folder: Path) -> None:
                        ("--eval_stepaware", "--assigned_width=0.5"),
                        ("--export_diffusers=out", "--assigned_width=1")):  # fmt: skip
         assert flag.partition("=")[0] in run_main(*common, mode, flag).err
-    assert kept[3]["weights"] != kept[6]["weights"]
+    assert kept[3]["weights"] != kept[8]["weights"]
     assert len({k["statistics_digest"] for k in kept}) == 1
     assert all(k["images"] == 8 and k["dataset"] == "digits" for k in kept)
     assert all((k["beta_T"], k["ch"], k["img_size"]) == (0.3, 16, 8) for k in kept)

@@ -21,7 +21,7 @@ import main
 import train
 from model import SlimmableUNet, WidthSchedule, checkpoint
 from runtime.errors import UserError
-from runtime.schema import digest
+from runtime.schema import digest, widths_line
 from sampling.noise import SAMPLING, ImageNoise
 from settings import RunSettings, TrainSettings, WidthSettings
 from train import Milestone, Trainer
@@ -640,7 +640,7 @@ def test_a_schedule_s_entries_are_for_the_steps_it_was_searched_with(
     path.write_text(json.dumps(widths))
     (run_folder / "search").mkdir()
     (run_folder / "search" / "flagfile.txt").write_text(
-        f"# schedule: {digest(path.read_text())}\n--sampler=edm\n--sample_steps=4\n"
+        f"# schedule: {digest(widths_line(widths))}\n--sampler=edm\n--sample_steps=4\n"
     )
     Path("ddpm.txt").write_text("--sampler=ddpm\n--sample_steps=4\n")
     run = Mock()
