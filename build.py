@@ -110,7 +110,7 @@ class Model:
 
     step: the training step that its weights are of. source: the file or folder they come from.
     class_names: in the order of the classes' numbers, where they are known. label_dropout: of the
-    training that the weights come from, where the checkpoint says it.
+    training that the weights come from, and widths that were trained, where the checkpoint says it.
     """
 
     net: nn.Module
@@ -120,6 +120,7 @@ class Model:
     source: str = ""
     class_names: tuple[str, ...] = ()
     label_dropout: float | None = None
+    trained_widths: tuple[float, ...] = ()
 
     @property
     def about(self) -> str:
@@ -356,7 +357,9 @@ def _from_diffusers(config: Configuration, device: torch.device) -> Model:
         config.network.norm_groups,
         config.network.num_classes,
     )
-    theirs = net.settings.config
+    theirs, averaged = net.settings.config, folder / "unet_ema"
+    if averaged.is_dir() and loading.find_model(folder)[0] != folder:
+        log.info(f"{averaged}, the averaged weights, is not used: name it to use it")
     _set_embeddings(net, config)
     _check_suits(net, folder)
     taken = {} if "slimmable_unet" in config.given else {"slimmable_unet": True}
@@ -553,8 +556,41 @@ def _restored(
         net = own_network(config, device, in_ch, ch)
     checkpoint.fill(net, state["ema_model"], path)
     _set_embeddings(net, config)
-    step, names = int(state.get("step", 0)), _class_names(stored)
-    return Model(net, config, device, step, str(path), names, stored.get("label_dropout"))
+    model = Model(
+        net,
+        config,
+        device,
+        step=int(state.get("step", 0)),
+        source=str(path),
+        class_names=_class_names(stored),
+        label_dropout=stored.get("label_dropout"),
+        trained_widths=_trained_widths(state.get("settings", {})),
+    )
+    if "settings" not in state:
+        _check_unsaid(model, state.get("x_T"))
+    return model
+
+
+def _check_unsaid(model: Model, x_T: object) -> None:
+    """What a checkpoint of another program can tell beside its weights: the size of its images."""
+    path, shape = model.source, model.image_shape
+    if isinstance(x_T, torch.Tensor) and x_T.ndim == 4 and tuple(x_T.shape[1:]) != shape:
+        raise UserError(
+            f"{path} was trained for {tuple(x_T.shape[1:])}, as its x_T shows, and the flags are "
+            f"for {shape}; see --img_size"
+        )
+    log.info(f"{path} does not say what it was trained for: --T, --beta_T, … are believed")
+
+
+def _trained_widths(settings: Mapping[str, object]) -> tuple[float, ...]:
+    """The widths that a run's settings train; none where they do not say it."""
+    if not {"sandwich", "min_width", "candidate_width"} <= settings.keys():
+        return ()
+    if settings.get("finetune_schedule"):
+        return ()
+    if not settings["sandwich"]:
+        return (1.0,)
+    return tuple(sorted({1.0, settings["min_width"], *settings["candidate_width"]}))
 
 
 def _class_names(stored: Mapping[str, object]) -> tuple[str, ...]:
@@ -640,7 +676,11 @@ def candidates(
 
     path: where the arithmetic that --amp=auto picks is kept; see arithmetic.chosen.
     """
-    config, device = model.config, model.device
+    config, device, trained = model.config, model.device, model.trained_widths
+    others = sorted(set(widths) - {*trained, 0.0}) if trained else []
+    if others:
+        named, known = (", ".join(f"{w:g}" for w in ws) for ws in (others, trained))
+        log_once(f"warning: the training of {model.source} was at {known}, not at width {named}")
     if config.run.compile:
         check_compiler(device)
     shape, amp = model.image_shape, config.run.amp

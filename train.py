@@ -114,8 +114,10 @@ class Trainer:
         self._losses: dict[float, list[Tensor]] = defaultdict(list)
 
     def warnings(self) -> list[str]:
-        """What is odd about how long the run is."""
+        """What is odd about how long the run is, and what it trains."""
         s, lines = self.settings, []
+        if self.widths.slimmable and not s.sandwich and self.schedule is None:
+            lines.append("--slimmable_unet without --sandwich trains width 1 alone")
         if s.warmup >= s.total_steps:
             lines.append(
                 f"--warmup={s.warmup}: the learning rate never reaches --lr in --total_steps="

@@ -109,6 +109,11 @@ def ensemble(
         name: build.candidates(model, [1.0], paths[name])[1.0] for name, model in models.items()
     }
     schedule = ["small" if e.end < t < e.start else "large" for t in range(large.levels.T)]
+    if "small" not in schedule:
+        raise UserError(
+            f"--end={e.end}, --start={e.start}: the small network takes the timesteps between "
+            "them, and there is none"
+        )
     costs = {name: model.flops([1.0])[1.0] for name, model in models.items()}
     return large, networks, schedule, costs
 

@@ -113,12 +113,14 @@ def settings(state: Mapping[str, object]) -> dict[str, object]:
 
 
 def entries(state: object, path: str | Path) -> dict[str, Tensor]:
-    """A network's state dict, without the "module." that DataParallel puts before every name."""
+    """A network's state dict, without what DataParallel and torch.compile put before every name."""
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path}: the network's entry is not a state dict of tensors")
-    if state and all(str(name).startswith("module.") for name in state):
-        return {name.removeprefix("module."): value for name, value in state.items()}
-    return dict(state)
+    result = dict(state)
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # either one may be around the other
+        if all(str(name).startswith(prefix) for name in result):
+            result = {name.removeprefix(prefix): value for name, value in result.items()}
+    return result
 
 
 def fill(net: nn.Module, state: object, path: str | Path) -> None:

@@ -330,6 +330,13 @@ def test_names_from_data_parallel() -> None:
     assert torch.equal(net[0].weight, source[0].weight)
 
 
+@pytest.mark.parametrize("before", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_from_compiled_networks(before: str) -> None:
+    source, net = network(1), network()
+    fill(net, {f"{before}{k}": v for k, v in source.state_dict().items()}, "f.pt")
+    assert torch.equal(net[0].weight, source[0].weight)
+
+
 def test_ema_closed_form() -> None:
     net, decay, steps = network(), 0.9, 7
     ema = EMA(net, decay)

@@ -273,6 +273,8 @@ def test_guidance_needs_a_null_class(refused: Refused, run_conditional: Path, he
     guided = ["--guidance_scale=2", "--label_dropout=0.1"]
     refused("--guidance_scale=2.0.*never/ckpt.pt", *EVAL, "--eval", *guided, "--logdir=never")
     both = [*EVAL, "--eval_ensemble", "--large_logdir=run", "--small_ch=16", "--start=7"]
+    turned = [*both, "--small_logdir=run", "--start=1", "--end=7"]
+    refused("--end=7, --start=1", *turned)  # the small network would have no turn
     refused("--guidance_scale=2.0.*never/ckpt.pt", *both, *guided, "--small_logdir=never")
     for source in ("run", "unknown"):  # --dry_run asks for the classes, too
         result = run_main(*EVAL, "--eval", *guided, f"--logdir={source}", "--dry_run")

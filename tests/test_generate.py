@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, contents, run_main, tiny_network
+from conftest import ROOT, TINY, Result, contents, run_main, tiny_network
 from torch import Tensor, nn
 
 import build
@@ -482,7 +482,7 @@ def test_other_networks_of_the_same_weights(
     path = run_folder / "search.txt"
     path.write_text(json.dumps([1.0] * 10))
     model = build.load_model(Configuration.of(logdir="run", device="cpu"))
-    searched.write(run_folder, model, path)
+    searched.write(run_folder, model, WidthSchedule([1.0] * 10))
     state = checkpoint.load(run_folder / "ckpt.pt")
     del state["settings"]
     checkpoint.save(run_folder / "ckpt.pt", state)
@@ -546,3 +546,24 @@ def test_the_page_for_python(run_folder: Path) -> None:
     assert names["x_0"].shape == (4, 1, 8, 8)
     assert names["images"].dtype == torch.uint8
     assert names["scores"].images == 64
+
+
+def test_what_a_checkpoint_says_of_its_training_is_held_against_the_flags(run_folder: Path) -> None:
+    generate = [*TINY, "--logdir=run", "--generate", "--num_images=2"]
+
+    def said(out: str, *flags: str) -> Result:
+        return run_main(*generate, f"--out={out}", *flags)
+
+    assert "warning" not in said("trained", "--assigned_width=0.75").out
+    state = torch.load("run/ckpt.pt", weights_only=True)
+    state["settings"]["candidate_width"] = [0.5]
+    torch.save(state, "run/ckpt.pt")
+    warning = "warning: the training of run/ckpt.pt was at 0.25, 0.5, 1, not at width 0.75"
+    assert warning in said("untrained", "--assigned_width=0.75").out
+    # Of a file without settings the flags are believed, but for what its x_T shows.
+    del state["settings"]
+    torch.save(state, "run/ckpt.pt")
+    believed = said("believed", "--assigned_width=0.75")
+    assert "are believed" in believed.out
+    assert "warning" not in believed.out
+    assert "--img_size" in said("larger", "--img_size=16").err
