@@ -31,7 +31,7 @@ from sampling import conditioning
 from sampling.conditioning import Classes
 from sampling.generate import Generator
 from sampling.noise import SAMPLING
-from sampling.protocol import OURS, Sampler
+from sampling.protocol import CHURN, OURS, Sampler
 from sampling.samplers import make_sampler, signal_at_start
 from settings import CIFAR10_STATISTICS, OPTIONS, Configuration
 
@@ -164,6 +164,7 @@ class Model:
             raise UserError(
                 f"--allow_skip: --sampler={settings.sampler} leaves no step out; use ddpm or ddim"
             )
+        self._say_idle(sampler)
         d, ours = self.config.diffusion, settings.sampler in OURS
         if (share := signal_at_start(sampler)) > 0.02:
             where = "--timestep_spacing=" if ours else "timestep_spacing in --scheduler_options: "
@@ -185,6 +186,18 @@ class Model:
                 f"{with_clipping}train with --mean_type=v"
             )
         return sampler
+
+    def _say_idle(self, sampler: Sampler) -> None:
+        """Say which options of the command line do nothing with this sampler, or in training."""
+        name, precond = self.config.sampling.sampler, self.config.diffusion.precond
+        some = {"ddpm": {"var_type"}, "ddim": {"eta"}, "edm": set()}.get(name, {"var_type", "eta"})
+        idle = {"var_type", "eta", "rho", "heun", *CHURN} - some - {*sampler.heeds}
+        levels = {"beta_1", "beta_T", "beta_schedule"}
+        if precond == "none":
+            levels = {"P_mean", "P_std", "sigma_data"}
+        for names, cause in ((idle, f"--sampler={name}"), (levels, f"--precond={precond}")):
+            if named := sorted(names & self.config.typed):
+                log_once(f"--{', --'.join(named)}: no effect with {cause}")
 
     @functools.cached_property
     def classes(self) -> Classes | None:

@@ -548,6 +548,23 @@ def test_the_page_for_python(run_folder: Path) -> None:
     assert names["scores"].images == 64
 
 
+def test_options_that_do_nothing_are_said(run_folder: Path) -> None:
+    generate = [*TINY, "--logdir=run", "--generate", "--num_images=1"]
+    for sampler, heeded, idle in (
+        ("ddpm", "--var_type=fixedsmall", "--eta=1"),
+        ("ddim", "--eta=1", "--var_type=fixedsmall"),
+        ("edm", "--rho=5", "--eta=1"),
+        ("dpm_solver", "--eta=1", "--rho=5"),
+    ):
+        said = run_main(*generate, f"--sampler={sampler}", heeded, idle, f"--out={sampler}").out
+        assert f"{idle.partition('=')[0]}: no effect with --sampler={sampler}\n" in said
+    Path("flags.txt").write_text("--eta=1\n")  # a flagfile serves several samplers
+    quiet = run_main(*generate, "--flagfile=flags.txt", "--sampler=ddpm", "--out=quiet")
+    assert "no effect" not in quiet.out
+    said = run_main(*generate, "--sampler=ddpm", "--sigma_data=0.7", "--out=levels")
+    assert "--sigma_data" in said.out + said.err
+
+
 def test_what_a_checkpoint_says_of_its_training_is_held_against_the_flags(run_folder: Path) -> None:
     generate = [*TINY, "--logdir=run", "--generate", "--num_images=2"]
 
