@@ -603,7 +603,8 @@ def _trained_widths(settings: Mapping[str, object]) -> tuple[float, ...]:
         return ()
     if not settings["sandwich"]:
         return (1.0,)
-    return tuple(sorted({1.0, settings["min_width"], *settings["candidate_width"]}))
+    least, between = (OPTIONS[n].parse(settings[n]) for n in ("min_width", "candidate_width"))
+    return tuple(sorted({1.0, least, *between}))
 
 
 def _class_names(stored: Mapping[str, object]) -> tuple[str, ...]:

@@ -147,7 +147,7 @@ class Trainer:
         if not self.settings.allow_changes:
             remedy += f"; --allow_changes lets {', '.join(CHANGEABLE)} differ"
         # The VAE's folder may move; its fingerprint is another setting.
-        agree(self.path, stored, self.identity, remedy, ignore=["latent_vae", *changed])
+        agree(self.path, stored, self.identity, remedy, ignore=["latent_vae", "content", *changed])
         checkpoint.fill(self.net, state["net_model"], self.path)
         checkpoint.fill(self.ema.model, state["ema_model"], self.path)
         checkpoint.load_optimizer(self.optim, state.get("optim"), self.path)

@@ -59,6 +59,9 @@ def train(config: Configuration) -> None:
             changed = trainer.resume(state)  # refuses before anything in the folder changes
             for name, (there, here) in changed.items():
                 say(f"from step {trainer.step} on, --{name} is {here} instead of {there}")
+            content = checkpoint.settings(state).get("content")
+            if content and content != trainer.identity.get("content"):
+                say("warning: the images are not those that the run was trained on so far")
         check_same_start(trainer, loaded=bool(state or config.training.init_checkpoint))
         for line in trainer.warnings():
             say(f"warning: {line}")
@@ -166,6 +169,8 @@ def make_trainer(model: Model, images: dataset.AnySet, shown: Model | None = Non
             identity.pop(name)
         identity |= config.stored("sampling")
     identity |= net.settings_dict()
+    if images is not None and not config.data.latent_vae:  # latents' file says what they are of
+        identity["content"] = dataset.fingerprint(images)
     if config.network.num_classes:
         identity["class_names"] = list(model.class_names)
     if model.autoencoder:

@@ -36,6 +36,7 @@ Settings = TypedDict(
         "config": dict[Name, object],
         "null_class": bool,
         "class_names": list[Name],
+        "content": Name,  # the images' fingerprint
         "autoencoder": Name,  # its fingerprint
     },
     total=False,

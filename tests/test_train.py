@@ -380,6 +380,15 @@ def test_interrupted_and_resumed(
     ends_the_same(photos, straight)
 
 
+def test_other_images_than_before_are_said(photos: Path) -> None:
+    warning = "warning: the images are not those that the run was trained on"
+    more = [*LONG, "--sample_step=0", "--total_steps=2"]
+    assert run_main(*more).status == 0
+    assert warning not in run_main(*more, "--total_steps=3").out
+    (photos / "photos" / "07.png").unlink()
+    assert warning in run_main(*more, "--total_steps=4").out
+
+
 def die_in_step_5() -> None:
     record = Trainer._record
 
