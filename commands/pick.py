@@ -70,8 +70,8 @@ def pick(config: Configuration) -> None:
     line, before = widths_line(point["schedule"]), fingerprint_of(search_txt)
     if text:
         # Both schedules are this search's, so that a kill between the two files does no harm.
-        both = {digest(line): 0} | ({before: 0} if before in schedules_of(text) else {})
-        write_text(about, re.sub(r"\A# schedule: .*", f"# schedule: {' '.join(both)}", text))
+        known = {digest(line)} | ({before} & set(schedules_of(text)))
+        write_text(about, re.sub(r"\A# schedule: .*", f"# schedule: {' '.join(known)}", text))
     write_text(search_txt, line)
     pick_point(folder, front, index, command(config))
     print(

@@ -93,9 +93,10 @@ def _companion(path: Path) -> str:
     for place in (path.parent / "search" / NAME, path.parent / NAME):
         if path.is_file() and place.is_file():
             text = read_text(place)
-            if fingerprint_of(path) in schedules_of(text):
+            stated = schedules_of(text)
+            if fingerprint_of(path) in stated:
                 return text
-            if schedules_of(text):
+            if stated:
                 log.info(f"{path} is not the schedule of {place}: the sampler is that of the flags")
     return ""
 
